@@ -1,0 +1,314 @@
+"""The base model: read from a single file, a diffusers folder or a state dict, checked to the last key.
+
+What differs between model families stands in :data:`FAMILIES`; nothing else asks which family a base has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .attention import cross_attention_layers
+from .errors import BaseModelError
+from .keys import ldm_to_diffusers, strip_text_model, unet_to_ldm
+
+log = logging.getLogger(__name__)
+
+CONFIGS = Path(__file__).parent / "configs"
+PARTS = ("unet", "vae", "text_encoder")
+
+
+@dataclass(frozen=True)
+class Family:
+    """What FaR needs to know of a model family beyond its component configs."""
+
+    name: str
+    configs: str  # folder of the component configs
+    embedding_key: str  # of an embedding file in the host
+
+
+FAMILIES = {
+    "sd21": Family("Stable Diffusion 2.1", "sd21", "clip_h"),
+}
+FOREIGN = {768: "Stable Diffusion 1.x", 2048: "Stable Diffusion XL", 1280: "the SDXL refiner"}
+
+# The bias of the last block's first norm spreads further in v-prediction models (ComfyUI tells them apart so).
+V_STATISTIC = "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias"
+V_THRESHOLD = 0.09
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base with all that training and sampling need. Modules are frozen and in eval mode.
+
+    ``alphas_cumprod`` [T] in fp32; ``digest`` identifies the cross-attention K/V by content; ``native_size`` in pixels.
+    """
+
+    family: str
+    unet: nn.Module
+    vae: nn.Module
+    text_encoder: nn.Module
+    tokenizer: Any
+    scheduler: dict[str, Any]
+    prediction_type: str
+    native_size: int
+    digest: str
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        from diffusers import DDIMScheduler
+
+        return DDIMScheduler.from_config(self.scheduler).alphas_cumprod
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent cell."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def tokenizer_size(self) -> int:
+        """Rows of the text encoder's embedding table; modifier ids begin behind them."""
+        return self.text_encoder.get_input_embeddings().weight.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> BaseModel:
+        """Move all parts; ``dtype`` is for UNet and text encoder, the VAE stays in fp32, which it needs little of."""
+        # nn.Module's own method: diffusers' would warn of every cast, modules to be kept in fp32 or not.
+        nn.Module.to(self.unet, device=device, dtype=dtype)
+        nn.Module.to(self.text_encoder, device=device, dtype=dtype)
+        nn.Module.to(self.vae, device=device)
+        return self
+
+
+def kv_layers(unet: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """The cross-attention K and V projections: original (LDM) layer name → (attention layer, "to_k" or "to_v").
+
+    LDM names, ``input_blocks.1.1.transformer_blocks.0.attn2.to_k``, because FaR weights go to hosts that use them.
+    """
+    return {
+        unet_to_ldm(f"{name}.{part}", unet.config): (layer, part)
+        for name, layer in cross_attention_layers(unet).items()
+        for part in ("to_k", "to_v")
+    }
+
+
+def kv_weights(unet: nn.Module) -> dict[str, Tensor]:
+    """The matrices of :func:`kv_layers`, each [channels, context width]."""
+    return {name: getattr(layer, part).weight for name, (layer, part) in kv_layers(unet).items()}
+
+
+def kv_digest(weights: Mapping[str, Tensor]) -> str:
+    """Hex digest of the K/V matrices in fp16, so that a base's file format and precision don't change it."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].detach().to("cpu", torch.float16).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_base(
+    source: str | Path | Mapping[str, Tensor],
+    *,
+    prediction_type: str | None = None,
+    config: str | Path | Mapping[str, Any] | None = None,
+) -> BaseModel:
+    """Load a base in fp32 on the CPU, offline.
+
+    ``source``: a single ``.safetensors`` file in the original (LDM) layout, a diffusers folder, or such a file's
+    state dict. ``config``: a folder (or a mapping of parts) with the component configs of a single file; default:
+    Stable Diffusion 2.1's. ``prediction_type``: "v_prediction" or "epsilon"; default: what the file shows.
+    Raises BaseModelError when anything is missing, of another shape, or contradicts ``prediction_type``.
+    """
+    if prediction_type not in (None, "v_prediction", "epsilon"):
+        raise BaseModelError(f"prediction_type: {prediction_type!r} is unknown; use v_prediction or epsilon")
+    if isinstance(source, Mapping):
+        return _from_state_dict(source, "the state dict", config, prediction_type)
+    path = Path(source)
+    if path.is_dir():
+        return _from_folder(path, prediction_type)
+    if not path.exists():
+        raise BaseModelError(f"base: there is no file or folder {path}; the README says where SD 2.1 can be had")
+    if path.suffix != ".safetensors":
+        raise BaseModelError(f"base: {path.name} is no .safetensors file; FaR never unpickles, so convert it first")
+    return _from_state_dict(_read(path), path.name, config, prediction_type)
+
+
+def read_configs(folder: Path) -> dict[str, Any]:
+    """Component configs of a folder in diffusers' layout: unet, vae, text_encoder, scheduler, tokenizer (a path)."""
+    configs: dict[str, Any] = {p: _read_json(folder / p / "config.json") for p in PARTS}
+    configs["scheduler"] = _read_json(folder / "scheduler" / "scheduler_config.json")
+    configs["tokenizer"] = folder / "tokenizer"
+    if not configs["tokenizer"].is_dir():
+        raise BaseModelError(f"base: {folder} has no tokenizer folder; it must have diffusers' layout")
+    return configs
+
+
+def packaged_configs(prediction_type: str) -> dict[str, Any]:
+    """Component configs of Stable Diffusion 2.1: the 768 px v-prediction model or the 512 px ε-prediction one."""
+    folder = CONFIGS / FAMILIES["sd21"].configs
+    configs: dict[str, Any] = {p: _read_json(folder / p / "config.json") for p in PARTS}
+    for part, changes in _read_json(folder / "variants.json")[prediction_type].items():
+        configs[part] |= changes
+    configs["scheduler"] = _read_json(folder / "scheduler" / f"{prediction_type}.json")
+    configs["tokenizer"] = folder / "tokenizer"
+    return configs
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise BaseModelError(f"base: can't read {path} ({e}); the folder must have diffusers' layout") from e
+
+
+def build_parts(configs: Mapping[str, Any], device: str = "meta") -> dict[str, nn.Module]:
+    """UNet, VAE and text encoder of these configs; without weights on the meta device, else with random ones."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.device(device):
+        return {
+            "unet": UNet2DConditionModel.from_config(configs["unet"]),
+            "vae": AutoencoderKL.from_config(configs["vae"]),
+            "text_encoder": CLIPTextModel(CLIPTextConfig.from_dict(dict(configs["text_encoder"]))),
+        }
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as e:
+        raise BaseModelError(f"base: can't read {path} ({e}); the file is damaged or incomplete, fetch it again") from e
+
+
+def _from_folder(folder: Path, prediction_type: str | None) -> BaseModel:
+    configs = read_configs(folder)
+    states = {}
+    for part in PARTS:
+        files = sorted((folder / part).glob("*.safetensors"))
+        exact = [f for f in files if f.name in ("diffusion_pytorch_model.safetensors", "model.safetensors")]
+        shards = [f for f in files if "-of-" in f.name]
+        chosen = exact or shards or files[:1]
+        if not chosen:
+            raise BaseModelError(f"base: {folder / part} holds no .safetensors weights; FaR never unpickles .bin files")
+        states[part] = {k: v for f in chosen for k, v in _read(f).items()}
+    states["text_encoder"] = strip_text_model(states["text_encoder"])
+    _check_family(states["unet"], folder.name, configs)
+    declared = configs["scheduler"].get("prediction_type", "epsilon")
+    if prediction_type and prediction_type != declared:
+        raise BaseModelError(
+            f"prediction_type: {prediction_type} was asked for but {folder.name}/scheduler says {declared}; leave it unset"
+        )
+    _check_prediction_type(declared, _measured_prediction_type(states["unet"]), folder.name)
+    return _assemble(configs, states, folder.name, declared)
+
+
+def _from_state_dict(
+    state: Mapping[str, Tensor], where: str, config: str | Path | Mapping[str, Any] | None, prediction_type: str | None
+) -> BaseModel:
+    if isinstance(config, (str, Path)):
+        config = read_configs(Path(config))
+    shapes = config or packaged_configs("v_prediction")
+    _check_family(state, where, shapes)
+    states, unknown = ldm_to_diffusers(state, shapes)
+    if unknown:
+        log.info("%s holds %d tensors that FaR doesn't use, such as %s.", where, len(unknown), unknown[0])
+    measured = _measured_prediction_type(states["unet"])
+    _check_prediction_type(prediction_type, measured, where)
+    chosen = prediction_type or measured or shapes["scheduler"].get("prediction_type", "epsilon")
+    return _assemble(config or packaged_configs(chosen), states, where, chosen)
+
+
+def _check_prediction_type(stated: str | None, measured: str | None, where: str) -> None:
+    if stated and measured and stated != measured:
+        raise BaseModelError(
+            f"prediction_type: {stated} is stated but the weights of {where} look like {measured} "
+            "(by the spread of the last block's norm1 bias); use the right one, or another file"
+        )
+
+
+def _check_family(unet: Mapping[str, Tensor], where: str, configs: Mapping[str, Any]) -> None:
+    """Tell a file of another family by the width of its text context, before a list of wrong shapes does."""
+    keys = [k for k in unet if k.endswith("attn2.to_k.weight")]
+    if not keys:
+        raise BaseModelError(
+            f"base: {where} holds no Stable Diffusion UNet; give a whole SD 2.1 checkpoint, not a LoRA"
+        )
+    width, expected = unet[keys[0]].shape[-1], configs["unet"]["cross_attention_dim"]
+    if width != expected:
+        what = FOREIGN.get(width, f"a model of text width {width}")
+        raise BaseModelError(f"base: {where} is {what}, FaR needs Stable Diffusion 2.1 (text width {expected})")
+
+
+def _assemble(
+    configs: Mapping[str, Any], states: Mapping[str, Mapping[str, Tensor]], where: str, prediction_type: str
+) -> BaseModel:
+    parts = build_parts(configs)
+    for part, module in parts.items():
+        _fill(module, states[part], f"{where}, {part}")
+    unet = parts["unet"]
+    return BaseModel(
+        family="sd21",
+        unet=unet,
+        vae=parts["vae"],
+        text_encoder=parts["text_encoder"],
+        tokenizer=_load_tokenizer(configs["tokenizer"]),
+        scheduler={**configs["scheduler"], "prediction_type": prediction_type, "clip_sample": False},
+        prediction_type=prediction_type,
+        native_size=unet.config.sample_size * 2 ** (len(parts["vae"].config.block_out_channels) - 1),
+        digest=kv_digest(kv_weights(unet)),
+    )
+
+
+def _fill(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Put the weights in; a key that is missing or of another shape would otherwise stay random without a word."""
+    expected = module.state_dict()
+    if any(k.startswith("text_model.") for k in expected):  # transformers before 5.6 nests the text model once more
+        state = {f"text_model.{k}": v for k, v in state.items()}
+    state = {k: v.float() for k, v in state.items() if k in expected}
+    missing = [k for k in expected if k not in state and not k.endswith("position_ids")]
+    if missing:
+        raise BaseModelError(
+            f"base: {where} lacks {len(missing)} of {len(expected)} tensors, such as {missing[0]}; "
+            "the file is incomplete or of another model"
+        )
+    wrong = [k for k in state if state[k].shape != expected[k].shape]
+    if wrong:
+        raise BaseModelError(
+            f"base: {where}: {wrong[0]} is {list(state[wrong[0]].shape)}, expected {list(expected[wrong[0]].shape)} "
+            f"({len(wrong)} tensors differ); the file is of another model"
+        )
+    module.load_state_dict(state, strict=False, assign=True)
+    for name, buffer in module.named_buffers():
+        if buffer.is_meta:  # only position_ids, which files don't always hold
+            parent, _, leaf = name.rpartition(".")
+            module.get_submodule(parent).register_buffer(
+                leaf, torch.arange(buffer.shape[-1]).expand(buffer.shape), persistent=False
+            )
+    module.requires_grad_(False).eval()
+
+
+def _measured_prediction_type(unet: Mapping[str, Tensor]) -> str | None:
+    bias = unet.get(V_STATISTIC)
+    if bias is None or bias.numel() != 320:
+        return None
+    return "v_prediction" if float(bias.float().std(unbiased=False)) > V_THRESHOLD else "epsilon"
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    from transformers import CLIPTokenizerFast
+
+    return CLIPTokenizerFast.from_pretrained(str(folder), local_files_only=True)

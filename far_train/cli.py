@@ -1,0 +1,275 @@
+"""The command line: ``python -m far_train COMMAND``. Flags are made from the settings' own fields.
+
+Every setting can stand in a file (``--config FILE``, JSON or YAML; at the top level or under the command's name) and
+be overridden by a flag. What a command does stands in :mod:`far_train.commands`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .config import Config, ExtractConfig, FusionConfig, SampleConfig, TrainConfig, read_settings
+from .errors import ConfigError, FarError, Interrupted
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An input of a command that is no setting: a path, a prompt, a switch."""
+
+    name: str
+    help: str
+    required: bool = False
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class Command:
+    name: str
+    help: str
+    arguments: tuple[Argument, ...]
+    settings: type[Config] | None = None
+
+
+def _many(metavar: Any, nargs: Any = None) -> tuple[tuple[str, Any], ...]:
+    return (("action", "append"), ("metavar", metavar), *((("nargs", nargs),) if nargs else ()))
+
+
+SWITCH = (("action", "store_true"),)
+BASE = (
+    Argument("base", "base model: a .safetensors file of SD 2.1, or a folder in diffusers' layout", required=True),
+    Argument("base_config", "folder with the component configs, for single files of another size than SD 2.1"),
+    Argument("prediction_type", "v_prediction or epsilon; default: what the weights show"),
+)
+DEVICE = Argument("device", "auto, cpu, cuda, cuda:1, mps, xpu … (default: auto)")
+
+COMMANDS = (
+    Command(
+        "extract",
+        "cut the subjects out of a folder of photos",
+        (
+            Argument(
+                "photos", "folder of photos; NAME.mask.png or an alpha channel is taken as the mask", required=True
+            ),
+            Argument("out", "folder for NAME.png and NAME.mask.png", required=True),
+            Argument("sam", "segment-anything weights, .safetensors or .pth; needed for photos without a mask"),
+            Argument("box", "the subject's box in pixels of each photo: X0,Y0,X1,Y1"),
+            Argument("points", "points in pixels, 1 on the subject, 0 off it: 'X,Y,1 X,Y,0'"),
+            Argument("prompts", "JSON or YAML file: photo name → {box: [x0,y0,x1,y1], points: [[x,y,1]]}"),
+            DEVICE,
+        ),
+        ExtractConfig,
+    ),
+    Command(
+        "fuse",
+        "Concept Fusion: make a dataset folder of composites",
+        (
+            Argument(
+                "concept",
+                "a concept: its token, class noun and folder of subjects; repeat for each",
+                True,
+                _many(("TOKEN", "NOUN", "FOLDER"), 3),
+            ),
+            Argument(
+                "prior",
+                "class pictures (better with masks): noun and folder; repeat for each",
+                False,
+                _many(("NOUN", "FOLDER"), 2),
+            ),
+            Argument("backgrounds", "folder of empty scenes; NAME.txt may hold the words for one ('in a garden')"),
+            Argument("out", "the dataset folder to make", required=True),
+        ),
+        FusionConfig,
+    ),
+    Command(
+        "train",
+        "learn the concepts of a dataset folder",
+        (
+            *BASE,
+            Argument("dataset", "dataset folder made by fuse", required=True),
+            Argument("out", "run folder: metrics, checkpoints, samples, weights.safetensors", required=True),
+            Argument("resume", "go on with the run that is in the run folder", options=SWITCH),
+        ),
+        TrainConfig,
+    ),
+    Command(
+        "generate",
+        "draw pictures with a base, with or without FaR weights",
+        (
+            *BASE,
+            Argument("weights", "FaR weights file"),
+            Argument("prompt", "a prompt, with <tokens> of the weights; repeat for several", True, _many("TEXT")),
+            Argument("count", "pictures per prompt (default 1)", options=(("type", int),)),
+            Argument("out", "folder for the pictures", required=True),
+            DEVICE,
+        ),
+        SampleConfig,
+    ),
+    Command(
+        "export",
+        "write stock LoRA and embedding files from FaR weights",
+        (
+            Argument("weights", "FaR weights file", required=True),
+            Argument("out", "folder for loras/ and embeddings/", required=True),
+            Argument("name", "name of the LoRA file (default: of the weights file or its run)"),
+            Argument("rank", "approximate the K/V deltas by this rank (default: exact)", options=(("type", int),)),
+        ),
+    ),
+    Command(
+        "inspect",
+        "show what a FaR weights file holds",
+        (
+            Argument("weights", "FaR weights file", required=True),
+            Argument("json", "print JSON", options=SWITCH),
+        ),
+    ),
+    Command(
+        "demo",
+        "the whole line on sample subjects that the project draws itself",
+        (Argument("out", "folder for the results (default: outputs/demo)"), DEVICE),
+    ),
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands. Nothing has a default here, so that a settings file can speak first."""
+    parser = argparse.ArgumentParser(
+        prog="far_train", description="Fuse-and-Refine: teach Stable Diffusion 2.1 several subjects at once."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        sub = subparsers.add_parser(
+            command.name,
+            help=command.help,
+            description=command.help.capitalize() + ".",
+            argument_default=argparse.SUPPRESS,
+            allow_abbrev=False,
+        )
+        sub.add_argument("--config", metavar="FILE", help="JSON or YAML file of settings; flags override it")
+        for argument in command.arguments:
+            options = {"metavar": argument.name.upper(), **dict(argument.options)}
+            if options.get("action") == "store_true":
+                options.pop("metavar")
+            text = argument.help + (" [required]" if argument.required else "")
+            sub.add_argument(argument.flag, help=_escape(text), **options)
+        if command.settings:
+            group = sub.add_argument_group("settings")
+            hints = typing.get_type_hints(command.settings)
+            for field in fields(command.settings):
+                if any(a.name == field.name for a in command.arguments):
+                    continue
+                flag = "--" + field.name.replace("_", "-")
+                text = _escape(f"{field.metadata['help']} (default: {_show(field.default)})")
+                group.add_argument(flag, help=text, **_flag_options(field, hints[field.name]))
+    return parser
+
+
+def _escape(text: str) -> str:
+    return text.replace("%", "%%")
+
+
+def _show(value: Any) -> str:
+    return "none" if value is None or value == () else str(value)
+
+
+def _flag_options(field: Any, hint: Any) -> dict[str, Any]:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kind = next(o for o in options if o is not type(None))
+    name = field.name
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if typing.get_origin(kind) is tuple:
+        return {"nargs": "+", "metavar": "TEXT"}
+    if typing.get_origin(kind) is dict:
+        return {"nargs": "+", "metavar": "KEY=VALUE"}
+    metavar = "|".join(field.metadata["choices"]) if field.metadata["choices"] else kind.__name__.upper()
+    return {"type": _reader(name, kind, type(None) in options), "metavar": metavar}
+
+
+def _reader(name: str, kind: type, optional: bool) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        if optional and text.lower() == "none":
+            return None
+        try:
+            return kind(text)
+        except ValueError:
+            raise ConfigError(f"{name}: expected {kind.__name__}, got {text!r}") from None
+
+    return read
+
+
+def _pairs(name: str, items: Sequence[str]) -> dict[str, float]:
+    """``KEY=VALUE`` words of a flag as a mapping."""
+    pairs = {}
+    for item in items:
+        key, _, value = item.rpartition("=")
+        try:
+            pairs[key] = float(value)
+        except ValueError:
+            key = ""
+        if not key:
+            raise ConfigError(f"{name}: expected KEY=NUMBER, got {item!r}")
+    return pairs
+
+
+def collect(command: Command, flags: dict[str, Any]) -> tuple[dict[str, Any], Config | None]:
+    """Merge settings file and flags; returns the command's inputs by name, and its settings. Raises ConfigError."""
+    values: dict[str, Any] = {}
+    if "config" in flags:
+        path = Path(flags.pop("config"))
+        values = read_settings(path)
+        if isinstance(values.get(command.name), dict):
+            values = values[command.name]
+    names = {a.name for a in command.arguments}
+    hints = typing.get_type_hints(command.settings) if command.settings else {}
+    for name, value in flags.items():
+        is_mapping = "dict" in str(hints.get(name, ""))
+        values[name] = _pairs(name, value) if is_mapping and isinstance(value, list) else value
+    inputs = {k: v for k, v in values.items() if k in names}
+    for argument in command.arguments:
+        if argument.required and not inputs.get(argument.name):
+            raise ConfigError(f"{argument.flag}: is needed; {argument.help}")
+    settings = {k: v for k, v in values.items() if k not in names or k in hints}
+    if command.settings is None:
+        if settings:
+            raise ConfigError(f"{next(iter(settings))}: unknown setting of '{command.name}'")
+        return inputs, None
+    return inputs, command.settings.from_dict(settings, f"'{command.name}'")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 2 for a user error, 130 when interrupted."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "diffusers", "transformers", "PIL", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        flags = vars(build_parser().parse_args(argv))
+        name = flags.pop("command")
+        command = next(c for c in COMMANDS if c.name == name)
+        inputs, settings = collect(command, flags)
+        from . import commands
+
+        getattr(commands, name)(inputs, settings)
+    except Interrupted as e:
+        print(f"far_train: {e}", file=sys.stderr)
+        return 130
+    except FarError as e:
+        print(f"far_train: error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("far_train: interrupted", file=sys.stderr)
+        return 130
+    return 0

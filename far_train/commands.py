@@ -1,0 +1,291 @@
+"""What each command of the command line does: read the inputs, call the library, say what was written."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from .backbone import BaseModel, load_base
+from .concepts import Background, ClassPicture, Concept
+from .config import ExtractConfig, FusionConfig, SampleConfig, TrainConfig, read_settings
+from .dataset import DatasetFolder, write_dataset
+from .devices import choose_device
+from .errors import ConfigError, SubjectError
+from .files import make_folder
+from .fusion import ConceptFusion
+from .photos import Photo, list_photos, load_photo, save_picture
+from .recipe import Callbacks
+from .recipe import train as train_recipe
+from .report import checkerboard, contact_sheet, dataset_sheet, loss_curves, picture_grid, save_sheet
+from .runs import read_metrics
+from .sampling import draw_pictures
+from .subjects import Prompt, SubjectExtractor, extract_folder
+from .tokens import Vocabulary
+from .weights import FarWeights, describe
+
+log = logging.getLogger(__name__)
+
+Inputs = Mapping[str, Any]
+
+
+class ProgressBars:
+    """One bar per phase, for callbacks of the form (phase, done, total)."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+        self._phase = ""
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        if self._bar is None or phase != self._phase:
+            self.close()
+            self._phase = phase
+            self._bar = tqdm(total=total, desc=phase, dynamic_ncols=True)
+        self._bar.update(done - self._bar.n)
+
+    def note(self, **values: Any) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix(values, refresh=False)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def phase(self, name: str) -> Callable[[int, int], None]:
+        return lambda done, total: self(name, done, total)
+
+
+@contextmanager
+def progress_bars() -> Iterator[ProgressBars]:
+    bars = ProgressBars()
+    try:
+        yield bars
+    finally:
+        bars.close()
+
+
+@contextmanager
+def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C asks to stop after the current step; a second one stops at once."""
+    asked = threading.Event()
+
+    def ask(_signal: int, _frame: object) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        tqdm.write("Stopping after this step; press Ctrl-C again to stop at once without saving.")
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# ---- extract
+
+
+def extract(inputs: Inputs, config: ExtractConfig) -> None:
+    out = Path(inputs["out"])
+    extractor = None
+    if inputs.get("sam"):
+        from .sam import load_sam
+
+        device, _ = choose_device(str(inputs.get("device", "auto")))
+        extractor = SubjectExtractor(load_sam(Path(inputs["sam"]), device), config)
+    with progress_bars() as bars:
+        report = extract_folder(
+            Path(inputs["photos"]), out, extractor, _read_prompts(inputs), config, bars.phase("extracting")
+        )
+    for line in report:
+        if line.status == "skipped":
+            log.warning("skipped: %s", line.detail)
+    photos = [load_photo(p) for p in list_photos(out)]
+    sheet = contact_sheet(
+        [checkerboard(p.image, p.mask) for p in photos if p.mask is not None], [p.name for p in photos]
+    )
+    preview = out.with_name(f"{out.name}.preview.jpg")
+    save_sheet(preview, sheet)
+    kept = sum(line.status == "ok" for line in report)
+    print(f"{kept} of {len(report)} photos → {out}; look at {preview}")
+
+
+def _read_prompts(inputs: Inputs) -> Prompt | dict[str, Prompt] | None:
+    given = [name for name in ("box", "points", "prompts") if inputs.get(name)]
+    if "prompts" in given:
+        if len(given) > 1:
+            raise ConfigError(f"prompts: can't stand beside {given[0]}; give one of them")
+        entries = inputs["prompts"]
+        if not isinstance(entries, Mapping):
+            entries = read_settings(Path(entries))
+        return {str(name): _prompt(f"prompts, {name}", entry) for name, entry in entries.items()}
+    return _prompt("box, points", {name: inputs[name] for name in given}) if given else None
+
+
+def _prompt(where: str, entry: Any) -> Prompt:
+    """A prompt from a mapping of lists, or from the command line's words."""
+    if not isinstance(entry, Mapping) or set(entry) - {"box", "points"}:
+        raise ConfigError(f"{where}: expected {{box: [x0, y0, x1, y1], points: [[x, y, 1], …]}}")
+    try:
+        box, points = entry.get("box"), entry.get("points") or ()
+        if isinstance(box, str):
+            box = [float(v) for v in box.split(",")]
+        if isinstance(points, str):
+            points = [p.split(",") for p in points.split()]
+        return Prompt(
+            box=tuple(float(v) for v in box) if box else None,
+            points=tuple((float(x), float(y), int(label)) for x, y, label in points),
+        )
+    except (TypeError, ValueError) as e:
+        raise ConfigError(f"{where}: {e}; write a box as X0,Y0,X1,Y1 and points as 'X,Y,1 X,Y,0'") from e
+
+
+# ---- fuse
+
+
+def read_concept(token: str, noun: str, folder: Path) -> Concept:
+    """A concept from a folder of subjects (photos with masks). Photos without a mask are named and left out."""
+    photos = _read_photos(folder)
+    masked = [p for p in photos if p.mask is not None]
+    for photo in photos:
+        if photo.mask is None:
+            log.warning("%s has no mask and is left out; run 'extract' on its folder first.", photo.path)
+    if not masked:
+        raise SubjectError(f"concept {token}: no photo in {folder} has a mask; run 'extract' on it first")
+    return Concept(token, noun, tuple(p.image for p in masked), tuple(p.mask for p in masked))
+
+
+def _read_photos(folder: Path) -> list[Photo]:
+    return [load_photo(path) for path in list_photos(Path(folder))]
+
+
+def _entries(inputs: Inputs, name: str, keys: Sequence[str]) -> list[list[str]]:
+    """Repeated flags as lists; a settings file may hold mappings instead."""
+    entries = []
+    for entry in inputs.get(name) or ():
+        values = [entry.get(k) for k in keys] if isinstance(entry, Mapping) else entry
+        if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != len(keys) or None in values:
+            raise ConfigError(f"{name}: expected {', '.join(keys)} in each entry, got {entry!r}")
+        entries.append([str(v) for v in values])
+    return entries
+
+
+def fuse(inputs: Inputs, config: FusionConfig) -> None:
+    out = Path(inputs["out"])
+    concepts = [read_concept(t, n, Path(f)) for t, n, f in _entries(inputs, "concept", ("token", "noun", "folder"))]
+    priors = [
+        ClassPicture(noun, photo.image, photo.mask)
+        for noun, folder in _entries(inputs, "prior", ("noun", "folder"))
+        for photo in _read_photos(Path(folder))
+    ]
+    backgrounds = read_backgrounds(Path(inputs["backgrounds"])) if inputs.get("backgrounds") else []
+    fusion = ConceptFusion(concepts, priors, backgrounds, config)
+    for note in fusion.notes:
+        log.info("%s", note)
+    with progress_bars() as bars:
+        dataset = write_dataset(fusion, out, about={"fusion": config.to_dict()}, on_progress=bars.phase("fusing"))
+    sheet = out / "contact-sheet.jpg"
+    shown = [dataset.composite(i) for i in range(min(24, dataset.composite_count()))]
+    save_sheet(sheet, dataset_sheet(shown, dataset.names, columns=6))
+    print(f"{dataset.composite_count()} composites and {dataset.prior_count()} class pictures → {out}; look at {sheet}")
+
+
+def read_backgrounds(folder: Path) -> list[Background]:
+    """Empty scenes of a folder, each with the phrase of its .txt file if it has one."""
+    backgrounds = []
+    for photo in _read_photos(folder):
+        words = photo.path.with_suffix(".txt")
+        phrase = " ".join(words.read_text(encoding="utf-8").split()) if words.exists() else ""
+        backgrounds.append(Background(photo.image, phrase))
+    return backgrounds
+
+
+# ---- train, generate
+
+
+def _open_base(inputs: Inputs) -> BaseModel:
+    return load_base(inputs["base"], prediction_type=inputs.get("prediction_type"), config=inputs.get("base_config"))
+
+
+def train(inputs: Inputs, config: TrainConfig) -> None:
+    out = Path(inputs["out"])
+    dataset = DatasetFolder(Path(inputs["dataset"]))
+    base = _open_base(inputs)
+    steps = config.steps_for(len(dataset.names))
+    with progress_bars() as bars, stop_on_interrupt() as should_stop:
+
+        def on_step(step: int, metrics: dict[str, float]) -> None:
+            bars("training", step, steps)
+            bars.note(loss=f"{metrics['loss']:.4f}", refinement=f"{metrics['refinement']:.4f}")
+
+        callbacks = Callbacks(on_phase=bars, on_step=on_step, should_stop=should_stop)
+        train_recipe(base, dataset, config, out, resume=bool(inputs.get("resume")), callbacks=callbacks)
+    save_sheet(out / "curves.png", loss_curves(read_metrics(out / "metrics.jsonl")))
+    print(f"{steps} steps → {out / 'weights.safetensors'}; look at {out / 'curves.png'} and {out / 'samples'}")
+
+
+def generate(inputs: Inputs, config: SampleConfig) -> None:
+    out = make_folder(Path(inputs["out"]))
+    prompts = inputs["prompt"] if not isinstance(inputs["prompt"], str) else [inputs["prompt"]]
+    count = inputs.get("count", 1)
+    if not isinstance(count, int) or count < 1:
+        raise ConfigError(f"count: {count!r} is no number of pictures; use 1 or more")
+    weights = FarWeights.load(Path(inputs["weights"])) if inputs.get("weights") else None
+    base = _open_base(inputs)
+    device, dtype = choose_device(str(inputs.get("device", "auto")))
+    vocabulary = weights.apply(base, config) if weights else Vocabulary(base.tokenizer, (), base.tokenizer_size)
+    base.to(device, dtype)
+    texts = [str(p) for p in prompts for _ in range(count)]
+    with progress_bars() as bars:
+        pictures = draw_pictures(base, vocabulary, texts, config, on_progress=bars.phase("drawing"))
+    for i, (picture, text) in enumerate(zip(pictures, texts)):
+        save_picture(out / f"{i:04d}.png", picture)
+        (out / f"{i:04d}.txt").write_text(text + "\n", encoding="utf-8")
+    grid = out.with_name(f"{out.name}.grid.jpg")
+    save_sheet(grid, picture_grid(pictures, texts))
+    print(f"{len(texts)} pictures → {out}; look at {grid}")
+
+
+# ---- weights
+
+
+def export(inputs: Inputs, _config: None) -> None:
+    path, out, rank = Path(inputs["weights"]), Path(inputs["out"]), inputs.get("rank")
+    if rank is not None and (not isinstance(rank, int) or rank < 1):
+        raise ConfigError(f"rank: {rank!r} is no rank; use 1 or more, or leave it out for the exact deltas")
+    weights = FarWeights.load(path)
+    default = path.parent.name if path.stem == "weights" else path.stem
+    name = str(inputs.get("name") or default or "far")
+    if Path(name).name != name or name.startswith("."):
+        raise ConfigError(f"name: {name!r} is no plain file name")
+    lora = out / "loras" / f"{name}.safetensors"
+    weights.export_lora(lora, rank)
+    embeddings = weights.export_embeddings(out / "embeddings")
+    print(f"K/V deltas → {lora}")
+    for token, embedding in zip(weights.embeddings, embeddings):
+        print(f"{token} → {embedding}; write it as embedding:{embedding.stem}")
+
+
+def inspect(inputs: Inputs, _config: None) -> None:
+    about = describe(FarWeights.load(Path(inputs["weights"])))
+    if inputs.get("json"):
+        print(json.dumps(about, indent=2))
+        return
+    for token, concept in about["concepts"].items():
+        print(f"{token:24} {concept['noun']}, {concept['vectors']} vector(s)")
+    for key in ("kv_deltas", "parameters", "family", "prediction_type", "base_digest", "steps", "size", "far_version"):
+        print(f"{key:24} {about[key]}")
+
+
+def demo(inputs: Inputs, _config: None) -> None:
+    from .mini.demo import run_demo
+
+    run_demo(Path(inputs.get("out") or "outputs/demo"), str(inputs.get("device") or "auto"))

@@ -1,0 +1,132 @@
+"""What flows between extraction, fusion and training. All pictures are float32 0..1, all masks 1 on the subject."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from .captions import MentionSpans, Name, check_noun, check_token, locate_mentions
+from .errors import SubjectError
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A subject to be learned: its modifier token, its class noun, its photos and where it is in them.
+
+    ``images``: each [H, W, 3]; ``masks``: one [H, W] per image, of the same size. Raises TokenError, CaptionError,
+    SubjectError.
+    """
+
+    token: str
+    noun: str
+    images: tuple[Tensor, ...]
+    masks: tuple[Tensor, ...]
+
+    def __post_init__(self) -> None:
+        check_token(self.token)
+        check_noun(self.noun)
+        if not self.images:
+            raise SubjectError(f"concept {self.token}: no subjects; give at least one photo with its mask")
+        if len(self.images) != len(self.masks):
+            raise SubjectError(
+                f"concept {self.token}: {len(self.images)} photos but {len(self.masks)} masks; give one mask per photo"
+            )
+        for i, (image, mask) in enumerate(zip(self.images, self.masks)):
+            check_subject(image, mask, f"concept {self.token}, photo {i + 1}")
+
+    @property
+    def name(self) -> Name:
+        return Name(self.noun, self.token)
+
+
+@dataclass(frozen=True)
+class ClassPicture:
+    """A picture of any member of a class (a prior): ``image`` [H, W, 3], and the subject's ``mask`` [H, W] if known."""
+
+    noun: str
+    image: Tensor
+    mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        check_noun(self.noun)
+        if self.mask is not None:
+            check_subject(self.image, self.mask, f"class picture of a {self.noun}")
+
+
+@dataclass(frozen=True)
+class Background:
+    """An empty scene: ``image`` [H, W, 3] and the ``phrase`` that a caption adds for it ("in a garden"), or ""."""
+
+    image: Tensor
+    phrase: str = ""
+
+
+@dataclass(frozen=True)
+class Mention:
+    """One subject of a composite: its name, its visible region ``mask`` [S, S], and where the caption names it."""
+
+    name: Name
+    mask: Tensor
+    spans: MentionSpans
+
+
+@dataclass(frozen=True)
+class Composite:
+    """A training picture: ``image`` [S, S, 3], its caption, and one mention per masked subject in caption order."""
+
+    image: Tensor
+    caption: str
+    mentions: tuple[Mention, ...]
+    recipe: str
+
+    @classmethod
+    def build(
+        cls,
+        image: Tensor,
+        caption: str,
+        subjects: Sequence[tuple[Name, Tensor]],
+        recipe: str,
+        where: str = "the caption",
+    ) -> Composite:
+        """Locate the subjects' words in the caption. Raises CaptionError naming ``where``."""
+        spans = locate_mentions(caption, [name for name, _ in subjects], where)
+        mentions = tuple(Mention(name, mask, s) for (name, mask), s in zip(subjects, spans))
+        return cls(image, caption, mentions, recipe)
+
+
+class TrainingSet(Protocol):
+    """What a training reads: composites and class pictures, each built when asked for.
+
+    ``names`` are the concepts in order; ``size`` the side of every picture in pixels.
+    """
+
+    names: tuple[Name, ...]
+    size: int
+
+    def digest(self) -> str:
+        """Identifies the content: equal digests train equally."""
+        ...
+
+    def composite_count(self) -> int: ...
+
+    def composite(self, index: int) -> Composite: ...
+
+    def prior_count(self) -> int: ...
+
+    def prior(self, index: int) -> Composite: ...
+
+
+def check_subject(image: Tensor, mask: Tensor, where: str) -> None:
+    """Refuse a picture or mask of the wrong shape, and an empty mask. Raises SubjectError naming ``where``."""
+    if image.ndim != 3 or image.shape[-1] != 3:
+        raise SubjectError(f"{where}: a picture must be [height, width, 3], got {list(image.shape)}")
+    if mask.shape != image.shape[:2]:
+        raise SubjectError(
+            f"{where}: the mask is {mask.shape[-1]}×{mask.shape[-2]} pixels but the picture "
+            f"{image.shape[1]}×{image.shape[0]}; make them the same size"
+        )
+    if not bool((mask > 0.5).any()):
+        raise SubjectError(f"{where}: the mask is empty; mark the subject or leave this photo out")

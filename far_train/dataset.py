@@ -1,0 +1,229 @@
+"""A training set as a folder that people can look at and edit.
+
+    dataset.json             concepts, picture size, and which mask belongs to which mention
+    composites/0000.png      the training pictures …
+    composites/0000.txt      … their captions; edit them freely, but keep each mention's words in order
+    composites/0000.0.mask.png   … and one mask per mention
+    priors/0000.png, .txt    class pictures (prior preservation)
+
+Delete a picture, and its instance is gone; add a class picture with its caption, and it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .captions import Name, check_noun, check_token, locate_mentions
+from .concepts import Composite, TrainingSet
+from .errors import CaptionError, DatasetError, FarError, OutputError
+from .files import make_folder, write_json, write_text
+from .photos import list_photos, load_mask, load_photo, save_mask, save_picture
+
+log = logging.getLogger(__name__)
+
+SCHEMA = 1
+
+
+def write_dataset(
+    training_set: TrainingSet,
+    folder: Path,
+    *,
+    about: dict[str, Any] | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> DatasetFolder:
+    """Build every instance and write the folder; ``about`` is kept in dataset.json for people.
+
+    The folder appears under its name when it is complete. Raises OutputError if it exists and isn't empty.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise OutputError(f"{folder}: is not empty; choose another folder or delete it")
+    unfinished = make_folder(folder.with_name(f"{folder.name}.unfinished"))
+    try:
+        instances, priors = training_set.composite_count(), training_set.prior_count()
+        entries = []
+        for i in range(instances):
+            on_progress(i, instances + priors)
+            entries.append(_write_composite(unfinished / "composites", f"{i:04d}", training_set.composite(i)))
+        for i in range(priors):
+            on_progress(instances + i, instances + priors)
+            prior = training_set.prior(i)
+            save_picture(unfinished / "priors" / f"{i:04d}.png", prior.image)
+            write_text(unfinished / "priors" / f"{i:04d}.txt", prior.caption + "\n")
+        names = [{"token": n.token, "noun": n.noun} for n in training_set.names]
+        write_json(
+            unfinished / "dataset.json",
+            {
+                "schema": SCHEMA,
+                "size": training_set.size,
+                "concepts": names,
+                "composites": entries,
+                "about": about or {},
+            },
+        )
+        try:
+            if folder.exists():
+                folder.rmdir()
+            unfinished.replace(folder)
+        except OSError as e:
+            raise OutputError(f"{folder}: can't be written ({e.strerror or e}); choose another folder") from e
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    on_progress(instances + priors, instances + priors)
+    return DatasetFolder(folder)
+
+
+def _write_composite(folder: Path, stem: str, composite: Composite) -> dict[str, Any]:
+    save_picture(folder / f"{stem}.png", composite.image)
+    write_text(folder / f"{stem}.txt", composite.caption + "\n")
+    mentions = []
+    for i, mention in enumerate(composite.mentions):
+        save_mask(folder / f"{stem}.{i}.mask.png", mention.mask)
+        mentions.append({"token": mention.name.token, "noun": mention.name.noun, "mask": f"{stem}.{i}.mask.png"})
+    return {"image": f"{stem}.png", "recipe": composite.recipe, "mentions": mentions}
+
+
+class DatasetFolder:
+    """A training set read from such a folder, one instance at a time (see ``TrainingSet``).
+
+    Everything is checked when it is opened, pictures when they are read. Raises DatasetError, TokenError,
+    CaptionError, PhotoError, each naming the file.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        about = self._read_index()
+        try:
+            self.size = int(about["size"])
+            self.names = tuple(Name(check_noun(c["noun"]), check_token(c["token"])) for c in about["concepts"])
+            composites = [_Entry.read(self.folder / "composites", e) for e in about["composites"]]
+        except FarError as e:
+            raise type(e)(f"{self.folder / 'dataset.json'}: {e}") from e
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise DatasetError(
+                f"{self.folder / 'dataset.json'}: {e!r} is missing or wrong; fuse the dataset anew"
+            ) from e
+        if not self.names:
+            raise DatasetError(f"{self.folder / 'dataset.json'}: no concepts; fuse the dataset anew")
+        self._composites = [e for e in composites if e.image.exists()]
+        if not self._composites:
+            raise DatasetError(f"{self.folder}: holds no composites; fuse the dataset anew")
+        if len(self._composites) < len(composites):
+            log.info("%s: %d composites were deleted.", self.folder, len(composites) - len(self._composites))
+        for entry in self._composites:
+            entry.check(set(self.names))
+        self._check_all_shown()
+        priors = self.folder / "priors"
+        self._priors = list_photos(priors) if priors.is_dir() and any(priors.glob("*.*")) else []
+        for path in self._priors:
+            _read_caption(path)
+
+    def _read_index(self) -> dict[str, Any]:
+        path = self.folder / "dataset.json"
+        if not path.is_file():
+            raise DatasetError(f"{self.folder}: is no dataset folder (dataset.json is missing); make one with 'fuse'")
+        try:
+            about = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as e:
+            raise DatasetError(f"{path}: can't be read ({e}); fuse the dataset anew") from e
+        if not isinstance(about, dict) or about.get("schema") != SCHEMA:
+            raise DatasetError(f"{path}: is of another version than {SCHEMA}; fuse the dataset anew")
+        return about
+
+    def _check_all_shown(self) -> None:
+        shown = {name for entry in self._composites for name, _ in entry.subjects}
+        for name in self.names:
+            if name not in shown:
+                raise DatasetError(f"{self.folder}: no composite shows {name.token}; fuse more, or give it subjects")
+
+    def digest(self) -> str:
+        digest = hashlib.sha256()
+        files = [
+            f for e in self._composites for f in (e.image, e.image.with_suffix(".txt"), *(m for _, m in e.subjects))
+        ]
+        files += [f for p in self._priors for f in (p, p.with_suffix(".txt"))]
+        for path in files:
+            digest.update(path.name.encode())
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        digest.update(repr([e.subjects and [n for n, _ in e.subjects] for e in self._composites]).encode())
+        return digest.hexdigest()
+
+    def composite_count(self) -> int:
+        return len(self._composites)
+
+    def composite(self, index: int) -> Composite:
+        entry = self._composites[index]
+        image = self._picture(entry.image)
+        subjects = [(name, load_mask(path)) for name, path in entry.subjects]
+        for (_, mask), (_, path) in zip(subjects, entry.subjects):
+            if mask.shape != image.shape[:2]:
+                raise DatasetError(
+                    f"{path}: the mask is {mask.shape[1]}×{mask.shape[0]}, its picture {self.size}×{self.size}; make them equal"
+                )
+        return Composite.build(
+            image, _read_caption(entry.image), subjects, entry.recipe, str(entry.image.with_suffix(".txt"))
+        )
+
+    def prior_count(self) -> int:
+        return len(self._priors)
+
+    def prior(self, index: int) -> Composite:
+        path = self._priors[index]
+        return Composite(self._picture(path), _read_caption(path), (), "prior")
+
+    def _picture(self, path: Path) -> Any:
+        image = load_photo(path).image
+        if image.shape[:2] != (self.size, self.size):
+            raise DatasetError(
+                f"{path}: is {image.shape[1]}×{image.shape[0]} pixels, the dataset {self.size}×{self.size}"
+            )
+        return image
+
+
+class _Entry:
+    """One composite of the index: its picture, its recipe, and (name, mask file) of each mention."""
+
+    def __init__(self, image: Path, recipe: str, subjects: list[tuple[Name, Path]]):
+        self.image, self.recipe, self.subjects = image, recipe, subjects
+
+    @classmethod
+    def read(cls, folder: Path, entry: dict[str, Any]) -> _Entry:
+        subjects = []
+        for mention in entry["mentions"]:
+            token = check_token(mention["token"]) if mention["token"] is not None else None
+            subjects.append((Name(check_noun(mention["noun"]), token), folder / plain_name(mention["mask"])))
+        return cls(folder / plain_name(entry["image"]), str(entry["recipe"]), subjects)
+
+    def check(self, concepts: set[Name]) -> None:
+        """Masks exist, concepts are known, and the caption mentions all of them in order."""
+        for name, mask in self.subjects:
+            if name.token and name not in concepts:
+                raise DatasetError(f"{self.image}: shows {name.phrase}, which is no concept of dataset.json")
+            if not mask.exists():
+                raise DatasetError(f"{mask}: is missing; restore it or delete {self.image.name}")
+        locate_mentions(_read_caption(self.image), [n for n, _ in self.subjects], str(self.image.with_suffix(".txt")))
+
+
+def plain_name(name: str) -> str:
+    """Refuse a file name that leads out of its folder. Raises DatasetError."""
+    if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\:\0"):
+        raise DatasetError(f"{name!r} is no plain file name")
+    return name
+
+
+def _read_caption(image: Path) -> str:
+    path = image.with_suffix(".txt")
+    try:
+        caption = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as e:
+        raise CaptionError(f"{path}: can't be read ({e}); every picture needs its caption") from e
+    if not caption:
+        raise CaptionError(f"{path}: is empty; every picture needs its caption")
+    return caption

@@ -1,0 +1,55 @@
+"""Errors that a user can act on: each message names the thing that is wrong and the fix."""
+
+from __future__ import annotations
+
+
+class FarError(Exception):
+    """Base of every error that is the input's fault and not the program's."""
+
+
+class ConfigError(FarError):
+    """A setting is unknown, of the wrong type, or out of range. The message starts with the field's name."""
+
+
+class PhotoError(FarError):
+    """A picture or mask file can't be used."""
+
+
+class SubjectError(FarError):
+    """No usable subject was found in a photo, or a concept is left without any."""
+
+
+class TokenError(FarError):
+    """A modifier token is malformed, splits, or collides with another token."""
+
+
+class CaptionError(FarError):
+    """A caption doesn't contain the mentions that its masks belong to, or is too long."""
+
+
+class DatasetError(FarError):
+    """A dataset folder is missing, incomplete, or inconsistent."""
+
+
+class BaseModelError(FarError):
+    """A base model can't be read, is of another family, or is incomplete."""
+
+
+class WeightsError(FarError):
+    """A FaR weights file can't be read or doesn't fit the base model."""
+
+
+class CheckpointError(FarError):
+    """A run can't be resumed from the checkpoints that it left."""
+
+
+class OutputError(FarError):
+    """A file or folder can't be written."""
+
+
+class TrainingDiverged(FarError):
+    """The loss or its gradient stayed non-finite for several steps in a row."""
+
+
+class Interrupted(FarError):
+    """The user stopped a run; what it had done is saved and can be resumed."""

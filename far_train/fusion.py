@@ -1,0 +1,236 @@
+"""Concept Fusion: references, class pictures and backgrounds recombined into training pictures.
+
+A reconstruction of the paper's data side (method.md, section 2). Everything is derived from (seed, index): any
+composite can be built alone, in any order, in any process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance
+
+from .captions import Name, write_caption
+from .concepts import Background, ClassPicture, Composite, Concept
+from .config import BACKGROUND_SHARES, MANY_CONCEPTS, RECIPE_SHARES, FusionConfig
+from .errors import SubjectError
+from .photos import from_pil, mask_from_pil, mask_to_pil, to_pil, to_uint8
+from .placement import Cutout, cut_out, fit_inside, paste, place
+from .scenery import cover, infill, plain_background
+
+FAR_AWAY, CLOSE_UP = 0.45, 0.80  # sizes of a single subject, as shares of the canvas, that captions call so
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A subject that composites can show: its name and the photo it is cut from."""
+
+    name: Name
+    picture: Image.Image
+    mask: Image.Image
+    cutout: Cutout
+
+
+class ConceptFusion:
+    """A lazy training set: composites of ``concepts``, class pictures and ``backgrounds`` (see ``TrainingSet``).
+
+    ``notes`` tells the user what was left out for want of input. Raises ConfigError, TokenError, SubjectError.
+    """
+
+    def __init__(
+        self,
+        concepts: Sequence[Concept],
+        priors: Sequence[ClassPicture] = (),
+        backgrounds: Sequence[Background] = (),
+        config: FusionConfig = FusionConfig(),
+    ):
+        if not concepts:
+            raise SubjectError("concepts: none given; name at least one concept with its photos")
+        tokens = [c.token for c in concepts]
+        for token in tokens:
+            if tokens.count(token) > 1:
+                raise SubjectError(f"concept {token}: named twice; give each concept its own token")
+        self._inputs = (tuple(concepts), tuple(priors), tuple(backgrounds))
+        self.config = config
+        self.size = config.size
+        self.names = tuple(c.name for c in concepts)
+        self.notes: list[str] = []
+        self._references = [[_source(c.name, i, m) for i, m in zip(c.images, c.masks)] for c in concepts]
+        self._pictures = list(priors)
+        self._prior_subjects = [_source(Name(p.noun), p.image, p.mask) for p in priors if p.mask is not None]
+        self._scenes = [(to_pil(b.image), b.phrase) for b in backgrounds]
+        self.recipes = self._available_recipes()
+        self.background_kinds = self._available_backgrounds()
+
+    def digest(self) -> str:
+        digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
+        for concept in self._inputs[0]:
+            digest.update(concept.name.phrase.encode())
+            for pixels in (*concept.images, *concept.masks):
+                _update(digest, pixels)
+        for prior in self._inputs[1]:
+            digest.update(prior.noun.encode())
+            _update(digest, prior.image)
+            _update(digest, prior.mask)
+        for background in self._inputs[2]:
+            digest.update(background.phrase.encode())
+            _update(digest, background.image)
+        return digest.hexdigest()
+
+    def composite_count(self) -> int:
+        return self.config.count
+
+    def prior_count(self) -> int:
+        return len(self._pictures)
+
+    def composite(self, index: int) -> Composite:
+        """Build instance ``index``: one of the recipes, drawn by its share."""
+        rng = self._rng("composite", index)
+        recipe = _draw(rng, self.recipes)
+        if recipe == "original":
+            return self._original(rng)
+        if recipe == "beside_prior":
+            reference = self._reference(rng, int(rng.integers(len(self.names))))
+            return self._fuse(rng, recipe, [reference, self._companion(rng, reference.name.noun)])
+        count = {"solo": 1, "pair": 2, "triple": 3}[recipe]
+        chosen = rng.permutation(len(self.names))[:count]
+        return self._fuse(rng, recipe, [self._reference(rng, int(c)) for c in chosen])
+
+    def prior(self, index: int) -> Composite:
+        """Build class picture ``index``: as it is, or (a share of them) two class subjects on one background."""
+        rng = self._rng("prior", index)
+        picture = self._pictures[index % len(self._pictures)]
+        if len(self._prior_subjects) > 1 and rng.random() < self.config.prior_collages:
+            first, second = rng.choice(len(self._prior_subjects), 2, replace=False)
+            fused = self._fuse(rng, "prior_collage", [self._prior_subjects[first], self._prior_subjects[second]])
+            return Composite(fused.image, fused.caption, (), fused.recipe)
+        image, _ = cover(to_pil(picture.image), None, self.size, rng)
+        return Composite(from_pil(image), write_caption([Name(picture.noun)], rng), (), "prior")
+
+    def _rng(self, stream: str, index: int) -> np.random.Generator:
+        return np.random.default_rng([self.config.fusion_seed, zlib.crc32(stream.encode()), index])
+
+    def _available_recipes(self) -> dict[str, float]:
+        shares = self.config.recipe_weights or RECIPE_SHARES.get(len(self.names), MANY_CONCEPTS)
+        missing = {}
+        if not self._prior_subjects:
+            missing["beside_prior"] = "there are no class pictures with masks"
+        if len(self.names) < 2:
+            missing["pair"] = "it needs two concepts"
+        if len(self.names) < 3:
+            missing["triple"] = "it needs three concepts"
+        for recipe, why in missing.items():
+            if shares.get(recipe):
+                self.notes.append(f"Recipe '{recipe}' ({shares[recipe]:.0%} of the composites) falls away: {why}.")
+        return _renormalise({k: v for k, v in shares.items() if v > 0 and k not in missing}, "recipe_weights")
+
+    def _available_backgrounds(self) -> dict[str, float]:
+        shares = self.config.background_weights or BACKGROUND_SHARES
+        missing = set()
+        if not self._scenes:
+            missing.add("scene")
+            self.notes.append("No background pictures are given: in-filled photos and plain colours serve instead.")
+        if not self._prior_subjects:
+            missing.add("prior")
+        return _renormalise({k: v for k, v in shares.items() if v > 0 and k not in missing}, "background_weights")
+
+    def _reference(self, rng: np.random.Generator, concept: int) -> _Source:
+        references = self._references[concept]
+        return references[rng.integers(len(references))]
+
+    def _companion(self, rng: np.random.Generator, noun: str) -> _Source:
+        same = [s for s in self._prior_subjects if s.name.noun == noun]
+        pool = same or self._prior_subjects
+        return pool[rng.integers(len(pool))]
+
+    def _original(self, rng: np.random.Generator) -> Composite:
+        source = self._reference(rng, int(rng.integers(len(self.names))))
+        image, mask = cover(source.picture, source.mask, self.size, rng)
+        if rng.random() < self.config.flip:
+            image, mask = (x.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for x in (image, mask))
+        caption = write_caption([source.name], rng)
+        return Composite.build(from_pil(image), caption, [(source.name, mask_from_pil(mask))], "original")
+
+    def _fuse(self, rng: np.random.Generator, recipe: str, sources: list[_Source]) -> Composite:
+        """Paste the subjects onto a background. Caption order and position are drawn apart from each other: else the
+        loss would teach that the first one mentioned stands on the left."""
+        canvas, phrase = self._background(rng)
+        sizes = [self._extent(rng, len(sources)) for _ in sources]
+        cutouts = [self._vary(rng, s.cutout, extent) for s, extent in zip(sources, sizes)]
+        may_cover = self.config.max_covered if rng.random() < self.config.occlusion else 0.0
+        placed = place(cutouts, self.size, round(self.config.margin * self.size), may_cover, rng)
+        image, masks = paste(canvas, placed, self.config.feather, self.config.erode)
+        size_word = ""
+        if len(sources) == 1 and recipe == "solo":
+            share = max(placed[0].cutout.extent) / self.size
+            size_word = "far away" if share < FAR_AWAY else "close up" if share > CLOSE_UP else ""
+        order = rng.permutation(len(sources))
+        subjects = [(sources[i].name, masks[i]) for i in order]
+        caption = write_caption(
+            [name for name, _ in subjects],
+            rng,
+            background=phrase,
+            size_word=size_word,
+            collage=rng.random() < self.config.collage_words,
+        )
+        return Composite.build(from_pil(image), caption, subjects, recipe)
+
+    def _extent(self, rng: np.random.Generator, count: int) -> tuple[float, float]:
+        """Largest width and height of one of ``count`` subjects, as shares of the canvas."""
+        if count == 1:
+            side = rng.uniform(0.35, 0.90)
+            return side, side
+        shrink = rng.uniform(0.6, 1.0) if count == 2 else rng.uniform(0.9, 1.0)
+        return shrink / count, shrink * 0.95
+
+    def _vary(self, rng: np.random.Generator, cutout: Cutout, extent: tuple[float, float]) -> Cutout:
+        """Mirror, turn, brighten and scale a subject."""
+        picture, mask = cutout.picture, cutout.mask
+        if rng.random() < self.config.flip:
+            picture, mask = (x.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for x in (picture, mask))
+        angle = rng.uniform(-self.config.rotation, self.config.rotation)
+        gain = 1 + rng.uniform(-self.config.brightness, self.config.brightness)
+        picture = ImageEnhance.Brightness(picture).enhance(gain)
+        width, height = (round(share * self.size) for share in extent)
+        return fit_inside(Cutout(picture, mask), width, height, angle)
+
+    def _background(self, rng: np.random.Generator) -> tuple[Image.Image, str]:
+        kind = _draw(rng, self.background_kinds)
+        if kind == "scene":
+            picture, phrase = self._scenes[rng.integers(len(self._scenes))]
+        elif kind == "plain":
+            return plain_background(self.size, rng)
+        else:
+            pool = self._prior_subjects if kind == "prior" else [s for c in self._references for s in c]
+            source = pool[rng.integers(len(pool))]
+            picture, phrase = infill(source.picture, source.mask, self.size), ""
+        image, _ = cover(picture, None, self.size, rng)
+        if rng.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return image, phrase
+
+
+def _source(name: Name, image: torch.Tensor, mask: torch.Tensor) -> _Source:
+    picture, matte = to_pil(image), mask_to_pil(mask)
+    return _Source(name, picture, matte, cut_out(picture, matte))
+
+
+def _update(digest: hashlib._Hash, pixels: torch.Tensor | None) -> None:
+    digest.update(b"" if pixels is None else str(tuple(pixels.shape)).encode() + to_uint8(pixels).tobytes())
+
+
+def _renormalise(shares: dict[str, float], field: str) -> dict[str, float]:
+    total = sum(shares.values())
+    if total <= 0:
+        raise SubjectError(f"{field}: nothing is left of the chosen kinds with what was given; allow another kind")
+    return {k: v / total for k, v in shares.items()}
+
+
+def _draw(rng: np.random.Generator, shares: dict[str, float]) -> str:
+    return str(rng.choice(list(shares), p=list(shares.values())))

@@ -1,0 +1,107 @@
+"""The loss of Fuse-and-Refine as pure functions: denoising and Localized Refinement.
+
+A reconstruction (method.md, section 3); each function names the published form that it follows. Shapes: B samples,
+N mentions, h×w cells of an attention map or of the latent. Every function returns one value per sample, so that
+micro-batches and several processes add up to the same step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+EPS = 1e-8
+
+
+def min_snr_weight(alphas_cumprod: Tensor, prediction_type: str, gamma: float | None) -> Tensor:
+    """Min-SNR weight of each sample [B] from its ᾱ_t [B] (Hang et al. 2023, arXiv 2303.09556, eq. 8).
+
+    min(SNR, γ)/SNR for ε-prediction, min(SNR, γ)/(SNR + 1) for v-prediction; ones without ``gamma``.
+    """
+    if gamma is None:
+        return torch.ones_like(alphas_cumprod)
+    snr = alphas_cumprod / (1 - alphas_cumprod).clamp(min=EPS)
+    return snr.clamp(max=gamma) / (snr + 1 if prediction_type == "v_prediction" else snr.clamp(min=EPS))
+
+
+def subject_weight(masks: Tensor, background_weight: float) -> Tensor:
+    """Weight [B, 1, h, w] of each latent cell: 1 on subjects grown by one cell, ``background_weight`` elsewhere.
+
+    ``masks`` [B, N, h, w] are the mentions' masks averaged over each latent cell (after Break-a-Scene's masked loss).
+    """
+    union = masks.amax(1, keepdim=True) if masks.shape[1] else masks.new_zeros(len(masks), 1, *masks.shape[2:])
+    grown = F.max_pool2d(union, 3, stride=1, padding=1).clamp(0, 1)
+    return background_weight + (1 - background_weight) * grown
+
+
+def denoising_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Squared error [B] of a prediction [B, C, h, w], as a mean over cells weighted by ``weight`` [B, 1, h, w].
+
+    The weights are normalised within each sample: a small subject counts as much as a large one.
+    """
+    error = (prediction.float() - target.float()).square().mean(1, keepdim=True)
+    if weight is None:
+        return error.mean((1, 2, 3))
+    return (error * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3)).clamp(min=EPS)
+
+
+def localization_loss(attention: Tensor, masks: Tensor) -> Tensor:
+    """How far each map is from its mask: mean over cells of (M − A / max A)², [B, N].
+
+    ``attention`` and ``masks`` are [B, N, h, w]. After Break-a-Scene (Avrahami et al. 2023, arXiv 2305.16311, eq. 3);
+    here the maximum is detached, so that a map can't fit its mask by lowering its peak. Scale-free, because the
+    start token takes most of the probability; and unlike a share inside the mask it rewards covering the subject.
+    """
+    peak = attention.amax((-2, -1), keepdim=True).detach().clamp(min=EPS)
+    return (masks - attention / peak).square().mean((-2, -1))
+
+
+def competition_loss(attention: Tensor, masks: Tensor, present: Tensor) -> Tensor:
+    """Who owns a cell: cross-entropy of the mentions' shares of attention inside their masks, [B].
+
+    −Σ_p Σ_i M_i(p) log(A_i(p) / Σ_j A_j(p)) / Σ_p Σ_i M_i(p). ``attention`` and ``masks`` are [B, N, h, w],
+    ``present`` [B, N] marks the rows that are mentions and not padding. 0 for a single mention.
+    """
+    here = present[..., None, None].to(attention.dtype)
+    attention, masks = attention * here, masks * here
+    share = attention / attention.sum(1, keepdim=True).clamp(min=EPS)
+    owned = -(masks * share.clamp(min=EPS).log()).sum((1, 2, 3))
+    return owned / masks.sum((1, 2, 3)).clamp(min=EPS)
+
+
+def refinement_loss(
+    token_maps: Tensor,
+    noun_maps: Tensor,
+    masks: Tensor,
+    is_concept: Tensor,
+    is_mention: Tensor,
+    *,
+    noun_weight: float = 0.5,
+    competition_weight: float = 0.1,
+    localization: str = "mse",
+) -> Tensor:
+    """Localized Refinement of each sample, [B].
+
+    mean_i [L_loc(V_i) + ``noun_weight`` · L_loc(c_i)] + ``competition_weight`` · [L_cmp(nouns) + L_cmp(modifiers)].
+    ``token_maps``, ``noun_maps``, ``masks``: [B, N, h, w], the attention of each mention's modifier and class noun,
+    and its region; ``is_concept``, ``is_mention``: bool [B, N]. A class subject has a noun map alone; rows that are
+    no mention are padding. Like competes with like: nouns of all mentions, modifiers of the concepts.
+    """
+    total = torch.zeros(len(masks), dtype=token_maps.dtype, device=token_maps.device)
+    if localization == "mse":
+        per_mention = is_concept * localization_loss(token_maps, masks)
+        per_mention = per_mention + noun_weight * is_mention * localization_loss(noun_maps, masks)
+        total = per_mention.sum(1) / is_mention.sum(1).clamp(min=1)
+    competition = competition_loss(noun_maps, masks, is_mention) + competition_loss(token_maps, masks, is_concept)
+    return total + competition_weight * competition
+
+
+def refinement_schedule(alphas_cumprod: Tensor, step: int, steps: int, ramp: float) -> Tensor:
+    """Weight of the refinement loss for each sample, [B]: ramp over the first steps × w(t) = √ᾱ_t.
+
+    At high noise a subject's identity can't be read yet; full supervision there would teach layout shortcuts.
+    """
+    ramp_steps = ramp * steps
+    rise = min((step + 1) / ramp_steps, 1.0) if ramp_steps >= 1 else 1.0
+    return rise * alphas_cumprod.sqrt()

@@ -1,0 +1,67 @@
+"""A tiny base of Stable Diffusion 2.1's shape with random weights: it learns nothing worth seeing, but every part of
+the line runs on it in seconds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ..backbone import PARTS, build_parts, packaged_configs
+from ..keys import diffusers_to_ldm, strip_text_model
+
+WIDTH = 32
+
+
+def tiny_configs(prediction_type: str = "v_prediction", size: int = 128) -> dict[str, Any]:
+    """Component configs of SD 2.1 with everything made small; ``size`` is the native side in pixels."""
+    configs = packaged_configs(prediction_type)
+    blocks = (32, 64, 64, 64)
+    configs["unet"] |= {
+        "block_out_channels": blocks,
+        "layers_per_block": 1,
+        "attention_head_dim": [2, 4, 4, 4],
+        "cross_attention_dim": WIDTH,
+        "sample_size": size // 8,
+    }
+    configs["vae"] |= {"block_out_channels": [32, 32, 32, 32], "layers_per_block": 1, "sample_size": size}
+    configs["text_encoder"] |= {
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "projection_dim": WIDTH,
+    }
+    return configs
+
+
+def random_states(configs: dict[str, Any], seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
+    """State dicts of UNet, VAE and text encoder, drawn as the libraries initialise them."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        states = {}
+        for part, module in build_parts(configs, device="cpu").items():
+            states[part] = {k: v.clone() for k, v in module.state_dict().items() if not k.endswith("position_ids")}
+    return states
+
+
+def write_folder(folder: Path, configs: dict[str, Any], states: dict[str, dict[str, torch.Tensor]]) -> Path:
+    """Write a base in diffusers' folder layout."""
+    for part in PARTS:
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        (folder / part / "config.json").write_text(json.dumps(configs[part], indent=2))
+        name = "model.safetensors" if part == "text_encoder" else "diffusion_pytorch_model.safetensors"
+        save_file(states[part], folder / part / name)
+    (folder / "scheduler").mkdir(exist_ok=True)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(configs["scheduler"], indent=2))
+    shutil.copytree(configs["tokenizer"], folder / "tokenizer", dirs_exist_ok=True)
+    return folder
+
+
+def single_file_state(configs: dict[str, Any], states: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The same base as one state dict in the original (LDM) layout."""
+    return diffusers_to_ldm(states["unet"], states["vae"], strip_text_model(states["text_encoder"]), configs)

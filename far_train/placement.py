@@ -1,0 +1,182 @@
+"""Where subjects stand on a canvas: cutting out, scaling, finding free places, pasting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from scipy import ndimage
+from torch import Tensor
+
+TRIES = 50
+CONTEXT = 0.08  # of its own size, kept around a subject, so that turning and feathering find real pixels
+
+
+@dataclass(frozen=True)
+class Cutout:
+    """A subject with a little of its surroundings: ``picture`` (RGB) and ``mask`` (L), of one size."""
+
+    picture: Image.Image
+    mask: Image.Image
+
+    @cached_property
+    def region(self) -> np.ndarray:
+        """The subject's pixels, bool [H, W]."""
+        return np.asarray(self.mask) > 127
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """Bounding box of the subject: left, top, right, bottom."""
+        return _bounds(self.region)
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """Width and height of the subject, in pixels."""
+        left, top, right, bottom = self.box
+        return right - left, bottom - top
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A cutout whose upper left corner stands at (``x``, ``y``) of the canvas; ``z`` orders who covers whom."""
+
+    cutout: Cutout
+    x: int
+    y: int
+    z: int
+
+
+def cut_out(picture: Image.Image, mask: Image.Image) -> Cutout:
+    """Crop a photo to its subject and a little context."""
+    left, top, right, bottom = _bounds(np.asarray(mask) > 127)
+    pad = round(CONTEXT * max(right - left, bottom - top)) + 2
+    box = (max(left - pad, 0), max(top - pad, 0), min(right + pad, picture.width), min(bottom + pad, picture.height))
+    return Cutout(picture.crop(box), mask.crop(box))
+
+
+def fit_inside(cutout: Cutout, width: int, height: int, angle: float = 0.0) -> Cutout:
+    """Turn by ``angle`` degrees, then scale so that the subject itself fills ``width`` × ``height`` as far as it fits."""
+    picture, mask = cutout.picture, cutout.mask
+    if angle:
+        picture = picture.rotate(angle, Image.Resampling.BICUBIC, expand=True)
+        mask = mask.rotate(angle, Image.Resampling.BICUBIC, expand=True)
+    turned = Cutout(picture, mask)
+    own_width, own_height = turned.extent
+    scale = min(width / own_width, height / own_height)
+    size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
+    return Cutout(picture.resize(size, Image.Resampling.LANCZOS), mask.resize(size, Image.Resampling.BOX))
+
+
+def place(
+    cutouts: Sequence[Cutout], size: int, margin: int, max_covered: float, rng: np.random.Generator
+) -> list[Placed]:
+    """Find a place for every subject on a square canvas of ``size`` pixels.
+
+    Random places are tried until the subjects, each grown by ``margin`` pixels, don't overlap; after 50 tries they
+    stand in permuted columns. With ``max_covered`` > 0 one subject may hide that share of the smaller one instead.
+    """
+    layers = [int(z) for z in rng.permutation(len(cutouts))]
+    grown = [_grow(c.region, 0 if max_covered else margin) for c in cutouts]
+    for _ in range(TRIES):
+        placed = [Placed(c, *_random_corner(c, size, rng), z) for c, z in zip(cutouts, layers)]
+        if all(
+            _overlap(placed[i], grown[i], placed[j], grown[j]) <= max_covered
+            for i in range(len(placed))
+            for j in range(i)
+        ):
+            return placed
+    return _columns(cutouts, size, margin, layers, rng)
+
+
+def paste(
+    canvas: Image.Image, placed: Sequence[Placed], feather: float, erode: int
+) -> tuple[Image.Image, list[Tensor]]:
+    """Put the subjects on the canvas, the lowest first.
+
+    Returns the picture and the visible region of every subject, [S, S] float 0..1, in the order of ``placed``.
+    """
+    canvas = canvas.copy()
+    masks: dict[int, np.ndarray] = {}
+    for i in sorted(range(len(placed)), key=lambda i: placed[i].z):
+        item = placed[i]
+        solid = item.cutout.mask.filter(ImageFilter.MinFilter(2 * erode + 1)) if erode else item.cutout.mask
+        # Pad before blurring: a subject at the photo's edge must fade out and not end in a line.
+        solid_canvas = Image.new("L", canvas.size)
+        solid_canvas.paste(solid, (item.x, item.y))
+        soft = (
+            np.asarray(solid_canvas.filter(ImageFilter.GaussianBlur(feather / 2)))
+            if feather
+            else np.asarray(solid_canvas)
+        )
+        # The rim fades inwards only: outside the subject the photo's own background would show.
+        alpha = np.minimum(soft, np.asarray(solid_canvas))
+        layer = canvas.copy()
+        layer.paste(item.cutout.picture, (item.x, item.y))
+        canvas = Image.composite(layer, canvas, Image.fromarray(alpha))
+        own = np.asarray(solid_canvas, dtype=np.float32) / 255
+        for lower in masks:
+            masks[lower] = masks[lower] * (1 - own)
+        masks[i] = own
+    return canvas, [torch.from_numpy(masks[i]) for i in range(len(placed))]
+
+
+def _bounds(region: np.ndarray) -> tuple[int, int, int, int]:
+    rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
+    if not len(rows):
+        return 0, 0, region.shape[1], region.shape[0]
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def _grow(region: np.ndarray, margin: int) -> np.ndarray:
+    """Dilate by ``margin`` pixels; the array grows by as much on every side."""
+    padded = np.pad(region, margin)
+    return ndimage.maximum_filter(padded, 2 * margin + 1) if margin else padded
+
+
+def _random_corner(cutout: Cutout, size: int, rng: np.random.Generator) -> tuple[int, int]:
+    """A uniform place at which the subject (not its context) lies inside the canvas."""
+    left, top, right, bottom = cutout.box
+    x = rng.integers(0, max(size - (right - left), 0) + 1) - left
+    y = rng.integers(0, max(size - (bottom - top), 0) + 1) - top
+    return int(x), int(y)
+
+
+def _overlap(a: Placed, grown_a: np.ndarray, b: Placed, grown_b: np.ndarray) -> float:
+    """Common pixels of two regions as a share of the smaller."""
+    ax, ay = _grown_corner(a, grown_a)
+    bx, by = _grown_corner(b, grown_b)
+    left, top = max(ax, bx), max(ay, by)
+    right = min(ax + grown_a.shape[1], bx + grown_b.shape[1])
+    bottom = min(ay + grown_a.shape[0], by + grown_b.shape[0])
+    if left >= right or top >= bottom:
+        return 0.0
+    common = (
+        grown_a[top - ay : bottom - ay, left - ax : right - ax]
+        & grown_b[top - by : bottom - by, left - bx : right - bx]
+    )
+    return float(common.sum()) / max(min(int(grown_a.sum()), int(grown_b.sum())), 1)
+
+
+def _grown_corner(item: Placed, grown: np.ndarray) -> tuple[int, int]:
+    margin = (grown.shape[1] - item.cutout.mask.width) // 2
+    return item.x - margin, item.y - margin
+
+
+def _columns(
+    cutouts: Sequence[Cutout], size: int, margin: int, layers: Sequence[int], rng: np.random.Generator
+) -> list[Placed]:
+    width = size // len(cutouts)
+    placed = []
+    for cutout, column, z in zip(cutouts, rng.permutation(len(cutouts)), layers):
+        room = width - 2 * margin
+        if cutout.extent[0] > room:
+            cutout = fit_inside(cutout, room, cutout.extent[1])
+        x, y = _random_corner(cutout, size, rng)
+        left, _, right, _ = cutout.box
+        x = int(column) * width + (width - (right - left)) // 2 - left
+        placed.append(Placed(cutout, x, y, z))
+    return placed

@@ -1,0 +1,172 @@
+"""The training pool: every picture as latents, its caption as token ids, its masks at both resolutions.
+
+A picture is encoded once and trained on many times. Batches are drawn by counters: step, place and seed decide them,
+so that a resumed run and a run on several cards see the same samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .backbone import BaseModel
+from .concepts import Composite, TrainingSet
+from .tokens import TokenizedPrompt, Vocabulary
+
+
+@dataclass(frozen=True)
+class Sample:
+    """``latents`` [C, h, w]; per mention: ``cell_masks`` [N, h, w], ``map_masks`` [N, a, b] at the attention maps' size,
+    ``token_select`` and ``noun_select`` [N, length], rows that average over the tokens of modifier and noun."""
+
+    latents: Tensor
+    prompt: TokenizedPrompt
+    cell_masks: Tensor
+    map_masks: Tensor
+    token_select: Tensor
+    noun_select: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples side by side; mentions are padded to the largest count N. ``is_instance`` [B] is False for class pictures."""
+
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    prompts: tuple[TokenizedPrompt, ...]
+    is_instance: Tensor
+    cell_masks: Tensor
+    map_masks: Tensor
+    token_select: Tensor
+    noun_select: Tensor
+
+    @property
+    def is_concept(self) -> Tensor:
+        """[B, N]: mentions that have a modifier."""
+        return self.token_select.sum(-1) > 0
+
+    @property
+    def is_mention(self) -> Tensor:
+        """[B, N]: rows that are mentions and not padding."""
+        return self.noun_select.sum(-1) > 0
+
+    def to(self, device: torch.device) -> Batch:
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        return Batch(**moved)
+
+
+def encode_pool(
+    training_set: TrainingSet,
+    base: BaseModel,
+    vocabulary: Vocabulary,
+    map_stride: int,
+    *,
+    seed: int,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[list[Sample], list[Sample]]:
+    """Encode all composites and all class pictures. Calls ``on_progress(done, total)``, which may raise to stop."""
+    composites, priors = training_set.composite_count(), training_set.prior_count()
+    total = composites + priors
+    pools: tuple[list[Sample], list[Sample]] = ([], [])
+    for i in range(total):
+        on_progress(i, total)
+        picture = training_set.composite(i) if i < composites else training_set.prior(i - composites)
+        generator = torch.Generator().manual_seed(derive_seed(seed, "latents", i))
+        pools[i >= composites].append(_encode(picture, base, vocabulary, map_stride, generator))
+    on_progress(total, total)
+    return pools
+
+
+@torch.no_grad()
+def _encode(
+    picture: Composite, base: BaseModel, vocabulary: Vocabulary, map_stride: int, generator: torch.Generator
+) -> Sample:
+    vae = base.vae
+    pixels = picture.image.permute(2, 0, 1)[None].to(vae.device, vae.dtype) * 2 - 1
+    posterior = vae.encode(pixels).latent_dist
+    drawn = posterior.mean.cpu() + posterior.std.cpu() * torch.randn(posterior.mean.shape, generator=generator)
+    latents = (drawn * vae.config.scaling_factor)[0].float()
+    prompt = vocabulary.tokenize(picture.caption)
+    mentions = picture.mentions
+    masks = torch.stack([m.mask for m in mentions]) if mentions else torch.zeros(0, *picture.image.shape[:2])
+    cells = tuple(latents.shape[-2:])
+    maps = tuple(-(-side // map_stride) for side in cells)
+    select = [(_average(prompt, m.spans.token), _average(prompt, m.spans.noun)) for m in mentions]
+    empty = torch.zeros(0, len(prompt.ids))
+    return Sample(
+        latents,
+        prompt,
+        F.adaptive_avg_pool2d(masks, cells),
+        F.adaptive_avg_pool2d(masks, maps),
+        torch.stack([s[0] for s in select]) if select else empty,
+        torch.stack([s[1] for s in select]) if select else empty,
+    )
+
+
+def _average(prompt: TokenizedPrompt, span: tuple[int, int] | None) -> Tensor:
+    """A row [length] that averages over the tokens under ``span``; zeros without one."""
+    row = torch.zeros(len(prompt.ids))
+    if span is not None:
+        positions = prompt.positions(span)
+        row[list(positions)] = 1 / len(positions)
+    return row
+
+
+def draw_batch(
+    pools: tuple[Sequence[Sample], Sequence[Sample]],
+    counts: tuple[int, int],
+    timesteps: int,
+    *,
+    seed: int,
+    step: int,
+) -> Batch:
+    """The batch of ``step``: ``counts`` composites and class pictures, each with its own noise and timestep."""
+    samples, noises, times, is_instance = [], [], [], []
+    for stream, pool, count in zip(("composite", "prior"), pools, counts):
+        for place in range(count if pool else 0):
+            number = step * count + place
+            samples.append(pool[_shuffled(len(pool), number, seed, stream)])
+            generator = torch.Generator().manual_seed(derive_seed(seed, f"{stream} noise", number))
+            times.append(torch.randint(timesteps, (), generator=generator))
+            noises.append(torch.randn(samples[-1].latents.shape, generator=generator))
+            is_instance.append(stream == "composite")
+    mentions = max((len(s.cell_masks) for s in samples), default=0)
+
+    def padded(field: str) -> Tensor:
+        rows = [getattr(s, field) for s in samples]
+        return torch.stack([F.pad(r, [0, 0] * (r.ndim - 1) + [0, mentions - len(r)]) for r in rows])
+
+    return Batch(
+        torch.stack([s.latents for s in samples]),
+        torch.stack(noises),
+        torch.stack(times),
+        tuple(s.prompt for s in samples),
+        torch.tensor(is_instance),
+        padded("cell_masks"),
+        padded("map_masks"),
+        padded("token_select"),
+        padded("noun_select"),
+    )
+
+
+def slice_batch(batch: Batch, start: int, stop: int) -> Batch:
+    """Samples ``start`` to ``stop`` of a batch."""
+    return Batch(**{k: v[start:stop] for k, v in vars(batch).items()})
+
+
+def _shuffled(size: int, number: int, seed: int, stream: str) -> int:
+    """The ``number``-th draw from ``size`` items: every item once per round, each round in its own order."""
+    order = np.random.default_rng(derive_seed(seed, f"{stream} order", number // size)).permutation(size)
+    return int(order[number % size])
+
+
+def derive_seed(seed: int, stream: str, index: int) -> int:
+    """A 63-bit seed for one use at one place, the same in every process."""
+    words = [seed, *stream.encode(), index]
+    return int(np.random.SeedSequence(words).generate_state(2, np.uint32).view(np.uint64)[0] >> 1)

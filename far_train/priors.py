@@ -1,0 +1,75 @@
+"""Class pictures: what the base itself shows for a noun, drawn where the user brings none."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .backbone import BaseModel
+from .captions import Name, with_article, write_caption
+from .concepts import ClassPicture, Composite, TrainingSet
+from .config import SampleConfig
+from .photos import load_photo, save_picture
+from .pool import derive_seed
+from .sampling import draw_pictures
+from .tokens import Vocabulary
+
+log = logging.getLogger(__name__)
+
+
+def draw_class_pictures(
+    base: BaseModel,
+    nouns: Sequence[str],
+    count: int,
+    folder: Path,
+    config: SampleConfig,
+    *,
+    size: int | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[ClassPicture]:
+    """Draw ``count`` pictures "a photo of a NOUN" per noun into ``folder``/NOUN; those that are there already stay.
+
+    ``size``: side in pixels, default the base's own. Picture i of a noun depends on its seed alone, so an
+    interrupted call goes on where it stopped.
+    """
+    nouns = sorted(set(nouns))
+    wanted = [(noun, i, folder / noun.replace(" ", "_") / f"{i:04d}.png") for noun in nouns for i in range(count)]
+    missing = [w for w in wanted if not w[2].exists()]
+    vocabulary = Vocabulary(base.tokenizer, (), base.tokenizer_size)
+    side = size or base.native_size
+    done = len(wanted) - len(missing)
+    for start in range(0, len(missing), config.sample_batch):
+        on_progress(done + start, len(wanted))
+        for noun, i, path in missing[start : start + config.sample_batch]:
+            seed = derive_seed(config.sample_seed, f"class {noun}", i) >> 31
+            picture = draw_pictures(
+                base,
+                vocabulary,
+                [f"a photo of {with_article(noun)}"],
+                config.replace(sample_seed=seed),
+                size=(side, side),
+            )
+            save_picture(path, picture[0])
+    on_progress(len(wanted), len(wanted))
+    return [ClassPicture(noun, load_photo(path).image) for noun, _, path in wanted]
+
+
+class with_drawn_priors:
+    """A training set with class pictures added as its prior half."""
+
+    def __init__(self, training_set: TrainingSet, pictures: Sequence[ClassPicture]):
+        self._set, self._pictures = training_set, list(pictures)
+        self.names, self.size = training_set.names, training_set.size
+        self.composite_count, self.composite = training_set.composite_count, training_set.composite
+        self.digest = training_set.digest
+
+    def prior_count(self) -> int:
+        return len(self._pictures)
+
+    def prior(self, index: int) -> Composite:
+        picture = self._pictures[index]
+        caption = write_caption([Name(picture.noun)], np.random.default_rng(index))
+        return Composite(picture.image, caption, (), "prior")

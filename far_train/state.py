@@ -1,0 +1,104 @@
+"""Checkpoints: written atomically, verified when read, resumable to the bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from .errors import CheckpointError
+from .files import write_tensors
+
+log = logging.getLogger(__name__)
+
+_NAME = re.compile(r"checkpoint-(\d{8})\.safetensors")
+
+
+def save_checkpoint(
+    folder: Path, step: int, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, keep: int
+) -> Path:
+    """Write parameters and optimizer moments after ``step`` steps, then delete all but the newest ``keep`` files.
+
+    An older file goes only when the new one is complete on disk. Raises OutputError.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        tensors[f"value/{name}"] = parameter
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{key}/{name}"] = torch.as_tensor(value)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    path = folder / f"checkpoint-{step:08d}.safetensors"
+    write_tensors(path, tensors, {"far_checkpoint": json.dumps({"step": step, "sha256": _digest(tensors)})})
+    for old in _checkpoints(folder)[keep:]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def load_checkpoint(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+    """Restore the newest checkpoint that is whole; returns its step, or 0 where there is none.
+
+    A damaged file is passed over with a warning. Raises CheckpointError if all are damaged, or if the newest whole
+    one belongs to other parameters.
+    """
+    found = _checkpoints(folder)
+    for path in found:
+        try:
+            step, tensors = _read(path)
+        except (OSError, SafetensorError, ValueError, KeyError) as e:
+            log.warning("%s is damaged (%s); trying the one before.", path.name, e)
+            continue
+        _restore(path, tensors, parameters, optimizer)
+        return step
+    if found:
+        raise CheckpointError(f"{folder}: all {len(found)} checkpoints are damaged; start anew in another folder")
+    return 0
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint files, the newest first."""
+    if not folder.is_dir():
+        return []
+    return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), reverse=True)
+
+
+def _read(path: Path) -> tuple[int, dict[str, Tensor]]:
+    with safe_open(path, "pt") as file:
+        about = json.loads((file.metadata() or {})["far_checkpoint"])
+        tensors = {k: file.get_tensor(k) for k in file.keys()}
+    if _digest(tensors) != about["sha256"]:
+        raise ValueError("its content doesn't match its checksum")
+    return int(about["step"]), tensors
+
+
+def _restore(
+    path: Path, tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    for name, parameter in parameters.items():
+        value = tensors.get(f"value/{name}")
+        if value is None or value.shape != parameter.shape:
+            raise CheckpointError(
+                f"{path}: holds no matching '{name}'; it belongs to another run, choose another folder"
+            )
+        with torch.no_grad():
+            parameter.copy_(value)
+        state = {}
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            if f"{key}/{name}" in tensors:
+                moment = tensors[f"{key}/{name}"]
+                state[key] = moment if key == "step" else moment.to(parameter.device)
+        optimizer.state[parameter] = state
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,204 @@
+"""The FaR weights file, and its exports to files that stock loaders read. Safetensors alone, never pickle."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from . import __version__
+from .backbone import FAMILIES, BaseModel, kv_weights
+from .captions import Name, check_noun, check_token
+from .config import SCHEMA_VERSION, SampleConfig
+from .errors import ConfigError, FarError, WeightsError
+from .files import write_tensors
+from .tokens import ModifierEmbedding, Vocabulary, noun_embedding
+
+log = logging.getLogger(__name__)
+
+RESERVED = {"con", "prn", "aux", "nul", *(f"com{i}" for i in range(10)), *(f"lpt{i}" for i in range(10))}
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where weights come from: the base they were trained on, the concepts in order, and how."""
+
+    family: str
+    base_digest: str
+    prediction_type: str
+    nouns: dict[str, str]
+    steps: int
+    size: int
+    config: dict[str, Any] = field(default_factory=dict)
+    far_version: str = __version__
+    schema: int = SCHEMA_VERSION
+
+
+@dataclass(frozen=True)
+class FarWeights:
+    """Learned weights: ``embeddings`` [n, width] by modifier token, ``deltas`` [out, in] of the K/V by the
+    original (LDM) layer name, ``input_blocks.1.1.transformer_blocks.0.attn2.to_k``."""
+
+    embeddings: dict[str, Tensor]
+    deltas: dict[str, Tensor]
+    provenance: Provenance
+
+    @property
+    def names(self) -> tuple[Name, ...]:
+        return tuple(Name(self.provenance.nouns[t], t) for t in self.embeddings)
+
+    def save(self, path: Path) -> None:
+        """Write one ``.safetensors`` file. Raises OutputError."""
+        tensors = {f"embedding.{t}": e for t, e in self.embeddings.items()}
+        tensors |= {f"delta.{name}": d for name, d in self.deltas.items()}
+        write_tensors(path, tensors, {"format": "pt", "far": json.dumps(asdict(self.provenance))})
+
+    @classmethod
+    def load(cls, path: Path) -> FarWeights:
+        """Read a FaR weights file. Raises WeightsError when it is none, damaged, or from a newer version."""
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = (file.metadata() or {}).get("far")
+                if metadata is None:
+                    raise WeightsError(f"weights: {path} is no FaR file (it has no 'far' metadata); is it a LoRA?")
+                tensors = {k: file.get_tensor(k) for k in file.keys()}
+        except (OSError, SafetensorError) as e:
+            raise WeightsError(
+                f"weights: can't read {path} ({e}); it is missing, damaged or no safetensors file"
+            ) from e
+        provenance = _read_provenance(metadata, path)
+        embeddings = {t: tensors.get(f"embedding.{t}") for t in provenance.nouns}
+        deltas = {k.removeprefix("delta."): v for k, v in tensors.items() if k.startswith("delta.")}
+        foreign = [k for k in tensors if not k.startswith("delta.") and k.removeprefix("embedding.") not in embeddings]
+        for name, value in [*embeddings.items(), *deltas.items()]:
+            if value is None or value.ndim != 2 or not value.is_floating_point():
+                raise WeightsError(f"weights: {path} holds no proper tensor for {name}; the file is damaged")
+            if not bool(torch.isfinite(value).all()):
+                raise WeightsError(f"weights: {path}: {name} holds values that are not finite; the file is damaged")
+        if foreign or not embeddings:
+            raise WeightsError(f"weights: {path} does not hold what its metadata says ({foreign[:1] or 'no concepts'})")
+        return cls(embeddings, deltas, provenance)
+
+    def check_fits(self, base: BaseModel) -> None:
+        """Refuse a base of another shape or prediction type (WeightsError); warn about another one of the same kind."""
+        about = self.provenance
+        if about.prediction_type != base.prediction_type:
+            raise WeightsError(
+                f"weights: trained on a base with {about.prediction_type}, this one has {base.prediction_type}; "
+                "use the base that they were trained on"
+            )
+        own = {k: tuple(v.shape) for k, v in kv_weights(base.unet).items()}
+        ours = {k: tuple(v.shape) for k, v in self.deltas.items()}
+        wrong = sorted(k for k in own.keys() | ours.keys() if own.get(k) != ours.get(k))
+        width = base.text_encoder.get_input_embeddings().weight.shape[1]
+        if any(e.shape[1] != width for e in self.embeddings.values()):
+            wrong.append(f"embeddings (width {next(iter(self.embeddings.values())).shape[1]}, the base has {width})")
+        if wrong:
+            raise WeightsError(
+                f"weights: they don't fit this base: {wrong[0]} and {len(wrong) - 1} others differ; use their base"
+            )
+        if about.base_digest != base.digest:
+            log.warning("These weights were trained on another base of the same shape; likeness may suffer.")
+
+    def apply(self, base: BaseModel, config: SampleConfig = SampleConfig()) -> Vocabulary:
+        """Put the weights into ``base`` (its K/V are changed in place) and return the vocabulary for its prompts.
+
+        ``config.strength`` scales the K/V deltas, which all concepts share; ``config.concept_strength`` moves one
+        concept's embedding between its bare noun's (0) and the learned one (1).
+        """
+        self.check_fits(base)
+        strengths = config.concept_strength or {}
+        for token in strengths:
+            if token not in self.embeddings:
+                raise ConfigError(f"concept_strength: there is no {token}; known: {', '.join(self.embeddings)}")
+        with torch.no_grad():
+            for name, weight in kv_weights(base.unet).items():
+                weight.add_(config.strength * self.deltas[name].to(weight))
+        table = base.text_encoder.get_input_embeddings()
+        vectors = len(next(iter(self.embeddings.values())))
+        vocabulary = Vocabulary(base.tokenizer, self.names, table.num_embeddings, vectors)
+        rows = []
+        for name in self.names:
+            bare = noun_embedding(table.weight, vocabulary, name.noun)
+            rows.append(torch.lerp(bare, self.embeddings[name.token].float().to(bare), strengths.get(name.token, 1.0)))
+        base.text_encoder.set_input_embeddings(ModifierEmbedding(table, torch.cat(rows)))
+        return vocabulary
+
+    def export_lora(self, path: Path, rank: int | None = None) -> None:
+        """Write the K/V deltas as a LoRA file for stock loaders: whole (``.diff``), or as the nearest of ``rank``."""
+        tensors: dict[str, Tensor] = {}
+        for name, delta in self.deltas.items():
+            key = f"diffusion_model.{name}"
+            if rank is None:
+                tensors[f"{key}.diff"] = delta.to(torch.float16)
+                continue
+            kept = min(rank, *delta.shape)
+            u, s, v = torch.linalg.svd(delta.float(), full_matrices=False)
+            tensors[f"{key}.lora_B.weight"] = (u[:, :kept] * s[:kept].sqrt()).to(torch.float16)
+            tensors[f"{key}.lora_A.weight"] = (s[:kept].sqrt()[:, None] * v[:kept]).to(torch.float16)
+        write_tensors(path, tensors, {"format": "pt"})
+
+    def export_embeddings(self, folder: Path) -> list[Path]:
+        """Write one embedding file per concept, ``corgi-dog.safetensors``, used as ``embedding:corgi-dog``."""
+        key = FAMILIES[self.provenance.family].embedding_key
+        paths = []
+        for token, embedding in self.embeddings.items():
+            path = folder / f"{file_stem(token)}.safetensors"
+            write_tensors(path, {key: embedding.float()}, {"format": "pt"})
+            paths.append(path)
+        return paths
+
+
+def file_stem(token: str) -> str:
+    """A file name for a modifier token that every system can hold: ``<corgi-dog>`` → ``corgi-dog``."""
+    stem = token.strip("<>")
+    return f"{stem}-token" if stem in RESERVED else stem
+
+
+def _read_provenance(text: str, path: Path) -> Provenance:
+    try:
+        values = json.loads(text)
+        if values["schema"] > SCHEMA_VERSION:
+            raise WeightsError(
+                f"weights: {path} was made by a newer version of FaR ({values.get('far_version')}); update"
+            )
+        known = {k: values[k] for k in Provenance.__dataclass_fields__ if k in values}
+        provenance = Provenance(**known)
+        if provenance.family not in FAMILIES:
+            raise WeightsError(
+                f"weights: {path} is for the model family {provenance.family!r}, which this version lacks"
+            )
+        for token, noun in provenance.nouns.items():
+            check_token(token)
+            check_noun(noun)
+    except WeightsError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, FarError) as e:
+        raise WeightsError(f"weights: the metadata of {path} can't be read ({e}); the file is damaged") from e
+    return provenance
+
+
+def describe(weights: FarWeights) -> Mapping[str, Any]:
+    """What a weights file holds, for people: concepts, layers, the size of the change, where it comes from."""
+    about = weights.provenance
+    norms = {k: float(v.float().norm()) for k, v in weights.deltas.items()}
+    return {
+        "concepts": {t: {"noun": about.nouns[t], "vectors": len(e)} for t, e in weights.embeddings.items()},
+        "kv_deltas": len(weights.deltas),
+        "parameters": sum(v.numel() for v in [*weights.deltas.values(), *weights.embeddings.values()]),
+        "largest_change": max(norms, key=norms.get) if norms else None,
+        "family": about.family,
+        "prediction_type": about.prediction_type,
+        "base_digest": about.base_digest,
+        "steps": about.steps,
+        "size": about.size,
+        "far_version": about.far_version,
+        "config": about.config,
+    }
