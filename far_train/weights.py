@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import __version__
-from .backbone import FAMILIES, BaseModel, kv_weights
+from .backbone import FAMILIES, BaseModel, kv_layers, kv_weights
 from .captions import Name, check_noun, check_token
 from .config import SCHEMA_VERSION, SampleConfig
 from .errors import ConfigError, FarError, WeightsError
@@ -108,7 +108,7 @@ class FarWeights:
             log.warning("These weights were trained on another base of the same shape; likeness may suffer.")
 
     def apply(self, base: BaseModel, config: SampleConfig = SampleConfig()) -> Vocabulary:
-        """Put the weights into ``base`` (its K/V are changed in place) and return the vocabulary for its prompts.
+        """Put the weights into ``base`` for good and return the vocabulary for its prompts.
 
         ``config.strength`` scales the K/V deltas, which all concepts share; ``config.concept_strength`` moves one
         concept's embedding between its bare noun's (0) and the learned one (1).
@@ -118,9 +118,10 @@ class FarWeights:
         for token in strengths:
             if token not in self.embeddings:
                 raise ConfigError(f"concept_strength: there is no {token}; known: {', '.join(self.embeddings)}")
-        with torch.no_grad():
-            for name, weight in kv_weights(base.unet).items():
-                weight.add_(config.strength * self.deltas[name].to(weight))
+        for name, (layer, part) in kv_layers(base.unet).items():
+            projection = getattr(layer, part)
+            changed = projection.weight.detach() + config.strength * self.deltas[name].to(projection.weight)
+            projection.weight = nn.Parameter(changed, requires_grad=False)  # the old tensor may be the caller's own
         table = base.text_encoder.get_input_embeddings()
         vectors = len(next(iter(self.embeddings.values())))
         vocabulary = Vocabulary(base.tokenizer, self.names, table.num_embeddings, vectors)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -16,7 +15,15 @@ from far_train.config import ExtractConfig
 from far_train.errors import OutputError, PhotoError, SubjectError
 from far_train.photos import Photo, load_mask, load_photo, to_uint8
 from far_train.subjects import (
-    AUTOMATIC_POINTS, Prompt, Subject, SubjectExtractor, build_sam, choose_mask, clean_mask, extract_folder, load_sam,
+    AUTOMATIC_POINTS,
+    Prompt,
+    Subject,
+    SubjectExtractor,
+    build_sam,
+    choose_mask,
+    clean_mask,
+    extract_folder,
+    load_sam,
     subject_from_mask,
 )
 
@@ -91,9 +98,9 @@ def test_prompts_on_the_very_edge_are_inside():
 
 def test_a_prompt_follows_its_photo_when_that_was_scaled_down():
     extractor = Scripted([rectangle(5, 35, 10, 50)] * 3, [0.5, 0.4, 0.3])
-    prompt = Prompt(box=(40, 20, 240, 120), points=((100, 50, 1), (4, 6, 0)))
-    extractor.extract(photo(full_size=(120, 240)), prompt)
-    assert extractor.asked[0][1] == Prompt(box=(10, 20 / 3, 60, 40), points=((25, 50 / 3, 1), (1, 2, 0)))
+    prompt = Prompt(box=(40, 20, 240, 80), points=((100, 50, 1), (4, 6, 0)))
+    extractor.extract(photo(full_size=(80, 240)), prompt)
+    assert extractor.asked[0][1] == Prompt(box=(10, 10, 60, 40), points=((25, 25, 1), (1, 3, 0)))
 
 
 # Masks
@@ -152,8 +159,12 @@ def test_a_photos_own_mask_is_taken_as_it_is():
 
 
 def test_missing_empty_and_misfit_masks_are_refused():
-    for mask, message in ((None, r"a\.mask\.png.*alpha.*segment-anything"), (torch.full((40, 60), 0.3), r"empty.*0\.30"),
-                          (torch.ones(60, 40), "40x60 px.*60x40 px")):
+    cases = (
+        (None, r"a\.mask\.png.*alpha.*segment-anything"),
+        (torch.full((40, 60), 0.3), r"empty.*0\.30"),
+        (torch.ones(60, 40), "40x60 px.*60x40 px"),
+    )
+    for mask, message in cases:
         with pytest.raises(SubjectError, match=rf"a\.jpg: .*{message}"):
             subject_from_mask(photo(mask=mask))
 
@@ -219,11 +230,11 @@ def test_a_model_that_is_no_sam_is_refused():
         SubjectExtractor(torch.nn.Linear(2, 2))
 
 
-def save_tiny(path: Path, sam, metadata: dict | None = None) -> Path:
+def save_tiny(path: Path, sam, stated: str = '{"decoder_heads": 4}') -> Path:
     from safetensors.torch import save_file
 
     if path.suffix == ".safetensors":
-        save_file(sam.state_dict(), path, {"far_sam": json.dumps({"decoder_heads": 4})} if metadata is None else metadata)
+        save_file(sam.state_dict(), path, {"far_sam": stated})
     else:
         torch.save(sam.state_dict(), path)
     return path
@@ -280,9 +291,13 @@ def test_files_that_are_no_sam_are_refused_and_never_run(tmp_path):
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
     (tmp_path / "empty.pth").touch()
     cases = {
-        "other.pth": "is no segment-anything file: it lacks 'image_encoder.*unet.weight", "list.pth": "no plain state dict",
-        "evil.pth": "can't be read as weights", "junk.pth": "can't be read", "junk.safetensors": "can't be read",
-        "empty.pth": "can't be read", "none.pth": "no such file",
+        "other.pth": "is no segment-anything file: it lacks 'image_encoder.*unet.weight",
+        "list.pth": "no plain state dict",
+        "evil.pth": "can't be read as weights",
+        "junk.pth": "can't be read",
+        "junk.safetensors": "can't be read",
+        "empty.pth": "can't be read",
+        "none.pth": "no such file",
     }
     for name, message in cases.items():
         with pytest.raises(SubjectError, match=f"(?s){name}: .*{message}"):
@@ -300,10 +315,12 @@ def test_variants_of_sam_are_refused_with_the_tensors_names(tmp_path):
         load_sam(tmp_path / "hq.pth")
 
 
-@pytest.mark.parametrize("stated", ["not json", "[1]", '{"decoder_heads": 3}', '{"decoder_heads": "4"}', '{"colour": 1}'])
+@pytest.mark.parametrize(
+    "stated", ["not json", "[1]", '{"decoder_heads": 3}', '{"decoder_heads": "4"}', '{"colour": 1}']
+)
 def test_wrong_metadata_is_refused(tmp_path, stated):
     with pytest.raises(SubjectError, match=r"sam\.safetensors"):
-        load_sam(save_tiny(tmp_path / "sam.safetensors", tiny_sam(), {"far_sam": stated}))
+        load_sam(save_tiny(tmp_path / "sam.safetensors", tiny_sam(), stated))
 
 
 def test_an_incomplete_spec_is_refused():

@@ -1,0 +1,141 @@
+"""Loading a base: from all three sources, completely or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from far_train.backbone import kv_digest, kv_weights, load_base, packaged_configs
+from far_train.errors import BaseModelError
+from far_train.mini.tiny import random_states, single_file_state, tiny_configs, write_folder
+
+
+@pytest.fixture(scope="module")
+def configs():
+    return tiny_configs()
+
+
+@pytest.fixture(scope="module")
+def ldm_state(configs):
+    return single_file_state(configs, random_states(configs))
+
+
+def same_weights(a, b) -> bool:
+    return all(
+        torch.equal(x, y)
+        for part in ("unet", "vae", "text_encoder")
+        for x, y in zip(getattr(a, part).state_dict().values(), getattr(b, part).state_dict().values())
+    )
+
+
+def test_folder_single_file_and_state_dict_give_the_same_base(tiny_folder: Path, ldm_state, configs, tmp_path: Path):
+    folder = load_base(tiny_folder)
+    save_file(ldm_state, tmp_path / "tiny.safetensors")
+    single = load_base(tmp_path / "tiny.safetensors", config=tiny_folder)
+    memory = load_base(ldm_state, config=configs)
+    assert same_weights(folder, single) and same_weights(folder, memory)
+    assert folder.digest == single.digest == memory.digest
+    assert folder.prediction_type == memory.prediction_type == "v_prediction"
+    assert (folder.native_size, folder.downscale, folder.tokenizer_size) == (128, 8, 49408)
+    assert folder.alphas_cumprod.shape == (1000,)
+
+
+def test_everything_is_frozen_and_on_real_memory(base):
+    for module in (base.unet, base.vae, base.text_encoder):
+        assert not module.training
+        assert all(not p.requires_grad and not p.is_meta for p in module.parameters())
+        assert all(not b.is_meta for b in module.buffers())
+
+
+def test_digest_ignores_precision_but_not_content(base):
+    weights = kv_weights(base.unet)
+    assert kv_digest({k: v.half() for k, v in weights.items()}) == base.digest
+    changed = {k: v.clone() for k, v in weights.items()}
+    next(iter(changed.values()))[0, 0] += 0.1
+    assert kv_digest(changed) != base.digest
+
+
+def test_missing_weights_are_named(ldm_state, configs):
+    broken = {k: v for k, v in ldm_state.items() if k != "model.diffusion_model.out.2.bias"}
+    with pytest.raises(BaseModelError, match=r"lacks 1 of \d+ tensors, such as conv_out.bias"):
+        load_base(broken, config=configs)
+
+
+def test_wrong_shape_is_named(ldm_state, configs):
+    broken = {**ldm_state, "model.diffusion_model.out.2.bias": torch.zeros(7)}
+    with pytest.raises(BaseModelError, match=r"conv_out.bias is \[7\], expected \[4\]"):
+        load_base(broken, config=configs)
+
+
+@pytest.mark.parametrize(("width", "name"), [(768, "Stable Diffusion 1.x"), (2048, "Stable Diffusion XL")])
+def test_other_families_are_told_by_name(tmp_path: Path, width: int, name: str):
+    key = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
+    save_file({key: torch.zeros(8, width)}, tmp_path / "other.safetensors")
+    with pytest.raises(BaseModelError, match=name):
+        load_base(tmp_path / "other.safetensors")
+
+
+def test_a_lora_is_no_base(tmp_path: Path):
+    save_file({"lora_unet_x.lora_up.weight": torch.zeros(2, 2)}, tmp_path / "lora.safetensors")
+    with pytest.raises(BaseModelError, match="no Stable Diffusion UNet"):
+        load_base(tmp_path / "lora.safetensors")
+
+
+def test_files_that_cannot_be_read(tmp_path: Path):
+    with pytest.raises(BaseModelError, match="there is no file"):
+        load_base(tmp_path / "absent.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x40\x00\x00\x00\x00\x00\x00\x00{}")
+    with pytest.raises(BaseModelError, match="can't read"):
+        load_base(tmp_path / "cut.safetensors")
+    (tmp_path / "model.ckpt").write_bytes(b"x")
+    with pytest.raises(BaseModelError, match="never unpickles"):
+        load_base(tmp_path / "model.ckpt")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(BaseModelError, match="diffusers' layout"):
+        load_base(tmp_path / "folder")
+
+
+def test_folder_without_a_weight_file(tiny_folder: Path, tmp_path: Path, configs):
+    write_folder(tmp_path, configs, random_states(configs))
+    (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(BaseModelError, match="vae holds no .safetensors"):
+        load_base(tmp_path)
+
+
+def test_folder_with_an_incomplete_part(tmp_path: Path, configs):
+    write_folder(tmp_path, configs, random_states(configs))
+    path = tmp_path / "text_encoder" / "model.safetensors"
+    state = load_file(path)
+    state.pop(next(k for k in state if k.endswith("final_layer_norm.weight")))
+    save_file(state, path)
+    with pytest.raises(BaseModelError, match="text_encoder lacks 1 of"):
+        load_base(tmp_path)
+
+
+def test_prediction_type_must_agree(tiny_folder: Path, ldm_state, configs):
+    assert load_base(ldm_state, config=configs, prediction_type="epsilon").prediction_type == "epsilon"
+    with pytest.raises(BaseModelError, match="scheduler says v_prediction"):
+        load_base(tiny_folder, prediction_type="epsilon")
+    with pytest.raises(BaseModelError, match="unknown"):
+        load_base(tiny_folder, prediction_type="sample")
+
+
+def test_prediction_type_is_measured_on_full_size_files():
+    """The statistic is read off the layer that only the full size has; a contradiction stops."""
+    from far_train.backbone import V_STATISTIC, _check_prediction_type, _measured_prediction_type
+
+    spread = torch.linspace(-1, 1, 320)
+    assert _measured_prediction_type({V_STATISTIC: 0.3 * spread}) == "v_prediction"
+    assert _measured_prediction_type({V_STATISTIC: 0.1 * spread}) == "epsilon"
+    assert _measured_prediction_type({}) is None
+    with pytest.raises(BaseModelError, match="look like epsilon"):
+        _check_prediction_type("v_prediction", "epsilon", "file")
+
+
+def test_packaged_variants():
+    v, e = packaged_configs("v_prediction"), packaged_configs("epsilon")
+    assert (v["unet"]["sample_size"], e["unet"]["sample_size"]) == (96, 64)
+    assert (v["scheduler"]["prediction_type"], e["scheduler"]["prediction_type"]) == ("v_prediction", "epsilon")

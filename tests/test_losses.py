@@ -1,0 +1,182 @@
+"""The loss: values computed by hand, gradients by finite differences."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from far_train import losses
+
+
+def test_min_snr_weight_by_hand():
+    alphas = torch.tensor([0.5, 0.9, 0.99])  # SNR 1, 9, 99
+    epsilon = losses.min_snr_weight(alphas, "epsilon", 5.0)
+    velocity = losses.min_snr_weight(alphas, "v_prediction", 5.0)
+    assert torch.allclose(epsilon, torch.tensor([1.0, 5 / 9, 5 / 99]), rtol=1e-4)
+    assert torch.allclose(velocity, torch.tensor([1 / 2, 5 / 10, 5 / 100]), rtol=1e-4)
+    assert losses.min_snr_weight(alphas, "epsilon", None).tolist() == [1, 1, 1]
+
+
+def test_subject_weight_grows_the_mask_by_one_cell():
+    masks = torch.zeros(2, 2, 5, 5)
+    masks[0, 1, 2, 2] = 1  # the second sample has no subject
+    weight = losses.subject_weight(masks, 0.3)
+    expected = torch.full((5, 5), 0.3)
+    expected[1:4, 1:4] = 1
+    assert torch.allclose(weight[0, 0], expected)
+    assert torch.allclose(weight[1], torch.full((1, 5, 5), 0.3))
+
+
+def test_subject_weight_without_mentions():
+    assert torch.allclose(losses.subject_weight(torch.zeros(3, 0, 4, 4), 0.3), torch.full((3, 1, 4, 4), 0.3))
+
+
+def test_denoising_loss_by_hand():
+    prediction, target = torch.zeros(1, 2, 1, 2), torch.tensor([[[[1.0, 2.0]], [[3.0, 0.0]]]])
+    # squared errors: cell 0: (1 + 9) / 2 = 5, cell 1: (4 + 0) / 2 = 2
+    assert losses.denoising_loss(prediction, target).item() == pytest.approx(3.5)
+    weight = torch.tensor([[[[1.0, 0.3]]]])
+    assert losses.denoising_loss(prediction, target, weight).item() == pytest.approx((5 + 0.3 * 2) / 1.3)
+
+
+def test_denoising_weights_are_normalised_per_sample():
+    """A sample's loss doesn't depend on its neighbours in the batch: micro-batches must add up."""
+    torch.manual_seed(0)
+    prediction, target, weight = torch.randn(3, 4, 6, 6), torch.randn(3, 4, 6, 6), torch.rand(3, 1, 6, 6)
+    whole = losses.denoising_loss(prediction, target, weight)
+    alone = [losses.denoising_loss(prediction[i : i + 1], target[i : i + 1], weight[i : i + 1]) for i in range(3)]
+    assert torch.allclose(whole, torch.cat(alone))
+
+
+def test_localization_loss_by_hand():
+    attention = torch.tensor([[[[0.2, 0.1], [0.05, 0.0]]]])  # A / max A = 1, .5, .25, 0
+    mask = torch.tensor([[[[1.0, 1.0], [0.0, 0.0]]]])
+    assert losses.localization_loss(attention, mask).item() == pytest.approx((0 + 0.25 + 0.0625 + 0) / 4)
+
+
+def test_localization_loss_is_scale_free_and_wants_coverage():
+    mask = torch.zeros(1, 1, 4, 4)
+    mask[..., :2] = 1
+    spread, peak = 0.3 * mask, torch.zeros(1, 1, 4, 4)
+    peak[..., 0, 0] = 0.3  # all inside, but on one cell alone
+    assert losses.localization_loss(spread, mask).item() == 0
+    assert losses.localization_loss(spread * 0.01, mask).item() == pytest.approx(0, abs=1e-6)
+    assert losses.localization_loss(peak, mask).item() == pytest.approx(7 / 16)
+
+
+def test_competition_loss_by_hand():
+    # Two cells, two mentions: cell 0 belongs to the first, cell 1 to the second.
+    attention = torch.tensor([[[[0.3, 0.1]], [[0.1, 0.4]]]])
+    masks = torch.tensor([[[[1.0, 0.0]], [[0.0, 1.0]]]])
+    present = torch.tensor([[True, True]])
+    expected = -(math.log(0.3 / 0.4) + math.log(0.4 / 0.5)) / 2
+    assert losses.competition_loss(attention, masks, present).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_competition_needs_a_rival():
+    attention, masks = torch.rand(1, 2, 3, 3), torch.rand(1, 2, 3, 3)
+    alone = losses.competition_loss(attention, masks, torch.tensor([[True, False]]))
+    assert alone.item() == pytest.approx(0, abs=1e-6)
+
+
+def _inputs(dtype=torch.float32, seed=0):
+    """Three samples: two concepts, a concept beside a class subject, a class picture without mentions."""
+    generator = torch.Generator().manual_seed(seed)
+    maps = [torch.rand(3, 2, 4, 5, generator=generator, dtype=dtype) * 0.1 + 0.01 for _ in range(2)]
+    masks = (torch.rand(3, 2, 4, 5, generator=generator) > 0.5).to(dtype)
+    is_concept = torch.tensor([[True, True], [True, False], [False, False]])
+    is_mention = torch.tensor([[True, True], [True, True], [False, False]])
+    return maps[0], maps[1], masks * is_mention[..., None, None], is_concept, is_mention
+
+
+def test_refinement_loss_composition():
+    """The whole equals its parts, put together by hand for each sample."""
+    token_maps, noun_maps, masks, is_concept, is_mention = _inputs()
+    loss = losses.refinement_loss(token_maps, noun_maps, masks, is_concept, is_mention)
+
+    def place(maps, i, k):
+        return losses.localization_loss(maps[i : i + 1, k : k + 1], masks[i : i + 1, k : k + 1]).item()
+
+    def compete(maps, i, count):
+        rows = torch.ones(1, count, dtype=torch.bool)
+        return losses.competition_loss(maps[i : i + 1, :count], masks[i : i + 1, :count], rows).item()
+
+    pair = sum(place(token_maps, 0, k) + 0.5 * place(noun_maps, 0, k) for k in (0, 1)) / 2
+    pair += 0.1 * (compete(noun_maps, 0, 2) + compete(token_maps, 0, 2))
+    beside = (place(token_maps, 1, 0) + 0.5 * place(noun_maps, 1, 0) + 0.5 * place(noun_maps, 1, 1)) / 2
+    beside += 0.1 * compete(noun_maps, 1, 2)
+    assert torch.allclose(loss, torch.tensor([pair, beside, 0.0]), atol=1e-6)
+
+
+def test_refinement_without_localization_keeps_the_competition():
+    token_maps, noun_maps, masks, is_concept, is_mention = _inputs()
+    loss = losses.refinement_loss(token_maps, noun_maps, masks, is_concept, is_mention, localization="none")
+    expected = losses.competition_loss(noun_maps, masks, is_mention)
+    expected += losses.competition_loss(token_maps, masks, is_concept)
+    assert torch.allclose(loss, 0.1 * expected)
+
+
+def test_padding_and_class_pictures_get_no_gradient():
+    token_maps, noun_maps, masks, is_concept, is_mention = _inputs()
+    token_maps.requires_grad_()
+    noun_maps.requires_grad_()
+    losses.refinement_loss(token_maps, noun_maps, masks, is_concept, is_mention).sum().backward()
+    for gradient in (token_maps.grad, noun_maps.grad):
+        assert torch.isfinite(gradient).all()
+        assert not gradient[2].any()
+    assert not token_maps.grad[1, 1].any() and token_maps.grad[1, 0].any()
+    assert noun_maps.grad[1, 1].any()
+
+
+def test_silent_maps_stay_finite():
+    """A token without any attention (underflow) must not make the loss NaN."""
+    zeros = torch.zeros(1, 2, 4, 4, requires_grad=True)
+    masks = torch.ones(1, 2, 4, 4)
+    both = torch.ones(1, 2, dtype=torch.bool)
+    loss = losses.refinement_loss(zeros, zeros, masks, both, both)
+    loss.sum().backward()
+    assert torch.isfinite(loss).all() and torch.isfinite(zeros.grad).all()
+
+
+def test_gradient_by_finite_differences(monkeypatch):
+    """Autograd against central differences in float64, with the detached maximum held fixed."""
+    token_maps, noun_maps, masks, is_concept, is_mention = _inputs(torch.float64)
+    peaks = [m.amax((-2, -1), keepdim=True).clone() for m in (token_maps, noun_maps)]
+    token_maps.requires_grad_()
+    noun_maps.requires_grad_()
+
+    def loss_with_fixed_peaks(tokens, nouns):
+        order = iter(peaks)
+
+        def localization(attention, region):
+            return (region - attention / next(order)).square().mean((-2, -1))
+
+        monkeypatch.setattr(losses, "localization_loss", localization)
+        value = losses.refinement_loss(tokens, nouns, masks, is_concept, is_mention).sum()
+        monkeypatch.undo()
+        return value
+
+    losses.refinement_loss(token_maps, noun_maps, masks, is_concept, is_mention).sum().backward()
+    step = 1e-6
+    worst = 0.0
+    for which, maps in enumerate((token_maps, noun_maps)):
+        for place in range(0, maps.numel(), 3):
+            values = []
+            for sign in (1, -1):
+                moved = [token_maps.detach().clone(), noun_maps.detach().clone()]
+                moved[which].view(-1)[place] += sign * step
+                values.append(loss_with_fixed_peaks(*moved).item())
+            numeric = (values[0] - values[1]) / (2 * step)
+            worst = max(worst, abs(numeric - maps.grad.view(-1)[place].item()))
+    assert worst < 1e-7
+
+
+def test_refinement_schedule():
+    alphas = torch.tensor([0.25, 1.0])
+    first = losses.refinement_schedule(alphas, 0, 100, 0.1)
+    assert torch.allclose(first, torch.tensor([0.05, 0.1]))
+    assert torch.allclose(losses.refinement_schedule(alphas, 9, 100, 0.1), torch.tensor([0.5, 1.0]))
+    assert torch.allclose(losses.refinement_schedule(alphas, 99, 100, 0.1), torch.tensor([0.5, 1.0]))
+    assert torch.allclose(losses.refinement_schedule(alphas, 0, 100, 0.0), torch.tensor([0.5, 1.0]))

@@ -1,0 +1,175 @@
+"""The FaR weights file: round trip, refusals, application, exports."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from far_train.backbone import kv_weights, load_base
+from far_train.config import SampleConfig
+from far_train.errors import ConfigError, WeightsError
+from far_train.mini.tiny import random_states, single_file_state, tiny_configs
+from far_train.sampling import encode_prompts
+from far_train.weights import FarWeights, Provenance, describe, file_stem
+
+
+def make_weights(base, scale: float = 0.05) -> FarWeights:
+    generator = torch.Generator().manual_seed(3)
+    deltas = {
+        name: (scale * torch.randn(weight.shape, generator=generator)).half()
+        for name, weight in kv_weights(base.unet).items()
+    }
+    rows = {token: torch.randn(1, 32, generator=generator) for token in ("<red-ball>", "<blue-ball>")}
+    nouns = dict.fromkeys(rows, "ball")
+    return FarWeights(rows, deltas, Provenance("sd21", base.digest, base.prediction_type, nouns, 10, 128))
+
+
+@pytest.fixture
+def weights(base) -> FarWeights:
+    return make_weights(base)
+
+
+def test_round_trip(weights: FarWeights, tmp_path: Path):
+    weights.save(tmp_path / "w.safetensors")
+    again = FarWeights.load(tmp_path / "w.safetensors")
+    assert again.provenance == weights.provenance
+    assert again.names == weights.names
+    for mine, theirs in ((weights.embeddings, again.embeddings), (weights.deltas, again.deltas)):
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+    about = describe(again)
+    assert about["kv_deltas"] == 20 and about["concepts"]["<red-ball>"]["noun"] == "ball"
+
+
+def test_layer_names_are_the_original_ones(weights: FarWeights):
+    assert "input_blocks.1.1.transformer_blocks.0.attn2.to_k" in weights.deltas
+    assert "middle_block.1.transformer_blocks.0.attn2.to_v" in weights.deltas
+
+
+def test_files_that_are_no_weights(tmp_path: Path, weights: FarWeights):
+    with pytest.raises(WeightsError, match="can't read"):
+        FarWeights.load(tmp_path / "absent.safetensors")
+    save_file({"x": torch.zeros(1)}, tmp_path / "lora.safetensors")
+    with pytest.raises(WeightsError, match="no FaR file"):
+        FarWeights.load(tmp_path / "lora.safetensors")
+    weights.save(tmp_path / "w.safetensors")
+    content = (tmp_path / "w.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(WeightsError, match="can't read"):
+        FarWeights.load(tmp_path / "cut.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": 99}, "newer version"),
+        ({"family": "sd99"}, "model family 'sd99'"),
+        ({"nouns": {"../../evil": "dog"}}, "can't be read"),
+        ({"nouns": {}}, "no concepts|does not hold"),
+        ({"nouns": {"<green-ball>": "ball"}}, "no proper tensor|does not hold"),
+        ({"nouns": 3}, "can't be read"),
+    ],
+)
+def test_metadata_that_lies(weights: FarWeights, tmp_path: Path, change: dict, message: str):
+    path = tmp_path / "w.safetensors"
+    weights.save(path)
+    with safe_open(path, "pt") as file:
+        metadata = json.loads(file.metadata()["far"])
+    save_file(load_file(path), path, {"far": json.dumps({**metadata, **change})})
+    with pytest.raises(WeightsError, match=message):
+        FarWeights.load(path)
+
+
+def test_values_that_are_not_finite(weights: FarWeights, tmp_path: Path):
+    next(iter(weights.deltas.values()))[0, 0] = float("nan")
+    weights.save(tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match="not finite"):
+        FarWeights.load(tmp_path / "w.safetensors")
+
+
+def test_another_base(base, weights: FarWeights, caplog):
+    other = replace(base, prediction_type="epsilon")
+    with pytest.raises(WeightsError, match="trained on a base with v_prediction, this one has epsilon"):
+        weights.check_fits(other)
+    weights.check_fits(replace(base, digest="0" * 64))
+    assert "another base of the same shape" in caplog.text
+    name = next(iter(weights.deltas))
+    with pytest.raises(WeightsError, match="don't fit"):
+        replace(weights, deltas={**weights.deltas, name: torch.zeros(3, 3)}).check_fits(base)
+    with pytest.raises(WeightsError, match="width 16"):
+        replace(weights, embeddings={t: torch.zeros(1, 16) for t in weights.embeddings}).check_fits(base)
+
+
+def test_apply_adds_the_deltas_by_strength(base, weights: FarWeights):
+    before = {k: v.clone() for k, v in kv_weights(base.unet).items()}
+    weights.apply(base, SampleConfig(strength=0.5))
+    for name, weight in kv_weights(base.unet).items():
+        assert torch.allclose(weight, before[name] + 0.5 * weights.deltas[name].float())
+
+
+def test_apply_leaves_the_source_of_the_base_untouched(weights: FarWeights):
+    configs = tiny_configs()
+    state = single_file_state(configs, random_states(configs))
+    before = {k: v.clone() for k, v in state.items()}
+    weights.apply(load_base(state, config=configs))
+    assert all(torch.equal(before[k], v) for k, v in state.items())
+
+
+def test_concept_strength_moves_between_noun_and_concept(base, weights: FarWeights):
+    table = base.text_encoder.get_input_embeddings().weight
+    noun = table[base.tokenizer("ball", add_special_tokens=False)["input_ids"]].mean(0)
+    vocabulary = weights.apply(base, SampleConfig(concept_strength={"<red-ball>": 0.25}))
+    rows = base.text_encoder.get_input_embeddings().rows
+    expected = 0.75 * noun + 0.25 * weights.embeddings["<red-ball>"][0]
+    assert torch.allclose(rows[vocabulary.rows("<red-ball>")[0]], expected, atol=1e-6)
+    assert torch.equal(rows[vocabulary.rows("<blue-ball>")[0]], weights.embeddings["<blue-ball>"][0])
+
+
+def test_unknown_concept_strength(base, weights: FarWeights):
+    with pytest.raises(ConfigError, match="no <green-ball>; known: <red-ball>, <blue-ball>"):
+        weights.apply(base, SampleConfig(concept_strength={"<green-ball>": 1.0}))
+
+
+def test_prompts_without_modifiers_are_encoded_as_before(base, weights: FarWeights):
+    plain = base.tokenizer("a dog!", padding="max_length", max_length=77, return_tensors="pt").input_ids
+    with torch.no_grad():
+        before = base.text_encoder(plain).last_hidden_state
+        vocabulary = weights.apply(base)
+        after = encode_prompts(base, [vocabulary.tokenize("a dog!")])
+        other = encode_prompts(base, [vocabulary.tokenize("a <red-ball> dog!")])
+    assert torch.equal(before, after)
+    assert not torch.allclose(after, other, atol=1e-3)
+
+
+def test_lora_export_is_exact_or_of_a_rank(weights: FarWeights, tmp_path: Path):
+    weights.export_lora(tmp_path / "full.safetensors")
+    full = load_file(tmp_path / "full.safetensors")
+    assert full.keys() == {f"diffusion_model.{name}.diff" for name in weights.deltas}
+    assert all(torch.equal(full[f"diffusion_model.{n}.diff"], d) for n, d in weights.deltas.items())
+    weights.export_lora(tmp_path / "low.safetensors", rank=4)
+    low = load_file(tmp_path / "low.safetensors")
+    assert len(low) == 2 * len(weights.deltas)
+    for name, delta in weights.deltas.items():
+        a, b = (low[f"diffusion_model.{name}.lora_{x}.weight"].float() for x in "AB")
+        assert a.shape[0] == b.shape[1] == 4
+        error = (b @ a - delta.float()).square().sum()
+        best = torch.linalg.svdvals(delta.float())[4:].square().sum()
+        assert error <= 1.01 * best  # no matrix of rank 4 comes closer
+
+
+def test_embedding_export(weights: FarWeights, tmp_path: Path):
+    paths = weights.export_embeddings(tmp_path)
+    assert [p.name for p in paths] == ["red-ball.safetensors", "blue-ball.safetensors"]
+    content = load_file(paths[0])
+    assert content.keys() == {"clip_h"}
+    assert torch.equal(content["clip_h"], weights.embeddings["<red-ball>"])
+
+
+def test_file_stems_exist_on_every_system():
+    assert file_stem("<corgi-dog>") == "corgi-dog"
+    assert file_stem("<con>") == "con-token"
