@@ -18,6 +18,8 @@ TEMPLATES = ("a photo of {}", "a picture of {}", "a photograph of {}", "an image
 COLLAGE_TEMPLATES = ("a collage of {}", "a photo collage of {}")
 TOKEN_PATTERN = re.compile(r"<[a-z0-9]+(?:[-_][a-z0-9]+)*>")
 NOUN_PATTERN = re.compile(r"[a-z0-9]+(?:[ '-][a-z0-9]+)*")
+SOME_TOKEN = re.compile(r"<[^<>\s]+>")
+ENDS_IN_TOKEN = re.compile(r"<[^<>\s]+>\s*$")
 
 Span = tuple[int, int]
 
@@ -48,8 +50,8 @@ def check_token(token: str) -> str:
         words = re.findall(r"[a-z0-9]+", token.lower())
         fix = f"write it as <{'-'.join(words)[:60]}>" if words else "write it as <my-dog>"
         raise TokenError(
-            f"token: {token!r} is not a modifier token ({fix}): lower-case letters, digits and hyphens between < and >, "
-            "so that it stays one token and never collides with a word"
+            f"token: {token!r} is not a modifier token ({fix}): lower-case letters, digits and hyphens between "
+            "< and >, so that it stays one token and never collides with a word"
         )
     return token
 
@@ -57,9 +59,8 @@ def check_token(token: str) -> str:
 def check_noun(noun: str) -> str:
     """Return ``noun`` if it can stand in a caption. Raises CaptionError."""
     if not NOUN_PATTERN.fullmatch(noun) or len(noun) > 64:
-        raise CaptionError(
-            f"noun: {noun!r} is no class noun; use one or two lower-case words, such as 'dog' or 'teddy bear'"
-        )
+        fix = " ".join(re.findall(r"[a-z0-9]+", noun.lower()))[:64].strip() or "dog"
+        raise CaptionError(f"noun: {noun!r} is no class noun; use one or two lower-case words, such as {fix!r}")
     return noun
 
 
@@ -90,7 +91,10 @@ def write_caption(
 
     ``background`` is a phrase such as "in a garden"; ``size_word`` ("far away" or "close up") is for one subject.
     """
-    templates = COLLAGE_TEMPLATES if collage else TEMPLATES
+    # The template must not hold a noun itself: "a picture of a picture" would hide which word is the subject.
+    bare = [name.noun for name in names if not name.token]
+    choices = COLLAGE_TEMPLATES if collage else TEMPLATES
+    templates = [t for t in choices if not any(_word(noun).search(t) for noun in bare)] or choices
     subjects = join_phrases(names)
     if size_word:
         subjects = f"{subjects} {size_word}"
@@ -98,37 +102,50 @@ def write_caption(
     return f"{caption}, {background}" if background else caption
 
 
+def default_prompts(names: Sequence[Name]) -> tuple[str, ...]:
+    """Prompts to try concepts with: all together, if there are several, and each one alone."""
+    groups = ([names] if len(names) > 1 else []) + [[name] for name in names]
+    return tuple(f"a photo of {join_phrases(group)}" for group in groups)
+
+
 def locate_mentions(caption: str, names: Sequence[Name], where: str = "the caption") -> tuple[MentionSpans, ...]:
     """Find the words of each mention, in the order in which the caption mentions them.
 
-    A concept is its modifier token and the next occurrence of its noun behind it; a bare noun is the next such word
-    that no modifier token precedes. Raises CaptionError naming ``where`` and what is missing.
+    A concept is its modifier token and the next occurrence of its noun before another token; a bare noun is the next
+    such word that no modifier token precedes. Raises CaptionError naming ``where`` and what is missing.
     """
     spans = []
     cursor = 0
-    for name in names:
+    for i, name in enumerate(names):
+        behind = f" behind {names[i - 1].phrase!r}" if cursor else ""
         token_span = None
         if name.token:
-            found = caption.find(name.token, cursor)
-            if found < 0:
+            token = re.compile(re.escape(name.token), re.IGNORECASE).search(caption, cursor)
+            if token is None:
                 raise CaptionError(
-                    f"{where}: '{name.token}' is missing from {caption!r}; mention every masked subject once"
+                    f"{where}: {name.token!r} is missing{behind} in {caption!r}; mention every masked subject once, in "
+                    "the order of the masks"
                 )
-            token_span = (found, found + len(name.token))
-            cursor = token_span[1]
+            token_span, cursor = token.span(), token.end()
+            behind = f" behind {name.token!r}"
         noun_span = _find_noun(caption, name, cursor)
         if noun_span is None:
-            place = f" behind {name.token}" if name.token else ""
-            raise CaptionError(f"{where}: the class noun '{name.noun}' is missing{place} in {caption!r}; add it")
+            raise CaptionError(f"{where}: the class noun {name.noun!r} is missing{behind} in {caption!r}; add it there")
         cursor = noun_span[1]
         spans.append(MentionSpans(token_span, noun_span))
     return tuple(spans)
 
 
 def _find_noun(caption: str, name: Name, start: int) -> Span | None:
-    for match in re.finditer(rf"(?<![\w<-]){re.escape(name.noun)}(?![\w>-])", caption[start:], re.IGNORECASE):
-        span = (start + match.start(), start + match.end())
-        behind_token = re.search(r"<[^<>\s]+>\s*$", caption[: span[0]])
-        if name.token or not behind_token:
-            return span
+    """Where the noun stands from ``start`` on; a noun behind a token belongs to that token's mention."""
+    for match in _word(name.noun).finditer(caption, start):
+        if name.token:
+            return None if SOME_TOKEN.search(caption, start, match.start()) else match.span()
+        if not ENDS_IN_TOKEN.search(caption, 0, match.start()):
+            return match.span()
     return None
+
+
+def _word(noun: str) -> re.Pattern[str]:
+    """The noun as a word of its own: not in "dogs", "hot-dog" or "<dog>"."""
+    return re.compile(rf"(?<![\w<-]){re.escape(noun)}(?![\w>-])", re.IGNORECASE)

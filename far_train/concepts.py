@@ -12,7 +12,7 @@ from .captions import MentionSpans, Name, check_noun, check_token, locate_mentio
 from .errors import SubjectError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Concept:
     """A subject to be learned: its modifier token, its class noun, its photos and where it is in them.
 
@@ -42,7 +42,7 @@ class Concept:
         return Name(self.noun, self.token)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ClassPicture:
     """A picture of any member of a class (a prior): ``image`` [H, W, 3], and the subject's ``mask`` [H, W] if known."""
 
@@ -52,19 +52,24 @@ class ClassPicture:
 
     def __post_init__(self) -> None:
         check_noun(self.noun)
+        where = f"class picture of a {self.noun}"
+        check_picture(self.image, where)
         if self.mask is not None:
-            check_subject(self.image, self.mask, f"class picture of a {self.noun}")
+            check_subject(self.image, self.mask, where)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Background:
     """An empty scene: ``image`` [H, W, 3] and the ``phrase`` that a caption adds for it ("in a garden"), or ""."""
 
     image: Tensor
     phrase: str = ""
 
+    def __post_init__(self) -> None:
+        check_picture(self.image, "background")
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Mention:
     """One subject of a composite: its name, its visible region ``mask`` [S, S], and where the caption names it."""
 
@@ -73,7 +78,7 @@ class Mention:
     spans: MentionSpans
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Composite:
     """A training picture: ``image`` [S, S, 3], its caption, and one mention per masked subject in caption order."""
 
@@ -119,13 +124,20 @@ class TrainingSet(Protocol):
     def prior(self, index: int) -> Composite: ...
 
 
-def check_subject(image: Tensor, mask: Tensor, where: str) -> None:
-    """Refuse a picture or mask of the wrong shape, and an empty mask. Raises SubjectError naming ``where``."""
+def check_picture(image: Tensor, where: str) -> None:
+    """Refuse a picture of the wrong shape, such as a batch. Raises SubjectError naming ``where``."""
     if image.ndim != 3 or image.shape[-1] != 3:
         raise SubjectError(f"{where}: a picture must be [height, width, 3], got {list(image.shape)}")
+
+
+def check_subject(image: Tensor, mask: Tensor, where: str) -> None:
+    """Refuse a picture or mask of the wrong shape, and an empty mask. Raises SubjectError naming ``where``."""
+    check_picture(image, where)
+    if mask.ndim != 2:
+        raise SubjectError(f"{where}: the mask must be [height, width], got {list(mask.shape)}")
     if mask.shape != image.shape[:2]:
         raise SubjectError(
-            f"{where}: the mask is {mask.shape[-1]}×{mask.shape[-2]} pixels but the picture "
+            f"{where}: the mask is {mask.shape[1]}×{mask.shape[0]} pixels but the picture "
             f"{image.shape[1]}×{image.shape[0]}; make them the same size"
         )
     if not bool((mask > 0.5).any()):

@@ -154,10 +154,10 @@ class FusionConfig(Config):
     rotation: float = setting(10.0, "subjects are turned by up to this many degrees", low=0, high=180)
     brightness: float = setting(0.10, "subjects get brighter or darker by up to this share", low=0, high=0.9)
     occlusion: float = setting(
-        0.10, "share of composites in which one subject may cover part of another", low=0, high=1
+        0.10, "share of composites in which one subject covers a part of another", low=0, high=1
     )
     max_covered: float = setting(0.15, "the most that an occlusion hides of the smaller subject", low=0, high=0.9)
-    margin: float = setting(1 / 64, "gap kept between subjects, as a fraction of the canvas", low=0, high=0.25)
+    margin: float = setting(1 / 64, "gap kept between subjects, as a fraction of the canvas", low=0, high=0.1)
     erode: int = setting(1, "pixels taken off a subject's rim before pasting", low=0, high=64)
     feather: float = setting(2.5, "softness of the pasted rim, in pixels", low=0, high=64)
     collage_words: float = setting(

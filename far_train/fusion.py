@@ -11,30 +11,41 @@ import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-import torch
 from PIL import Image, ImageEnhance
 
 from .captions import Name, write_caption
 from .concepts import Background, ClassPicture, Composite, Concept
 from .config import BACKGROUND_SHARES, MANY_CONCEPTS, RECIPE_SHARES, FusionConfig
-from .errors import SubjectError
-from .photos import from_pil, mask_from_pil, mask_to_pil, to_pil, to_uint8
+from .errors import SubjectError, TokenError
+from .photos import from_pil, mask_from_pil, mask_to_pil, to_pil
 from .placement import Cutout, cut_out, fit_inside, paste, place
 from .scenery import cover, infill, plain_background
 
 FAR_AWAY, CLOSE_UP = 0.45, 0.80  # sizes of a single subject, as shares of the canvas, that captions call so
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Source:
-    """A subject that composites can show: its name and the photo it is cut from."""
+    """A subject that composites of ``size`` pixels can show: its name and the photo it is cut from."""
 
     name: Name
     picture: Image.Image
     mask: Image.Image
-    cutout: Cutout
+    size: int
+
+    @cached_property
+    def cutout(self) -> Cutout:
+        """The subject, no larger than the canvas: turning a large photo for every composite is slow."""
+        whole = cut_out(self.picture, self.mask)
+        return fit_inside(whole, self.size, self.size) if max(whole.extent) > self.size else whole
+
+    @cached_property
+    def scenery(self) -> Image.Image:
+        """The photo without the subject; kept, because filling in is slow and many composites stand on it."""
+        return infill(self.picture, self.mask, self.size)
 
 
 class ConceptFusion:
@@ -55,32 +66,33 @@ class ConceptFusion:
         tokens = [c.token for c in concepts]
         for token in tokens:
             if tokens.count(token) > 1:
-                raise SubjectError(f"concept {token}: named twice; give each concept its own token")
-        self._inputs = (tuple(concepts), tuple(priors), tuple(backgrounds))
+                raise TokenError(f"token: {token} names two concepts; give each its own token")
         self.config = config
         self.size = config.size
         self.names = tuple(c.name for c in concepts)
         self.notes: list[str] = []
-        self._references = [[_source(c.name, i, m) for i, m in zip(c.images, c.masks)] for c in concepts]
-        self._pictures = list(priors)
-        self._prior_subjects = [_source(Name(p.noun), p.image, p.mask) for p in priors if p.mask is not None]
+        # Kept in 8 bit, a quarter of what the tensors take.
+        self._references = [
+            [_Source(c.name, to_pil(i), mask_to_pil(m), self.size) for i, m in zip(c.images, c.masks)] for c in concepts
+        ]
+        self._pictures = [(Name(p.noun), to_pil(p.image)) for p in priors]
+        self._prior_subjects = [
+            _Source(name, picture, mask_to_pil(prior.mask), self.size)
+            for prior, (name, picture) in zip(priors, self._pictures)
+            if prior.mask is not None
+        ]
         self._scenes = [(to_pil(b.image), b.phrase) for b in backgrounds]
         self.recipes = self._available_recipes()
         self.background_kinds = self._available_backgrounds()
 
     def digest(self) -> str:
         digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
-        for concept in self._inputs[0]:
-            digest.update(concept.name.phrase.encode())
-            for pixels in (*concept.images, *concept.masks):
-                _update(digest, pixels)
-        for prior in self._inputs[1]:
-            digest.update(prior.noun.encode())
-            _update(digest, prior.image)
-            _update(digest, prior.mask)
-        for background in self._inputs[2]:
-            digest.update(background.phrase.encode())
-            _update(digest, background.image)
+        for source in [s for group in (*self._references, self._prior_subjects) for s in group]:
+            _update(digest, source.name.phrase, source.picture, source.mask)
+        for name, picture in self._pictures:
+            _update(digest, name.phrase, picture)
+        for picture, phrase in self._scenes:
+            _update(digest, phrase, picture)
         return digest.hexdigest()
 
     def composite_count(self) -> int:
@@ -105,13 +117,13 @@ class ConceptFusion:
     def prior(self, index: int) -> Composite:
         """Build class picture ``index``: as it is, or (a share of them) two class subjects on one background."""
         rng = self._rng("prior", index)
-        picture = self._pictures[index % len(self._pictures)]
+        name, picture = self._pictures[index % len(self._pictures)]
         if len(self._prior_subjects) > 1 and rng.random() < self.config.prior_collages:
             first, second = rng.choice(len(self._prior_subjects), 2, replace=False)
             fused = self._fuse(rng, "prior_collage", [self._prior_subjects[first], self._prior_subjects[second]])
             return Composite(fused.image, fused.caption, (), fused.recipe)
-        image, _ = cover(to_pil(picture.image), None, self.size, rng)
-        return Composite(from_pil(image), write_caption([Name(picture.noun)], rng), (), "prior")
+        image, _ = cover(picture, None, self.size, rng)
+        return Composite(from_pil(image), write_caption([name], rng), (), "prior")
 
     def _rng(self, stream: str, index: int) -> np.random.Generator:
         return np.random.default_rng([self.config.fusion_seed, zlib.crc32(stream.encode()), index])
@@ -135,6 +147,7 @@ class ConceptFusion:
         missing = set()
         if not self._scenes:
             missing.add("scene")
+        if "scene" in missing and shares.get("scene"):
             self.notes.append("No background pictures are given: in-filled photos and plain colours serve instead.")
         if not self._prior_subjects:
             missing.add("prior")
@@ -208,21 +221,17 @@ class ConceptFusion:
             return plain_background(self.size, rng)
         else:
             pool = self._prior_subjects if kind == "prior" else [s for c in self._references for s in c]
-            source = pool[rng.integers(len(pool))]
-            picture, phrase = infill(source.picture, source.mask, self.size), ""
+            picture, phrase = pool[rng.integers(len(pool))].scenery, ""
         image, _ = cover(picture, None, self.size, rng)
         if rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return image, phrase
 
 
-def _source(name: Name, image: torch.Tensor, mask: torch.Tensor) -> _Source:
-    picture, matte = to_pil(image), mask_to_pil(mask)
-    return _Source(name, picture, matte, cut_out(picture, matte))
-
-
-def _update(digest: hashlib._Hash, pixels: torch.Tensor | None) -> None:
-    digest.update(b"" if pixels is None else str(tuple(pixels.shape)).encode() + to_uint8(pixels).tobytes())
+def _update(digest: hashlib._Hash, words: str, *pictures: Image.Image) -> None:
+    digest.update(repr((words, [p.size for p in pictures])).encode())
+    for picture in pictures:
+        digest.update(picture.tobytes())
 
 
 def _renormalise(shares: dict[str, float], field: str) -> dict[str, float]:

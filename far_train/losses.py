@@ -14,6 +14,17 @@ from torch.nn import functional as F
 EPS = 1e-8
 
 
+def add_noise(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
+    """Noisy latents and the target of the prediction, both [B, C, h, w], for ᾱ_t [B].
+
+    The target is the noise in ε-prediction (Ho et al. 2020, arXiv 2006.11239, eq. 14), √ᾱ ε − √(1−ᾱ) z in
+    v-prediction (Salimans & Ho 2022, arXiv 2202.00512, section 2.4).
+    """
+    signal, spread = (x[:, None, None, None] for x in (alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()))
+    noisy = signal * latents + spread * noise
+    return noisy, (signal * noise - spread * latents if prediction_type == "v_prediction" else noise)
+
+
 def min_snr_weight(alphas_cumprod: Tensor, prediction_type: str, gamma: float | None) -> Tensor:
     """Min-SNR weight of each sample [B] from its ᾱ_t [B] (Hang et al. 2023, arXiv 2303.09556, eq. 8).
 

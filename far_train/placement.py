@@ -59,7 +59,7 @@ def cut_out(picture: Image.Image, mask: Image.Image) -> Cutout:
 
 
 def fit_inside(cutout: Cutout, width: int, height: int, angle: float = 0.0) -> Cutout:
-    """Turn by ``angle`` degrees, then scale so that the subject itself fills ``width`` × ``height`` as far as it fits."""
+    """Turn by ``angle`` degrees, then scale so that the subject itself just fits into ``width`` × ``height`` pixels."""
     picture, mask = cutout.picture, cutout.mask
     if angle:
         picture = picture.rotate(angle, Image.Resampling.BICUBIC, expand=True)
@@ -77,17 +77,18 @@ def place(
     """Find a place for every subject on a square canvas of ``size`` pixels.
 
     Random places are tried until the subjects, each grown by ``margin`` pixels, don't overlap; after 50 tries they
-    stand in permuted columns. With ``max_covered`` > 0 one subject may hide that share of the smaller one instead.
+    stand in permuted columns. With ``max_covered`` > 0 subjects do overlap instead, by at most that share of the
+    smaller one (of all pairs together, so that nobody is hidden piece by piece).
     """
     layers = [int(z) for z in rng.permutation(len(cutouts))]
-    grown = [_grow(c.region, 0 if max_covered else margin) for c in cutouts]
+    occlude = max_covered > 0 and len(cutouts) > 1
+    grown = [_grow(c.region, 0 if occlude else margin) for c in cutouts]
     for _ in range(TRIES):
         placed = [Placed(c, *_random_corner(c, size, rng), z) for c, z in zip(cutouts, layers)]
-        if all(
-            _overlap(placed[i], grown[i], placed[j], grown[j]) <= max_covered
-            for i in range(len(placed))
-            for j in range(i)
-        ):
+        covered = sum(
+            _overlap(placed[i], grown[i], placed[j], grown[j]) for i in range(len(placed)) for j in range(i)
+        )
+        if (0 < covered <= max_covered) if occlude else covered == 0:
             return placed
     return _columns(cutouts, size, margin, layers, rng)
 
@@ -104,6 +105,8 @@ def paste(
     for i in sorted(range(len(placed)), key=lambda i: placed[i].z):
         item = placed[i]
         solid = item.cutout.mask.filter(ImageFilter.MinFilter(2 * erode + 1)) if erode else item.cutout.mask
+        if solid.getextrema()[1] <= 127:  # too thin to lose its rim
+            solid = item.cutout.mask
         # Pad before blurring: a subject at the photo's edge must fade out and not end in a line.
         solid_canvas = Image.new("L", canvas.size)
         solid_canvas.paste(solid, (item.x, item.y))
@@ -174,7 +177,7 @@ def _columns(
     for cutout, column, z in zip(cutouts, rng.permutation(len(cutouts)), layers):
         room = width - 2 * margin
         if cutout.extent[0] > room:
-            cutout = fit_inside(cutout, room, cutout.extent[1])
+            cutout = fit_inside(cutout, room - 1, cutout.extent[1])  # resampling may round a pixel up
         x, y = _random_corner(cutout, size, rng)
         left, _, right, _ = cutout.box
         x = int(column) * width + (width - (right - left)) // 2 - left

@@ -2,23 +2,57 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
-from .config import SCHEMA_VERSION
+from .backbone import BaseModel
+from .concepts import TrainingSet
+from .config import SCHEMA_VERSION, TrainConfig
 from .errors import CheckpointError, OutputError
 from .files import make_folder, write_json, write_text
+
+RUN_FILE = "run.json"
+WEIGHTS_FILE = "weights.safetensors"
+METRICS_FILE = "metrics.jsonl"
+
+
+def run_identity(base: BaseModel, training_set: TrainingSet, config: TrainConfig) -> dict[str, Any]:
+    """What decides a run's result, as JSON types: two runs with equal identities learn the same."""
+    identity = {
+        "schema": SCHEMA_VERSION,
+        "config": config.result_shaping(),
+        "base": {"digest": base.digest, "prediction_type": base.prediction_type},
+        "dataset": training_set.digest(),
+        "concepts": [{"token": n.token, "noun": n.noun} for n in training_set.names],
+    }
+    return json.loads(json.dumps(identity))
+
+
+def find_run(parent: Path, name: str, identity: dict[str, Any]) -> tuple[Path, bool]:
+    """The folder of the run with this identity among ``parent``/NAME, NAME-2, …, and whether it is finished.
+
+    Without such a run, the first free name: what another run has written is never touched.
+    """
+    for number in itertools.count(1):
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        if not folder.exists():
+            return folder, False
+        try:
+            begun = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if begun == identity:
+            return folder, (folder / WEIGHTS_FILE).exists()
 
 
 def open_run(folder: Path, identity: dict[str, Any], resume: bool) -> None:
     """Begin a run folder, or check that the one to be resumed belongs to the same run.
 
-    ``identity`` is what decides the run's result. Raises OutputError if the folder holds a run that isn't to be
-    resumed, CheckpointError naming what differs.
+    Raises OutputError if the folder holds a run that isn't to be resumed, CheckpointError naming what differs.
     """
-    path = folder / "run.json"
-    identity = json.loads(json.dumps({"schema": SCHEMA_VERSION, **identity}))
+    path = folder / RUN_FILE
     if not path.exists():
         make_folder(folder)
         write_json(path, identity)

@@ -24,40 +24,45 @@ PLAIN_COLOURS = {
 def cover(
     picture: Image.Image, mask: Image.Image | None, size: int, rng: np.random.Generator
 ) -> tuple[Image.Image, Image.Image | None]:
-    """Crop to a square and scale to ``size`` pixels, at a random place that keeps the masked subject whole if it can."""
+    """Crop to a square and scale to ``size`` pixels.
+
+    The place is random among those that keep the masked subject whole, else the one that shows most of it.
+    """
     side = min(picture.size)
     left, top = _crop_corner(picture, mask, side, rng)
     box = (left, top, left + side, top + side)
     image = picture.resize((size, size), Image.Resampling.LANCZOS, box=box)
-    return image, mask and mask.resize((size, size), Image.Resampling.BOX, box=box)
+    return image, None if mask is None else mask.resize((size, size), Image.Resampling.BOX, box=box)
 
 
 def _crop_corner(
     picture: Image.Image, mask: Image.Image | None, side: int, rng: np.random.Generator
 ) -> tuple[int, int]:
-    subject = mask.point(lambda v: 255 * (v > 127)).getbbox() if mask else None
     corner = []
     for axis, length in enumerate(picture.size):
-        low, high = 0, length - side
-        if subject:
-            start, end = subject[axis], subject[axis + 2]
-            low, high = max(end - side, low), min(start, high)
-            if low > high:  # wider than the crop: show its middle
-                low = high = min(max((start + end - side) // 2, 0), length - side)
-        corner.append(int(rng.integers(low, high + 1)))
+        places = np.arange(length - side + 1)
+        if mask is not None:
+            pixels = np.cumsum([0, *(np.asarray(mask) > 127).sum(axis)])
+            shown = pixels[side:] - pixels[:-side]
+            places = np.flatnonzero(shown == shown.max())
+            if shown.max() < pixels[-1]:
+                places = places[[len(places) // 2]]
+        corner.append(int(rng.choice(places)))
     return corner[0], corner[1]
 
 
 def infill(picture: Image.Image, mask: Image.Image, size: int) -> Image.Image:
     """Paint a photo's subject over with its surroundings, by push-pull over an image pyramid.
 
-    The result is smooth where the subject was: a scene to stand on, never a second view of the subject.
+    The shorter side comes to at most ``size`` pixels. The result is smooth where the subject was: a scene to stand
+    on, never a second view of the subject.
     """
-    picture, matte = (x.copy() for x in (picture, mask))
-    picture.thumbnail((size, size), Image.Resampling.LANCZOS)
-    matte = matte.resize(picture.size, Image.Resampling.BOX)
-    pixels = from_pil(picture).permute(2, 0, 1)[None]
-    hole = F.max_pool2d((mask_from_pil(matte)[None, None] > 0.02).float(), 2 * (size // 50) + 1, 1, size // 50)
+    side = min(picture.size)
+    small = tuple(round(length * min(size / side, 1)) for length in picture.size)
+    pixels = from_pil(picture.resize(small, Image.Resampling.LANCZOS)).permute(2, 0, 1)[None]
+    matte = mask_from_pil(mask.resize(small, Image.Resampling.BOX))[None, None]
+    rim = max(min(small) // 50, 1)  # hair and shadows reach beyond a mask
+    hole = F.max_pool2d((matte > 0.02).float(), 2 * rim + 1, 1, rim)
     return to_pil(_push_pull(pixels * (1 - hole), 1 - hole)[0].permute(1, 2, 0))
 
 

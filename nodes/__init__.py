@@ -1,0 +1,15 @@
+"""The ComfyUI face of far_train: thin nodes that convert sockets to its types, call one function, convert back."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import concepts, fusion, host, photos, training, weights
+
+
+class FarExtension(ComfyExtension):
+    """Everything that the pack adds to the host."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        host.register_model_folders()
+        return [node for module in (photos, concepts, fusion, training, weights) for node in module.NODES]

@@ -1,0 +1,386 @@
+"""The host's internals: progress, interrupts, memory, folders, state dicts, tokenizers, patches.
+
+The only file that touches them. When the host changes, one file changes.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.clip_model
+import comfy.lora
+import comfy.model_management
+import comfy.model_sampling
+import comfy.utils
+import folder_paths
+import torch
+from PIL import Image
+from server import PromptServer
+from torch import Tensor
+
+from ..far_train.backbone import FAMILIES, BaseModel, kv_digest, load_base
+from ..far_train.errors import BaseModelError, WeightsError
+from ..far_train.tokens import unknown_tokens
+from . import layout
+
+log = logging.getLogger(__name__)
+
+# What the pack reads from models/NAME. Other packs may have registered the same folders: theirs and ours are united.
+MODEL_FOLDERS = {"far": {".safetensors"}, "sams": {".pth", ".pt", ".safetensors"}}
+PREVIEW_SIDE = 512  # pixels of a live preview's longest side
+
+
+# --- progress and cancel
+
+
+class Progress:
+    """A node's progress bar with live previews. The host's bar raises on a cancel; this one leaves that to the caller,
+    who must save first: see :func:`interrupted` and :func:`raise_interrupted`."""
+
+    def __init__(self, total: int, node_id: str | None = None):
+        self._bar = comfy.utils.ProgressBar(max(total, 1), node_id=node_id)
+
+    def update(self, done: int, total: int | None = None, preview: Image.Image | None = None) -> None:
+        """Show ``done`` of ``total`` and, if given, a picture on the node."""
+        if interrupted():
+            return
+        picture = None if preview is None else ("JPEG", preview.convert("RGB"), PREVIEW_SIDE)
+        try:
+            self._bar.update_absolute(done, total, picture)
+        except comfy.model_management.InterruptProcessingException:  # cancelled this very moment
+            comfy.model_management.interrupt_current_processing(True)
+
+
+def interrupted() -> bool:
+    """Whether the user has cancelled. Only looks."""
+    return comfy.model_management.processing_interrupted()
+
+
+def raise_interrupted() -> None:
+    """End the node as cancelled, in the way that the host expects."""
+    comfy.model_management.interrupt_current_processing(False)
+    raise comfy.model_management.InterruptProcessingException()
+
+
+def stop_if_interrupted() -> None:
+    """End the node if the user has cancelled: for loops that have nothing to save."""
+    if interrupted():
+        raise_interrupted()
+
+
+# --- folders
+
+
+def input_folder() -> Path:
+    return Path(folder_paths.get_input_directory())
+
+
+def input_subfolders() -> list[str]:
+    """Folders below the input folder, relative, with forward slashes; hidden ones left out."""
+    root = input_folder()
+    found = (p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_dir())
+    return sorted(name for name in found if not any(part.startswith(".") for part in name.split("/")))
+
+
+def output_folder() -> Path:
+    return Path(folder_paths.get_output_directory())
+
+
+def temp_folder() -> Path:
+    return Path(folder_paths.get_temp_directory())
+
+
+def register_model_folders() -> None:
+    """Make models/far and models/sams known, keeping what other packs registered under these names."""
+    for kind, extensions in MODEL_FOLDERS.items():
+        folder_paths.add_model_folder_path(kind, str(Path(folder_paths.models_dir) / kind))
+        paths, known = folder_paths.folder_names_and_paths[kind]
+        folder_paths.folder_names_and_paths[kind] = (paths, set(known) | extensions)
+
+
+def model_files(kind: str) -> list[str]:
+    """Names of the files in models/``kind`` that the host lists."""
+    return folder_paths.get_filename_list(kind)
+
+
+def model_path(kind: str, name: str) -> Path:
+    """The file ``name`` of models/``kind``. Raises FileNotFoundError."""
+    return Path(folder_paths.get_full_path_or_raise(kind, name))
+
+
+def model_folder(kind: str) -> Path:
+    """Where new files of models/``kind`` are written."""
+    return Path(folder_paths.get_folder_paths(kind)[0])
+
+
+# --- memory and grad mode
+
+
+def compute_device() -> torch.device:
+    """The device on which the host computes."""
+    return comfy.model_management.get_torch_device()
+
+
+def free_everything() -> None:
+    """Take the host's models off the device and give back what nobody holds."""
+    comfy.model_management.unload_all_models()
+    gc.collect()
+    comfy.model_management.soft_empty_cache()
+
+
+@contextmanager
+def no_inference_mode() -> Iterator[None]:
+    """The host runs nodes in inference mode, in which nothing can be trained."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """A copy on the CPU that can be used in training, which the graph's inference tensors can't."""
+    with torch.inference_mode(False):
+        return tensor.detach().to("cpu", copy=True)
+
+
+# --- the base: MODEL, CLIP and VAE as far_train's
+
+
+@dataclass(frozen=True)
+class BaseMark:
+    """What tells one base from another: the digest of its cross-attention K/V, and how it predicts."""
+
+    digest: str
+    prediction_type: str
+
+
+def mark_base(model: Any, clip: Any) -> BaseMark:
+    """Identify MODEL, with the graph's patches, without building it. Raises BaseModelError for another family."""
+    _check_family(model, clip)
+    return BaseMark(kv_digest(kv_weights(model)), prediction_type(model))
+
+
+def read_base(model: Any, clip: Any, vae: Any) -> BaseModel:
+    """MODEL, CLIP and VAE as a base in fp32 on the CPU, patches baked in; the inputs stay untouched.
+
+    Raises BaseModelError where they are not Stable Diffusion 2.1's.
+    """
+    _check_family(model, clip)
+    family = FAMILIES["sd21"]
+    unet = _weights(model, "diffusion_model.")
+    text_prefix = f"{family.embedding_key}.transformer.text_model."
+    text = {k.removeprefix(text_prefix): v for k, v in _weights(clip.patcher, text_prefix).items()}
+    pixels = _weights(vae.patcher)
+    encoder = getattr(clip.cond_stage_model, family.embedding_key)
+    heads, activation = _text_details(encoder)
+    stated = prediction_type(model)
+    configs = layout.component_configs(
+        model.model.model_config.unet_config,
+        text,
+        pixels,
+        prediction_type=stated,
+        text_heads=heads,
+        text_activation=activation,
+        text_layers=layout.text_layer_count(text, _text_layer(clip, encoder)),
+        scaling_factor=model.model.latent_format.scale_factor,
+    )
+    state = {f"model.{k}": v for k, v in unet.items()}
+    state |= {f"first_stage_model.{k}": v for k, v in pixels.items()}
+    state |= {f"cond_stage_model.transformer.text_model.{k}": v for k, v in text.items()}
+    base = load_base(state, config=configs)
+    if base.prediction_type != stated:
+        # A file's type is measured, since nothing else tells it. In a graph MODEL says how the samplers will read the
+        # UNet's output (ModelSamplingDiscrete may have set it), and training must aim at what they will read.
+        log.warning("MODEL samples as %s though its weights look like %s; MODEL is believed.", stated, base.prediction_type)
+        scheduler = {**base.scheduler, "prediction_type": stated}
+        base = dataclasses.replace(base, prediction_type=stated, scheduler=scheduler)
+    sigmas = model.get_model_object("model_sampling").sigmas.float().cpu()
+    if len(sigmas) != 1000 or not torch.allclose(1 / (sigmas**2 + 1), base.alphas_cumprod, atol=1e-3):
+        log.warning("MODEL has a noise schedule of its own (zero terminal SNR?); FaR trains on Stable Diffusion's.")
+    return base
+
+
+def prediction_type(model: Any) -> str:
+    """What MODEL's samplers take the UNet's output for. Raises BaseModelError if it is neither v nor ε."""
+    sampling = model.get_model_object("model_sampling")
+    # By the formula and not by the class: LCM and x0 sampling inherit from ε and EDM from v, with formulas of their own.
+    formula = type(sampling).calculate_denoised
+    if formula is comfy.model_sampling.V_PREDICTION.calculate_denoised:
+        return "v_prediction"
+    if formula is comfy.model_sampling.EPS.calculate_denoised:
+        return "epsilon"
+    raise BaseModelError(
+        "MODEL predicts neither v nor ε (LCM, EDM, x0 …); remove its ModelSampling node or use a plain SD 2.1"
+    )
+
+
+def kv_weights(model: Any, patched: bool = True) -> dict[str, Tensor]:
+    """MODEL's cross-attention K/V [channels, context width] by layer name, with or without the graph's patches."""
+    found = _weights(model, "diffusion_model.", (".attn2.to_k.weight", ".attn2.to_v.weight"), patched)
+    return {k.removeprefix("diffusion_model.").removesuffix(".weight"): v for k, v in found.items()}
+
+
+def noun_embedding(clip: Any, noun: str) -> Tensor:
+    """Mean embedding [width] of a class noun's tokens in CLIP, as :func:`far_train.tokens.noun_embedding` has it."""
+    tokenizer = _inner_tokenizer(clip)
+    key = f"{tokenizer.embedding_key}.transformer.text_model.embeddings.token_embedding.weight"
+    table = _weights(clip.patcher, key)[key]
+    return table[tokenizer.tokenizer(noun, add_special_tokens=False)["input_ids"]].mean(0)
+
+
+def _weights(patcher: Any, prefix: str | None = None, ends: tuple[str, ...] = ("",), patched: bool = True) -> dict:
+    """Copies in fp32 on the CPU of a patcher's weights, with its patches; nothing is loaded, moved or changed."""
+    weights = {}
+    with torch.inference_mode(False), torch.no_grad():
+        for key, entry in patcher.get_key_patches(prefix).items():
+            if not key.endswith(ends):
+                continue
+            (weight, convert), patches = entry[0], entry[1:]
+            weight = convert(weight.to("cpu", torch.float32, copy=True), inplace=True)
+            weights[key] = comfy.lora.calculate_weight(patches, weight, key) if patches and patched else weight
+    return weights
+
+
+def _check_family(model: Any, clip: Any) -> None:
+    config = model.model.model_config
+    kind = type(config).__name__
+    name = getattr(getattr(clip, "tokenizer", None), "clip", None)
+    layout.check_family(config.unet_config, kind, name, FAMILIES["sd21"].embedding_key)
+
+
+def _text_layer(clip: Any, encoder: torch.nn.Module) -> int | None:
+    """The layer whose output conditions the UNet; CLIPSetLastLayer overrides the model's own."""
+    layer, index, _ = encoder.options_default
+    index = clip.layer_idx if clip.layer_idx is not None else index
+    return index if layer == "hidden" or clip.layer_idx is not None else None
+
+
+def _text_details(encoder: torch.nn.Module) -> tuple[int, str]:
+    """Heads and activation of a text encoder, which shapes don't show."""
+    first = encoder.transformer.text_model.encoder.layers[0]
+    names = {function: name for name, function in comfy.clip_model.ACTIVATIONS.items()}
+    return first.self_attn.heads, names[first.mlp.activation]
+
+
+# --- the weights: patches on MODEL, tokens in CLIP
+
+
+def apply_kv(model: Any, deltas: Mapping[str, Tensor], strength: float) -> Any:
+    """MODEL with ``strength`` × deltas [out, in] added to its K/V; the input stays as it is. Raises WeightsError."""
+    patched = model.clone()
+    own = {k: tuple(v.shape) for k, v in model.model_state_dict("diffusion_model.").items()}
+    keys = {f"diffusion_model.{name}.weight": delta for name, delta in deltas.items()}
+    # The host drops unknown keys without a word and logs wrong shapes only when it samples.
+    for key, delta in keys.items():
+        if own.get(key) != tuple(delta.shape):
+            has = "lacks it" if key not in own else f"has {list(own[key])}"
+            raise WeightsError(f"weights: {key} is {list(delta.shape)}, MODEL {has}; use the base that they belong to")
+    patched.add_patches({key: ("diff", (plain(delta),)) for key, delta in keys.items()}, strength)
+    return patched
+
+
+def apply_tokens(clip: Any, embeddings: Mapping[str, Tensor]) -> Any:
+    """CLIP whose prompts may hold the modifier tokens; ``embeddings`` [n, width] by token, ``<corgi-dog>``.
+
+    Works in every node that tokenizes with the CLIP it is given, with weights as in ``(<corgi-dog>:1.2)``, and on top
+    of tokens applied before. The input and its tokenizer stay as they are. Raises WeightsError.
+    """
+    inner = _inner_tokenizer(clip)
+    for token, rows in embeddings.items():
+        # The host would drop such an embedding from every prompt with no more than a line in its log.
+        if rows.ndim != 2 or rows.shape[1] != inner.embedding_size:
+            raise WeightsError(
+                f"weights: {token} has {rows.shape[-1]} numbers per vector, this CLIP needs {inner.embedding_size}; "
+                "use the CLIP of the base that they belong to"
+            )
+    applied = clip.clone()
+    applied.tokenizer = copy.copy(clip.tokenizer)
+    setattr(applied.tokenizer, clip.tokenizer.clip, _with_modifiers(inner, embeddings))
+    return applied
+
+
+def _inner_tokenizer(clip: Any) -> Any:
+    name = getattr(getattr(clip, "tokenizer", None), "clip", None)
+    if name != FAMILIES["sd21"].embedding_key:
+        raise BaseModelError(
+            f"CLIP is not Stable Diffusion 2.1's (it has {name or 'no known text encoder'}); connect the CLIP of the "
+            "base that the weights belong to"
+        )
+    return getattr(clip.tokenizer, name)
+
+
+class _ModifierTokens:
+    """Mixin for a copy of the host's tokenizer: modifier tokens become embeddings, looked up in a table."""
+
+    far_tokens: Mapping[str, Tensor]
+    far_warned: set[str]
+
+    def tokenize_with_weights(self, text: str, *args: Any, **kwargs: Any) -> Any:
+        for token in unknown_tokens(text, tuple(self.far_tokens)):
+            if token not in self.far_warned:
+                self.far_warned.add(token)
+                known = ", ".join(self.far_tokens)
+                log.warning("The prompt holds %s, which no applied weights have (%s): it is read as text.", token, known)
+        names = "|".join(map(re.escape, self.far_tokens))
+        pattern = re.compile(f"(?:{self.embedding_identifier})?({names})", re.IGNORECASE)
+        # The spaces matter: the host looks for " embedding:", and takes all up to the next space for the name.
+        text = pattern.sub(lambda m: f" {self.embedding_identifier}{m[1].lower()} ", text)
+        return super().tokenize_with_weights(text, *args, **kwargs)
+
+    def _try_get_embedding(self, embedding_name: str) -> tuple[Tensor | None, str]:
+        name, _, rest = embedding_name.partition(" ")
+        if name in self.far_tokens:
+            return self.far_tokens[name], rest.strip()
+        return super()._try_get_embedding(embedding_name)
+
+
+def _with_modifiers(tokenizer: Any, embeddings: Mapping[str, Tensor]) -> Any:
+    """A copy of a tokenizer that knows the tokens; those of earlier copies stay known."""
+    applied = copy.copy(tokenizer)
+    kind = type(tokenizer)
+    if not isinstance(tokenizer, _ModifierTokens):
+        applied.__class__ = type(kind.__name__, (_ModifierTokens, kind), {})
+    tokens = {token: plain(rows).float() for token, rows in embeddings.items()}
+    applied.far_tokens = {**getattr(tokenizer, "far_tokens", {}), **tokens}
+    applied.far_warned = set()
+    if applied.embedding_directory is None:  # then the host would not look for embeddings at all
+        applied.embedding_directory = []
+    return applied
+
+
+# --- modules that the host doesn't manage, and words on a node
+
+
+@contextmanager
+def on_compute_device(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Have a module, such as a SAM of any pack, on the compute device for a while; the host's models make room."""
+    before = next(module.parameters()).device
+    device = compute_device()
+    if device != before:
+        size = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+        comfy.model_management.free_memory(2 * size, device)
+    try:
+        # Other packs make theirs in inference mode; moved outside of it, such parameters can't be used any more.
+        with torch.inference_mode():
+            module.to(device)
+        yield module
+    finally:
+        with torch.inference_mode():
+            module.to(before)
+        if device != before:
+            comfy.model_management.soft_empty_cache()
+
+
+def tell(text: str, node_id: str | None) -> None:
+    """Show a line of text on a node, and log it."""
+    log.info("%s", text)
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and node_id is not None and hasattr(server, "send_progress_text"):
+        server.send_progress_text(text, node_id)

@@ -1,0 +1,120 @@
+"""The shape of the graph's MODEL, CLIP and VAE as component configs in diffusers' words.
+
+A graph has no config files: the host found the shapes out from the weights, and so does this file, from what
+:mod:`.host` read off. Nothing here touches the host.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..far_train.backbone import FOREIGN, packaged_configs
+from ..far_train.errors import BaseModelError
+
+_VAE_BLOCK = re.compile(r"encoder\.down\.(\d+)\.block\.(\d+)\.conv2\.weight")
+_TEXT_LAYER = re.compile(r"encoder\.layers\.(\d+)\.")
+
+
+def component_configs(
+    unet: Mapping[str, Any],
+    text: Mapping[str, Tensor],
+    vae: Mapping[str, Tensor],
+    *,
+    prediction_type: str,
+    text_heads: int,
+    text_activation: str,
+    text_layers: int,
+    scaling_factor: float,
+) -> dict[str, Any]:
+    """Configs for :func:`far_train.backbone.load_base`: Stable Diffusion 2.1's, with this base's sizes.
+
+    ``unet`` is the host's own unet_config; ``text`` and ``vae`` are state dicts, text names without ``text_model.``;
+    ``text_layers`` counts the layers that are run. Raises BaseModelError.
+    """
+    configs = packaged_configs(prediction_type)
+    configs["unet"] |= _unet_sizes(unet)
+    configs["vae"] |= _vae_sizes(vae) | {"scaling_factor": scaling_factor}
+    table = text["embeddings.token_embedding.weight"]
+    configs["text_encoder"] |= {
+        "hidden_size": table.shape[1],
+        "vocab_size": table.shape[0],
+        "intermediate_size": text["encoder.layers.0.mlp.fc1.weight"].shape[0],
+        "max_position_embeddings": text["embeddings.position_embedding.weight"].shape[0],
+        "num_attention_heads": text_heads,
+        "num_hidden_layers": text_layers,
+        "hidden_act": text_activation,
+    }
+    return configs
+
+
+def check_family(unet: Mapping[str, Any], kind: str, text_name: str | None, expected_text: str) -> None:
+    """Refuse a MODEL or CLIP of another family, named by its ``kind``. Raises BaseModelError."""
+    width = unet.get("context_dim")
+    attends = unet.get("transformer_depth")
+    if width is None or not attends or "channel_mult" not in unet:
+        raise BaseModelError(f"MODEL is {kind}; FaR trains Stable Diffusion 2.1, load such a checkpoint")
+    if width in FOREIGN:
+        raise BaseModelError(f"MODEL is {FOREIGN[width]}; FaR trains Stable Diffusion 2.1, load such a checkpoint")
+    if unet.get("adm_in_channels") is not None or unet.get("in_channels") != 4:
+        raise BaseModelError(
+            f"MODEL is a variant of Stable Diffusion with inputs of its own ({kind}: unCLIP, inpainting, depth …); "
+            "FaR trains the plain text-to-image model"
+        )
+    if text_name != expected_text:
+        raise BaseModelError(
+            f"CLIP is not Stable Diffusion 2.1's (it has {text_name or 'no known text encoder'}, not {expected_text}); "
+            "connect the CLIP of the same checkpoint as MODEL"
+        )
+
+
+def text_layer_count(text: Mapping[str, Tensor], layer_index: int | None) -> int:
+    """How many text layers count: all, or up to the one that ``layer_index`` (−2: the last but one) names."""
+    layers = 1 + max(int(m[1]) for m in map(_TEXT_LAYER.match, text) if m)
+    if layer_index is None or abs(layer_index) > layers:
+        return layers
+    return (layers + layer_index if layer_index < 0 else layer_index) + 1
+
+
+def _unet_sizes(ldm: Mapping[str, Any]) -> dict[str, Any]:
+    channels = [ldm["model_channels"] * m for m in ldm["channel_mult"]]
+    blocks = ldm["num_res_blocks"]
+    blocks = [blocks] * len(channels) if isinstance(blocks, int) else list(blocks)
+    depth = list(ldm["transformer_depth"])
+    attends = []
+    for count in blocks:
+        level, depth = depth[:count], depth[count:]
+        if set(level) not in ({0}, {1}):
+            raise BaseModelError("MODEL has more than one transformer per block; FaR trains Stable Diffusion 2.1")
+        attends.append(level[0] == 1)
+    head = ldm.get("num_head_channels", -1)
+    down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends]
+    return {
+        "block_out_channels": channels,
+        "layers_per_block": blocks[0] if len(set(blocks)) == 1 else blocks,
+        # diffusers' name for the number of heads, which it has kept from its first release
+        "attention_head_dim": [c // head if head > 0 else ldm["num_heads"] for c in channels],
+        "cross_attention_dim": ldm["context_dim"],
+        "in_channels": ldm["in_channels"],
+        "out_channels": ldm["out_channels"],
+        "use_linear_projection": bool(ldm.get("use_linear_in_transformer")),
+        "down_block_types": down,
+        "up_block_types": [kind.replace("Down", "Up") for kind in reversed(down)],
+    }
+
+
+def _vae_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    blocks = {(int(m[1]), int(m[2])): state[k].shape[0] for k in state if (m := _VAE_BLOCK.fullmatch(k))}
+    if not blocks or "quant_conv.weight" not in state:
+        raise BaseModelError("VAE is not Stable Diffusion's; connect the VAE of the same checkpoint as MODEL")
+    levels = 1 + max(level for level, _ in blocks)
+    return {
+        "block_out_channels": [blocks[level, 0] for level in range(levels)],
+        "layers_per_block": 1 + max(block for _, block in blocks),
+        "latent_channels": state["post_quant_conv.weight"].shape[0],
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }

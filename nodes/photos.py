@@ -1,0 +1,300 @@
+"""Photos and their subjects: a folder of photos, a segment-anything model, and what it cuts out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..far_train.config import ExtractConfig
+from ..far_train.errors import FarError, PhotoError, SubjectError
+from ..far_train.photos import Photo, list_photos, load_photo, mask_path
+from ..far_train.sam import load_sam
+from ..far_train.subjects import SubjectExtractor
+from . import host
+from .pictures import HOW_TO_GET_MASKS, match_masks, photo_labels, unroll_images, unroll_masks
+from .previews import as_image, shown, subject_sheet
+from .prompts import BOX_FORMATS, read_prompts
+from .sockets import SamModel, schema
+
+MAX_SIDE = 8192
+
+
+class LoadPhotos(io.ComfyNode):
+    """The photos of one subject, with the masks that they bring."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="FaR_LoadPhotos",
+            display_name="FaR Load Photos",
+            description="Load all photos of a folder as a list: upright, each in its own size, in the order of their names.",
+            search_aliases=["load images from folder", "image folder", "batch load"],
+            inputs=[
+                io.Combo.Input(
+                    "folder",
+                    options=host.input_subfolders(),
+                    tooltip="A folder inside ComfyUI's input folder that holds the photos of one subject. 4 to 20 photos, "
+                    "with different surroundings, are a good number.",
+                ),
+                io.Int.Input(
+                    "max_side",
+                    default=1024,
+                    min=0,
+                    max=MAX_SIDE,
+                    step=64,
+                    tooltip="Larger photos are scaled down to this longest side, in pixels. 1024 suits training at 768; "
+                    "0 keeps every photo as it is, which needs much memory.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output("images", is_output_list=True, tooltip="The photos, one by one, each in its own size."),
+                io.Mask.Output(
+                    "masks",
+                    is_output_list=True,
+                    tooltip="One mask per photo, of its size, 1 = subject: NAME.mask.png beside NAME.jpg, else the photo's "
+                    "transparency. All zeros where a photo has neither.",
+                ),
+                io.String.Output("names", is_output_list=True, tooltip="The file names without suffix, one per photo."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, folder: str) -> bool | str:
+        if folder is None or folder in host.input_subfolders():
+            return True
+        return f"there is no folder '{folder}' in {host.input_folder()}; make one there and put the photos of a subject in it"
+
+    @classmethod
+    def fingerprint_inputs(cls, folder: str, max_side: int) -> str:
+        try:
+            photos = list_photos(host.input_folder() / folder)
+        except (PhotoError, TypeError):
+            return "none"
+        return files_fingerprint([f for p in photos for f in (p, mask_path(p))])
+
+    @classmethod
+    def execute(cls, folder: str, max_side: int) -> io.NodeOutput:
+        photos, skipped = [], []
+        paths = list_photos(host.input_folder() / folder)
+        progress = host.Progress(len(paths), cls.hidden.unique_id)
+        for i, path in enumerate(paths):
+            host.stop_if_interrupted()
+            try:
+                photos.append(load_photo(path, max_side or None))
+            except PhotoError as e:
+                skipped.append(str(e))
+            progress.update(i + 1)
+        if not photos:
+            raise PhotoError(f"{folder}: none of its {len(paths)} photos can be used:\n" + "\n".join(skipped[:5]))
+        images = [p.image for p in photos]
+        names = [p.name for p in photos]
+        masked = sum(p.mask is not None for p in photos)
+        text = "\n".join(
+            [f"{len(photos)} photos, {masked} of them with a mask", *(f"left out: {reason}" for reason in skipped)]
+        )
+        sheet = subject_sheet(images, [p.mask for p in photos], names)
+        # Zeros of the photo's own size, not of some other: whatever comes next may stack, scale or paste them.
+        masks = [torch.zeros(p.image.shape[:2]) if p.mask is None else p.mask for p in photos]
+        return io.NodeOutput([i[None] for i in images], [m[None] for m in masks], names, ui=shown(cls, sheet, text))
+
+
+class LoadSam(io.ComfyNode):
+    """A segment-anything model, the same object that other packs pass as SAM_MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="FaR_LoadSAM",
+            display_name="FaR Load SAM",
+            description="Load segment-anything (ViT-B, -L or -H) from models/sams. Nothing is unpickled.",
+            search_aliases=["segment anything", "SAMLoader"],
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=host.model_files("sams"),
+                    tooltip="A segment-anything file in models/sams. sam_vit_b (375 MB) is enough for clear photos; "
+                    "sam_vit_h (2.6 GB) finds finer outlines. SAM 2 and HQ-SAM are other models and don't fit.",
+                )
+            ],
+            outputs=[SamModel.Output("sam_model", tooltip="For FaR Extract Subject, or any node that takes a SAM_MODEL.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, model_name: str) -> bool | str:
+        if model_name is None or model_name in host.model_files("sams"):
+            return True
+        return (
+            f"there is no '{model_name}' in models/sams; put a segment-anything file there, such as "
+            "sam_vit_b_01ec64.pth from https://github.com/facebookresearch/segment-anything"
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name: str) -> str:
+        try:
+            return files_fingerprint([host.model_path("sams", model_name)])
+        except (FileNotFoundError, TypeError, AttributeError):
+            return "none"
+
+    @classmethod
+    def execute(cls, model_name: str) -> io.NodeOutput:
+        # It rests on the CPU, and is on the compute device only while a node works with it.
+        return io.NodeOutput(load_sam(host.model_path("sams", model_name)))
+
+
+class ExtractSubject(io.ComfyNode):
+    """Where the subject of each photo is."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="FaR_ExtractSubject",
+            display_name="FaR Extract Subject",
+            description="Find the subject of each photo with segment-anything: by a box, by points, or, without either, "
+            "in the middle. Photos without a usable subject are left out and named in the report.",
+            search_aliases=["segment", "cut out", "remove background", "mask"],
+            is_input_list=True,
+            is_output_node=True,
+            inputs=[
+                io.Image.Input("images", tooltip="The photos of one subject: a list (FaR Load Photos) or a batch."),
+                SamModel.Input(
+                    "sam_model",
+                    optional=True,
+                    tooltip="From FaR Load SAM or another pack's SAM loader. Not needed if every photo has a mask.",
+                ),
+                io.Mask.Input(
+                    "masks",
+                    optional=True,
+                    tooltip="Masks that the photos already have, such as those of FaR Load Photos. A photo whose mask isn't "
+                    "empty keeps it; SAM looks only at the others.",
+                ),
+                io.BBOX.Input(
+                    "box",
+                    optional=True,
+                    tooltip="A box around the subject in pixels of the photo: one for all photos, or a list with one for each.",
+                ),
+                io.String.Input(
+                    "names",
+                    optional=True,
+                    force_input=True,
+                    tooltip="The photos' names, for the report and for 'points'. Connect FaR Load Photos.",
+                ),
+                io.Combo.Input(
+                    "box_format",
+                    options=list(BOX_FORMATS),
+                    tooltip="What the four numbers of a box mean; packs differ. Boxes with named sides need no choice.",
+                ),
+                io.String.Input(
+                    "points",
+                    default="",
+                    multiline=True,
+                    tooltip="JSON, in pixels of the photo. Empty: the middle. For all photos: [[x, y], [x, y, 0]], where 0 "
+                    'marks what is not the subject. For some: {"2": [[x, y]], "garden": {"box": [x0, y0, x1, y1]}}, by '
+                    "number or name.",
+                ),
+                io.Float.Input(
+                    "min_area",
+                    default=ExtractConfig().min_area,
+                    min=0.0,
+                    max=0.9,
+                    step=0.01,
+                    tooltip="A subject that covers less than this share of the photo is not taken. 0.03 by default.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output("images", is_output_list=True, tooltip="The photos that show a subject."),
+                io.Mask.Output("masks", is_output_list=True, tooltip="Their masks, 1 = subject, in the same order."),
+                io.String.Output("report", tooltip="One line per photo: SAM's score, or why it was left out."),
+                io.Image.Output("preview", tooltip="The subjects on a checkerboard, as one picture."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        images: Sequence[Tensor],
+        box_format: Sequence[str],
+        points: Sequence[str],
+        min_area: Sequence[float],
+        sam_model: Sequence[Any] = (),
+        masks: Sequence[Tensor] = (),
+        box: Sequence[Any] = (),
+        names: Sequence[str] = (),
+    ) -> io.NodeOutput:
+        pictures = unroll_images(images)
+        labels = photo_labels(len(pictures), names)
+        given = match_masks(pictures, unroll_masks(masks), labels=labels) if len(masks) else [None] * len(pictures)
+        prompts = read_prompts(len(pictures), box, box_format[0], points, names)
+        photos = [Photo(label, p, m, Path(label)) for label, p, m in zip(labels, pictures, given)]
+        progress = host.Progress(len(photos), cls.hidden.unique_id)
+        sam = sam_model[0] if len(sam_model) else None
+        if sam is None and not all(m is not None for m in given):
+            missing = labels[next(i for i, m in enumerate(given) if m is None)]
+            raise SubjectError(f"{missing} has no mask; connect a sam_model to find its subject, or {HOW_TO_GET_MASKS}")
+        subjects, report = [], []
+        for photo, subject in find_subjects(photos, sam, prompts, ExtractConfig(min_area=min_area[0])):
+            if isinstance(subject, FarError):
+                report.append(f"left out: {subject}")
+            else:
+                subjects.append(subject)
+                report.append(f"{photo.name}: " + ("own mask" if subject.score is None else f"score {subject.score:.2f}"))
+            progress.update(len(report))
+        if not subjects:
+            raise SubjectError(f"none of the {len(photos)} photos shows a usable subject:\n" + "\n".join(report[:5]))
+        found, cut = [s.image for s in subjects], [s.mask for s in subjects]
+        sheet = subject_sheet(found, cut, [s.name for s in subjects])
+        text = "\n".join(report)
+        return io.NodeOutput(
+            [i[None] for i in found], [m[None] for m in cut], text, as_image(sheet), ui=shown(cls, sheet, text)
+        )
+
+
+def find_subjects(photos: Sequence[Photo], sam: Any, prompts: Sequence[Any], config: ExtractConfig):
+    """Yield each photo with its subject, or with the FarError that says why there is none. Stops on a cancel.
+
+    ``sam``: may be None if every photo has a mask. Raises SubjectError if it is no segment-anything model.
+    """
+    if sam is None:
+        yield from ((photo, _own(photo)) for photo in photos)
+        return
+    extractor = SubjectExtractor(sam, config)
+    if "HQ" in type(sam.mask_decoder).__name__:
+        raise SubjectError("this SAM_MODEL is HQ-SAM, which is called in another way; load an original SAM ViT-B, -L or -H")
+    with host.on_compute_device(sam):
+        for photo, prompt in zip(photos, prompts):
+            host.stop_if_interrupted()
+            try:
+                yield photo, extractor.extract(photo, prompt)
+            except FarError as e:
+                yield photo, e
+
+
+def _own(photo: Photo) -> Any:
+    from ..far_train.subjects import subject_from_mask
+
+    try:
+        return subject_from_mask(photo)
+    except FarError as e:
+        return e
+
+
+def files_fingerprint(paths: Sequence[Path]) -> str:
+    """Changes when a file of these changes, comes or goes: a digest of names, sizes and times."""
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            about = path.stat()
+        except OSError:
+            continue
+        digest.update(f"{path.name}\0{about.st_size}\0{about.st_mtime_ns}\0".encode())
+    return digest.hexdigest()
+
+
+NODES = [LoadPhotos, LoadSam, ExtractSubject]

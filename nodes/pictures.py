@@ -1,0 +1,118 @@
+"""Pictures and masks as other nodes and packs send them, brought to far_train's forms. Needs no host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..far_train.errors import SubjectError
+
+# A mask that marks the corners, this much of the frame's rim, and not this much of the picture shows the background.
+RIM_SHARE = 0.7
+HOLE_SHARE = 0.03
+
+HOW_TO_GET_MASKS = (
+    "connect the masks of FaR Load Photos, FaR Extract Subject or any segmenter "
+    "(LoadImage has no mask for a picture without transparency: it sends 64×64 zeros)"
+)
+
+
+def unroll_images(values: Sequence[Tensor]) -> list[Tensor]:
+    """A list of IMAGEs, each a batch [B,H,W,C] or one [H,W,C], as single pictures [H,W,3]. Raises SubjectError."""
+    pictures: list[Tensor] = []
+    for value in values:
+        if not isinstance(value, Tensor) or value.ndim not in (3, 4) or value.shape[-1] not in (1, 3, 4):
+            raise SubjectError(f"image {len(pictures) + 1}: expected an IMAGE [batch, height, width, 3], got {_form(value)}")
+        for picture in value if value.ndim == 4 else (value,):
+            picture = picture.detach().float().cpu()
+            pictures.append(picture.expand(*picture.shape[:2], 3) if picture.shape[-1] == 1 else picture[..., :3])
+    return pictures
+
+
+def unroll_masks(values: Sequence[Tensor]) -> list[Tensor]:
+    """A list of MASKs, each [H,W], [B,H,W] or, as some packs send them, [B,1,H,W], as single masks [H,W] 0..1.
+
+    Raises SubjectError.
+    """
+    masks: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor) and value.ndim == 4 and value.shape[1] == 1:
+            value = value[:, 0]
+        elif isinstance(value, Tensor) and value.ndim == 4 and value.shape[-1] == 1:
+            value = value[..., 0]
+        if not isinstance(value, Tensor) or value.ndim not in (2, 3):
+            raise SubjectError(f"mask {len(masks) + 1}: expected a MASK [batch, height, width], got {_form(value)}")
+        for mask in value if value.ndim == 3 else (value,):
+            masks.append(torch.nan_to_num(mask.detach().float().cpu()).clamp(0, 1))
+    return masks
+
+
+def match_masks(
+    images: Sequence[Tensor], masks: Sequence[Tensor], *, invert: bool = False, labels: Sequence[str] = ()
+) -> list[Tensor | None]:
+    """The mask of each picture, 1 = subject; None where it is empty, which is how nodes say that they have none.
+
+    ``images``: [H,W,3] each. ``masks``: [H,W] each, of any size if empty. ``invert``: they are 1 on the background.
+    ``labels``: what messages call the pictures; default "photo 1" and so on. Raises SubjectError naming the picture
+    and the fix for another count, another size, or masks that show the background.
+    """
+    if len(images) != len(masks):
+        raise SubjectError(
+            f"there are {len(images)} photos but {len(masks)} masks; connect image and mask of the same node, so that "
+            "each photo has its own"
+        )
+    return [
+        _match(image, mask, invert, labels[i] if labels else f"photo {i + 1}")
+        for i, (image, mask) in enumerate(zip(images, masks))
+    ]
+
+
+def _match(image: Tensor, mask: Tensor, invert: bool, label: str) -> Tensor | None:
+    if not bool((mask > 0.5).any()):
+        return None
+    if mask.shape != image.shape[:2]:
+        raise SubjectError(
+            f"{label}: its mask is {_size(mask)} pixels, but the photo {_size(image)}; connect image and mask of the same "
+            "node, or scale the mask to the photo"
+        )
+    mask = 1 - mask if invert else mask
+    if looks_inverted(mask):
+        switch = "off" if invert else "on"
+        raise SubjectError(
+            f"{label}: its mask marks the frame around the subject and not the subject; switch invert_mask {switch} "
+            "(LoadImage sends 1 − alpha: the transparent part of a cut-out)"
+        )
+    if not bool((mask > 0.5).any()):
+        raise SubjectError(f"{label}: with invert_mask on, its mask is empty; switch it off")
+    return mask
+
+
+def looks_inverted(mask: Tensor) -> bool:
+    """Whether a mask [H,W] seems to be 1 on the background: it marks all corners and most of the rim, but leaves a hole."""
+    marked = mask > 0.5
+    side = max(min(mask.shape) // 50, 1)
+    corners = [marked[rows, columns] for rows in _ends(side) for columns in _ends(side)]
+    if not all(bool(corner.all()) for corner in corners):
+        return False
+    rim = torch.cat([marked[0], marked[-1], marked[:, 0], marked[:, -1]])
+    return float(rim.float().mean()) >= RIM_SHARE and float((~marked).float().mean()) >= HOLE_SHARE
+
+
+def _ends(length: int) -> tuple[slice, slice]:
+    return slice(None, length), slice(-length, None)
+
+
+def photo_labels(count: int, names: Sequence[str] = ()) -> list[str]:
+    """What messages call the photos: "photo 2", or "photo 2 (garden)" where ``names`` has one for each."""
+    named = len(names) == count
+    return [f"photo {i + 1} ({names[i]})" if named else f"photo {i + 1}" for i in range(count)]
+
+
+def _size(picture: Tensor) -> str:
+    return f"{picture.shape[1]}×{picture.shape[0]}"
+
+
+def _form(value: object) -> str:
+    return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,41 @@
+"""Pictures and words that a node shows on itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from comfy_api.latest import io, ui
+from PIL import Image
+from torch import Tensor
+
+from ..far_train.photos import from_pil, to_pil
+from ..far_train.report import checkerboard, contact_sheet
+from . import host
+
+MAX_SHOWN = 24  # pictures on a sheet
+
+
+def as_image(picture: Image.Image) -> Tensor:
+    """A picture as an IMAGE [1,H,W,3]."""
+    return from_pil(picture)[None]
+
+
+def shown(cls: type[io.ComfyNode], picture: Image.Image, text: str = "") -> Mapping[str, Any]:
+    """A node's own display: a picture, and words that also go to the log."""
+    display = dict(ui.PreviewImage(as_image(picture), cls=cls).as_dict())
+    if text:
+        host.tell(text, cls.hidden.unique_id)
+        display["text"] = [text]
+    return display
+
+
+def subject_sheet(
+    images: Sequence[Tensor], masks: Sequence[Tensor | None], labels: Sequence[str] = ()
+) -> Image.Image:
+    """Subjects on a checkerboard, pictures without a mask as they are: a contact sheet of the first of them."""
+    pictures = [
+        to_pil(image) if mask is None else checkerboard(image, mask)
+        for image, mask in zip(images[:MAX_SHOWN], masks[:MAX_SHOWN])
+    ]
+    return contact_sheet(pictures, labels[:MAX_SHOWN], cell=256)

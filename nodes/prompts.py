@@ -1,0 +1,153 @@
+"""Where the subject is, as boxes and points of other packs tell it, brought to far_train's prompts. Needs no host."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+from ..far_train.errors import ConfigError
+from ..far_train.subjects import Prompt
+
+BOX_FORMATS = ("x0, y0, x1, y1", "x, y, width, height")
+
+# Mappings say themselves what their numbers mean. Each: left, top, then right and bottom, or width and height.
+CORNER_KEYS = (
+    ("x0", "y0", "x1", "y1"),
+    ("x1", "y1", "x2", "y2"),
+    ("x_min", "y_min", "x_max", "y_max"),
+    ("xmin", "ymin", "xmax", "ymax"),
+    ("startX", "startY", "endX", "endY"),
+    ("left", "top", "right", "bottom"),
+)
+SIZE_KEYS = (("x", "y", "width", "height"), ("x", "y", "w", "h"), ("left", "top", "width", "height"))
+
+POINTS_HELP = "write [[x, y], [x, y, 0]] (0 = not the subject) or, per photo, {\"1\": [[x, y]], \"3\": {\"box\": [x0, y0, x1, y1]}}"
+
+Box = tuple[float, float, float, float]
+Points = tuple[tuple[float, float, int], ...]
+
+
+def read_prompts(
+    count: int, boxes: Sequence[Any], box_format: str, texts: Sequence[str], names: Sequence[str] = ()
+) -> list[Prompt]:
+    """The prompt of each of ``count`` photos, in pixels.
+
+    ``boxes``: values of BBOX sockets (see :func:`read_boxes`), one for all photos or one for each. ``texts``: JSON,
+    one for all photos or one for each: a list of points, or a mapping from photo numbers (from 1) or ``names`` to
+    points or to {"box": …, "points": …}, which goes before ``boxes``. Raises ConfigError and SubjectError.
+    """
+    found = read_boxes(boxes, box_format)
+    box_of = _spread(found, count, "box", "boxes")
+    entries = [_read_json(text) for text in texts]
+    if len(entries) == 1 and isinstance(entries[0], Mapping):
+        keyed = _by_photo(entries[0], count, names)
+        points_of: list[Any] = [None] * count
+    else:
+        keyed = {}
+        points_of = _spread([e for e in entries if e is not None], count, "points", "lists of points")
+    prompts = []
+    for i in range(count):
+        box, points = box_of[i], _points(points_of[i])
+        if isinstance(keyed.get(i), Mapping):
+            entry = keyed[i]
+            if set(entry) - {"box", "points"}:
+                raise ConfigError(f"points: unknown key in {json.dumps(entry)}; {POINTS_HELP}")
+            box = _one_box(entry["box"], BOX_FORMATS[0]) if entry.get("box") else box
+            points = _points(entry.get("points"))
+        elif i in keyed:
+            points = _points(keyed[i])
+        prompts.append(Prompt(box, points))
+    return prompts
+
+
+def read_boxes(values: Sequence[Any], box_format: str = BOX_FORMATS[0]) -> list[Box]:
+    """The boxes (x0, y0, x1, y1) in BBOX values: four numbers in ``box_format``, a mapping with named sides, JSON text
+    of these, or lists of any of them, in order. Raises ConfigError."""
+    boxes: list[Box] = []
+    for value in values:
+        boxes += _boxes_in(value, box_format)
+    return boxes
+
+
+def _boxes_in(value: Any, box_format: str) -> list[Box]:
+    if hasattr(value, "tolist"):  # tensors and arrays
+        value = value.tolist()
+    if isinstance(value, str):
+        value = _read_json(value)
+    if value is None:
+        return []
+    if isinstance(value, Mapping) or _are_numbers(value, 4):
+        return [_one_box(value, box_format)]
+    if isinstance(value, Sequence) and not isinstance(value, str) and not any(isinstance(v, Real) for v in value):
+        return [box for item in value for box in _boxes_in(item, box_format)]
+    raise ConfigError(f"box: {value!r} is no box; send four numbers in pixels, {BOX_FORMATS[0]} or {BOX_FORMATS[1]}")
+
+
+def _one_box(value: Any, box_format: str) -> Box:
+    has_size = box_format == BOX_FORMATS[1]
+    if isinstance(value, Mapping):
+        keys = next((k for k in (*SIZE_KEYS, *CORNER_KEYS) if all(name in value for name in k)), None)
+        if keys is None:
+            raise ConfigError(f"box: {dict(value)} has no x, y, width, height (or x0, y0, x1, y1)")
+        has_size = keys in SIZE_KEYS
+        value = [value[name] for name in keys]
+    if not _are_numbers(value, 4):
+        raise ConfigError(f"box: {value!r} must be four numbers in pixels")
+    x, y, right, bottom = (float(v) for v in value)
+    return (x, y, x + right, y + bottom) if has_size else (x, y, right, bottom)
+
+
+def _points(value: Any) -> Points:
+    """Points from [[x, y], [x, y, label], {"x": …, "y": …, "label": …}], or from a single [x, y]."""
+    if value is None:
+        return ()
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise ConfigError(f"points: {json.dumps(value)} is no list of points; {POINTS_HELP}")
+    if _are_numbers(value, 2) or _are_numbers(value, 3):
+        value = [value]
+    points = []
+    for point in value:
+        if isinstance(point, Mapping):
+            point = [point.get("x"), point.get("y"), point.get("label", 1)]
+        if not (_are_numbers(point, 2) or _are_numbers(point, 3)):
+            raise ConfigError(f"points: {json.dumps(point)} is no point; {POINTS_HELP}")
+        points.append((float(point[0]), float(point[1]), int(point[2]) if len(point) == 3 else 1))
+    return tuple(points)
+
+
+def _read_json(text: str) -> Any:
+    if not isinstance(text, str) or not text.strip():
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise ConfigError(f"points: {text[:60]!r} is not JSON ({e}); {POINTS_HELP}") from e
+
+
+def _by_photo(entries: Mapping[str, Any], count: int, names: Sequence[str]) -> dict[int, Any]:
+    """Entries by photo number or name → by index."""
+    indices = {str(i + 1): i for i in range(count)} | {name: i for i, name in enumerate(names[:count])}
+    unknown = [key for key in entries if key not in indices]
+    if unknown:
+        raise ConfigError(f"points: there is no photo '{unknown[0]}'; use the numbers 1 to {count}, or the photos' names")
+    return {indices[key]: value for key, value in entries.items()}
+
+
+def _spread(items: list[Any], count: int, name: str, plural: str) -> list[Any]:
+    """One item for all photos, or one for each."""
+    if len(items) <= 1:
+        return (items or [None]) * count
+    if len(items) != count:
+        raise ConfigError(f"{name}: there are {len(items)} {plural} for {count} photos; give one for all, or one for each")
+    return items
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    return (
+        isinstance(values, Sequence)
+        and not isinstance(values, str)
+        and len(values) == count
+        and all(isinstance(v, Real) and not isinstance(v, bool) for v in values)
+    )

@@ -1,0 +1,66 @@
+"""The sockets of the pack: what each type carries, and what differs between host versions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+from PIL import Image
+
+from ..far_train.weights import FarWeights
+
+CATEGORY = "FaR"
+
+Model = io.Model
+Clip = getattr(io, "Clip", None) or io.CLIP
+Vae = getattr(io, "Vae", None) or io.VAE
+
+FarConcepts = io.Custom("FAR_CONCEPTS")  # Carried(far_train.concepts.Concept, …)
+FarPrior = io.Custom("FAR_PRIOR")  # Carried(far_train.concepts.ClassPicture, …)
+FarDataset = io.Custom("FAR_DATASET")  # a far_train.concepts.TrainingSet
+FarOptions = io.Custom("FAR_OPTIONS")  # a mapping of far_train.config.TrainConfig's fields
+FarWeightsSocket = io.Custom("FAR_WEIGHTS")  # CarriedWeights
+SamModel = io.Custom("SAM_MODEL")  # the segment-anything instance that other packs use
+
+
+class ReportsMemory:
+    """Mixin of what travels through sockets: the host asks for its bytes when it decides what to forget first."""
+
+    def get_ram_usage(self) -> int:
+        return bytes_in(tuple(self) if isinstance(self, tuple) else vars(self))
+
+
+class Carried(ReportsMemory, tuple):
+    """A tuple of concepts or class pictures."""
+
+
+class CarriedWeights(ReportsMemory, FarWeights):
+    """FaR weights in a socket."""
+
+    @classmethod
+    def of(cls, weights: FarWeights) -> CarriedWeights:
+        return cls(weights.embeddings, weights.deltas, weights.provenance)
+
+
+def bytes_in(value: Any) -> int:
+    """Memory of all tensors and pictures in nested tuples, lists, mappings and dataclasses, in bytes."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Image.Image):
+        return value.width * value.height * len(value.getbands())
+    if isinstance(value, Mapping):
+        return sum(bytes_in(v) for v in value.values())
+    if isinstance(value, (list, tuple)):
+        return sum(bytes_in(v) for v in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return sum(bytes_in(getattr(value, f.name)) for f in dataclasses.fields(value))
+    return 0
+
+
+def schema(**settings: Any) -> io.Schema:
+    """A node's schema in the pack's category; settings that this host doesn't know yet (search_aliases …) are left out."""
+    known = {field.name for field in dataclasses.fields(io.Schema)}
+    return io.Schema(**{"category": CATEGORY} | {name: value for name, value in settings.items() if name in known})
