@@ -288,4 +288,6 @@ def inspect(inputs: Inputs, _config: None) -> None:
 def demo(inputs: Inputs, _config: None) -> None:
     from .mini.demo import run_demo
 
-    run_demo(Path(inputs.get("out") or "outputs/demo"), str(inputs.get("device") or "auto"))
+    with progress_bars() as bars:
+        page = run_demo(Path(inputs.get("out") or "outputs/demo"), str(inputs.get("device") or "auto"), bars)
+    print(f"Every stage's pictures → {page}")

@@ -23,7 +23,7 @@ from .captions import Name, check_noun, check_token, locate_mentions
 from .concepts import Composite, TrainingSet
 from .errors import CaptionError, DatasetError, FarError, OutputError
 from .files import make_folder, write_json, write_text
-from .photos import list_photos, load_mask, load_photo, save_mask, save_picture
+from .photos import SUFFIXES, list_photos, load_mask, load_photo, save_mask, save_picture
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +39,15 @@ def write_dataset(
 ) -> DatasetFolder:
     """Build every instance and write the folder; ``about`` is kept in dataset.json for people.
 
-    The folder appears under its name when it is complete. Raises OutputError if it exists and isn't empty.
+    The folder appears under its name when it is complete. Raises OutputError if it exists and isn't empty, or can't
+    be written.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise OutputError(f"{folder}: is not empty; choose another folder or delete it")
-    unfinished = make_folder(folder.with_name(f"{folder.name}.unfinished"))
+    _check_free(folder)
+    place = folder.resolve()
+    unfinished = place.with_name(f"{place.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+    make_folder(unfinished)
     try:
         instances, priors = training_set.composite_count(), training_set.prior_count()
         entries = []
@@ -68,9 +71,9 @@ def write_dataset(
             },
         )
         try:
-            if folder.exists():
-                folder.rmdir()
-            unfinished.replace(folder)
+            if place.exists():
+                place.rmdir()
+            unfinished.replace(place)
         except OSError as e:
             raise OutputError(f"{folder}: can't be written ({e.strerror or e}); choose another folder") from e
     except BaseException:
@@ -78,6 +81,19 @@ def write_dataset(
         raise
     on_progress(instances + priors, instances + priors)
     return DatasetFolder(folder)
+
+
+def _check_free(folder: Path) -> None:
+    try:
+        taken = folder.exists() and any(folder.iterdir())
+    except NotADirectoryError as e:
+        raise OutputError(f"{folder}: is a file; choose another folder") from e
+    except OSError as e:
+        raise OutputError(f"{folder}: can't be read ({e.strerror or e}); choose another folder") from e
+    if folder.resolve() == Path.cwd():
+        raise OutputError(f"{folder}: is the folder that you work in, which can't be replaced; name a new one")
+    if taken:
+        raise OutputError(f"{folder}: is not empty; choose another folder or delete it")
 
 
 def _write_composite(folder: Path, stem: str, composite: Composite) -> dict[str, Any]:
@@ -93,7 +109,7 @@ def _write_composite(folder: Path, stem: str, composite: Composite) -> dict[str,
 class DatasetFolder:
     """A training set read from such a folder, one instance at a time (see ``TrainingSet``).
 
-    Everything is checked when it is opened, pictures when they are read. Raises DatasetError, TokenError,
+    Everything is checked when it is opened, the pixels when they are read. Raises DatasetError, TokenError,
     CaptionError, PhotoError, each naming the file.
     """
 
@@ -120,8 +136,7 @@ class DatasetFolder:
         for entry in self._composites:
             entry.check(set(self.names))
         self._check_all_shown()
-        priors = self.folder / "priors"
-        self._priors = list_photos(priors) if priors.is_dir() and any(priors.glob("*.*")) else []
+        self._priors = _list_pictures(self.folder / "priors")
         for path in self._priors:
             _read_caption(path)
 
@@ -130,7 +145,7 @@ class DatasetFolder:
         if not path.is_file():
             raise DatasetError(f"{self.folder}: is no dataset folder (dataset.json is missing); make one with 'fuse'")
         try:
-            about = json.loads(path.read_text(encoding="utf-8"))
+            about = json.loads(path.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError, RecursionError) as e:
             raise DatasetError(f"{path}: can't be read ({e}); fuse the dataset anew") from e
         if not isinstance(about, dict) or about.get("schema") != SCHEMA:
@@ -151,8 +166,11 @@ class DatasetFolder:
         files += [f for p in self._priors for f in (p, p.with_suffix(".txt"))]
         for path in files:
             digest.update(path.name.encode())
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-        digest.update(repr([e.subjects and [n for n, _ in e.subjects] for e in self._composites]).encode())
+            try:
+                digest.update(hashlib.sha256(path.read_bytes()).digest())
+            except OSError as e:
+                raise DatasetError(f"{path}: can't be read ({e.strerror or e}); restore it") from e
+        digest.update(repr([[n for n, _ in e.subjects] for e in self._composites]).encode())
         return digest.hexdigest()
 
     def composite_count(self) -> int:
@@ -165,8 +183,11 @@ class DatasetFolder:
         for (_, mask), (_, path) in zip(subjects, entry.subjects):
             if mask.shape != image.shape[:2]:
                 raise DatasetError(
-                    f"{path}: the mask is {mask.shape[1]}×{mask.shape[0]}, its picture {self.size}×{self.size}; make them equal"
+                    f"{path}: the mask is {mask.shape[1]}×{mask.shape[0]} pixels, its picture {self.size}×{self.size}; "
+                    "make them equal"
                 )
+            if not bool((mask > 0.5).any()):
+                raise DatasetError(f"{path}: the mask is empty; mark the subject or delete {entry.image.name}")
         return Composite.build(
             image, _read_caption(entry.image), subjects, entry.recipe, str(entry.image.with_suffix(".txt"))
         )
@@ -182,7 +203,7 @@ class DatasetFolder:
         image = load_photo(path).image
         if image.shape[:2] != (self.size, self.size):
             raise DatasetError(
-                f"{path}: is {image.shape[1]}×{image.shape[0]} pixels, the dataset {self.size}×{self.size}"
+                f"{path}: is {image.shape[1]}×{image.shape[0]} pixels, the dataset {self.size}×{self.size}; scale it"
             )
         return image
 
@@ -218,10 +239,17 @@ def plain_name(name: str) -> str:
     return name
 
 
+def _list_pictures(folder: Path) -> list[Path]:
+    """The pictures of a folder that may be missing, or empty but for captions."""
+    if not folder.is_dir() or not any(p.suffix.lower() in SUFFIXES for p in folder.iterdir()):
+        return []
+    return list_photos(folder)
+
+
 def _read_caption(image: Path) -> str:
     path = image.with_suffix(".txt")
     try:
-        caption = path.read_text(encoding="utf-8").strip()
+        caption = path.read_text(encoding="utf-8-sig").strip()  # some editors put a mark in front
     except (OSError, UnicodeDecodeError) as e:
         raise CaptionError(f"{path}: can't be read ({e}); every picture needs its caption") from e
     if not caption:

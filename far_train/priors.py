@@ -29,14 +29,16 @@ def draw_class_pictures(
     *,
     size: int | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[ClassPicture]:
     """Draw ``count`` pictures "a photo of a NOUN" per noun into ``folder``/NOUN; those that are there already stay.
 
     ``size``: side in pixels, default the base's own. Picture i of a noun depends on its seed alone, so an
-    interrupted call goes on where it stopped.
+    interrupted call goes on where it stopped. ``on_progress(done, total)`` counts pictures, ``on_step(done, total)``
+    the sampling steps of one; both may raise to stop.
     """
     nouns = sorted(set(nouns))
-    wanted = [(noun, i, folder / noun.replace(" ", "_") / f"{i:04d}.png") for noun in nouns for i in range(count)]
+    wanted = [(noun, i, picture_path(folder, noun, i)) for noun in nouns for i in range(count)]
     missing = [w for w in wanted if not w[2].exists()]
     vocabulary = Vocabulary(base.tokenizer, (), base.tokenizer_size)
     side = size or base.native_size
@@ -51,10 +53,16 @@ def draw_class_pictures(
                 [f"a photo of {with_article(noun)}"],
                 config.replace(sample_seed=seed),
                 size=(side, side),
+                on_progress=on_step,
             )
             save_picture(path, picture[0])
     on_progress(len(wanted), len(wanted))
     return [ClassPicture(noun, load_photo(path).image) for noun, _, path in wanted]
+
+
+def picture_path(folder: Path, noun: str, index: int) -> Path:
+    """Where :func:`draw_class_pictures` keeps picture ``index`` of a noun."""
+    return folder / noun.replace(" ", "_") / f"{index:04d}.png"
 
 
 class with_drawn_priors:

@@ -6,7 +6,7 @@ import base64
 import html
 import io
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,8 @@ def contact_sheet(
 ) -> Image.Image:
     """Pictures in a grid of cells of ``cell`` pixels, each with its label below."""
     font = ImageFont.load_default(max(cell // 18, 11))
-    lines = [textwrap.wrap(label, max(cell // 7, 12))[:3] for label in labels] or [[]] * len(pictures)
+    lines = [textwrap.wrap(label, max(cell // 7, 12))[:3] for label in labels]
+    lines += [[]] * (len(pictures) - len(lines))
     line_height = max(cell // 18, 11) + 4
     text_height = line_height * max((len(x) for x in lines), default=0) + 8 * bool(labels)
     columns = min(columns, max(len(pictures), 1))
@@ -62,9 +63,9 @@ def contact_sheet(
     draw = ImageDraw.Draw(sheet)
     for i, picture in enumerate(pictures):
         x, y = 8 + i % columns * (cell + 8), 8 + i // columns * (cell + text_height + 8)
-        fitted = picture.copy()
-        scale = cell / max(fitted.size)
-        fitted = fitted.resize((round(fitted.width * scale), round(fitted.height * scale)), Image.Resampling.LANCZOS)
+        scale = cell / max(picture.size)
+        width, height = (max(round(side * scale), 1) for side in picture.size)
+        fitted = picture.resize((width, height), Image.Resampling.LANCZOS)
         sheet.paste(fitted, (x + (cell - fitted.width) // 2, y + (cell - fitted.height) // 2))
         for k, line in enumerate(lines[i]):
             draw.text((x, y + cell + 4 + k * line_height), line, "black", font)
@@ -79,8 +80,10 @@ def dataset_sheet(
     return contact_sheet([overlay(c, names) for c in composites], labels, columns=columns, cell=cell)
 
 
-def picture_grid(pictures: Tensor, labels: Sequence[str] = (), *, columns: int = 4, cell: int = 256) -> Image.Image:
-    """Contact sheet of pictures [n, H, W, 3]."""
+def picture_grid(
+    pictures: Iterable[Tensor], labels: Sequence[str] = (), *, columns: int = 4, cell: int = 256
+) -> Image.Image:
+    """Contact sheet of pictures, each [H, W, 3]."""
     return contact_sheet([to_pil(p) for p in pictures], labels, columns=columns, cell=cell)
 
 
@@ -94,7 +97,7 @@ def loss_curves(metrics: Sequence[Mapping[str, Any]], size: tuple[int, int] = (9
     kinds = [k for k in ("denoising", "prior", "refinement") if any(m.get(k) for m in metrics)]
     for i, (kind, axes) in enumerate(zip(kinds, figure.subplots(1, max(len(kinds), 1), squeeze=False)[0])):
         steps = [m["step"] for m in metrics]
-        values = np.array([m[kind] for m in metrics], dtype=np.float64)
+        values = np.array([m.get(kind, np.nan) for m in metrics], dtype=np.float64)
         colour = tuple(c / 255 for c in COLOURS[i])
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
         axes.plot(steps, running_mean(values), color=colour, linewidth=1.8)
@@ -105,12 +108,13 @@ def loss_curves(metrics: Sequence[Mapping[str, Any]], size: tuple[int, int] = (9
 
 
 def running_mean(values: np.ndarray, share: float = 0.05) -> np.ndarray:
-    """Mean over a window of ``share`` of the curve ending at each point; non-finite values are left out."""
+    """Mean over a window of ``share`` of the curve ending at each point; non-finite values are left out, and where
+    there is nothing else the mean is NaN."""
     window = max(int(len(values) * share), 1)
     finite = np.isfinite(values)
     sums, counts = np.cumsum(np.where(finite, values, 0)), np.cumsum(finite)
     sums[window:], counts[window:] = sums[window:] - sums[:-window], counts[window:] - counts[:-window]
-    return sums / np.maximum(counts, 1)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
 def save_sheet(path: Path, sheet: Image.Image) -> None:
@@ -131,7 +135,7 @@ class Page:
 
     def picture(self, picture: Image.Image, caption: str = "") -> None:
         buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=88)
+        picture.convert("RGB").save(buffer, "JPEG", quality=88)
         data = base64.b64encode(buffer.getvalue()).decode()
         text = html.escape(caption)
         self.parts.append(

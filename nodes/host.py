@@ -77,6 +77,14 @@ def stop_if_interrupted() -> None:
         raise_interrupted()
 
 
+def tell(text: str, node_id: str | None) -> None:
+    """Show a line of text on a node, and log it."""
+    log.info("%s", text)
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and node_id is not None and hasattr(server, "send_progress_text"):
+        server.send_progress_text(text, node_id)
+
+
 # --- folders
 
 
@@ -133,6 +141,11 @@ def compute_device() -> torch.device:
 def free_everything() -> None:
     """Take the host's models off the device and give back what nobody holds."""
     comfy.model_management.unload_all_models()
+    give_back()
+
+
+def give_back() -> None:
+    """Give back memory that nobody holds."""
     gc.collect()
     comfy.model_management.soft_empty_cache()
 
@@ -148,6 +161,26 @@ def plain(tensor: Tensor) -> Tensor:
     """A copy on the CPU that can be used in training, which the graph's inference tensors can't."""
     with torch.inference_mode(False):
         return tensor.detach().to("cpu", copy=True)
+
+
+@contextmanager
+def on_compute_device(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Have a module, such as a SAM of any pack, on the compute device for a while; the host's models make room."""
+    before = next(module.parameters()).device
+    device = compute_device()
+    if device != before:
+        size = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+        comfy.model_management.free_memory(2 * size, device)
+    try:
+        # Other packs make theirs in inference mode; moved outside of it, such parameters can't be used any more.
+        with torch.inference_mode():
+            module.to(device)
+        yield module
+    finally:
+        with torch.inference_mode():
+            module.to(before)
+        if device != before:
+            comfy.model_management.soft_empty_cache()
 
 
 # --- the base: MODEL, CLIP and VAE as far_train's
@@ -198,7 +231,8 @@ def read_base(model: Any, clip: Any, vae: Any) -> BaseModel:
     if base.prediction_type != stated:
         # A file's type is measured, since nothing else tells it. In a graph MODEL says how the samplers will read the
         # UNet's output (ModelSamplingDiscrete may have set it), and training must aim at what they will read.
-        log.warning("MODEL samples as %s though its weights look like %s; MODEL is believed.", stated, base.prediction_type)
+        measured = base.prediction_type
+        log.warning("MODEL samples as %s though its weights look like %s; MODEL is believed.", stated, measured)
         scheduler = {**base.scheduler, "prediction_type": stated}
         base = dataclasses.replace(base, prediction_type=stated, scheduler=scheduler)
     sigmas = model.get_model_object("model_sampling").sigmas.float().cpu()
@@ -210,7 +244,7 @@ def read_base(model: Any, clip: Any, vae: Any) -> BaseModel:
 def prediction_type(model: Any) -> str:
     """What MODEL's samplers take the UNet's output for. Raises BaseModelError if it is neither v nor ε."""
     sampling = model.get_model_object("model_sampling")
-    # By the formula and not by the class: LCM and x0 sampling inherit from ε and EDM from v, with formulas of their own.
+    # By the formula and not by the class: LCM and x0 inherit from ε, EDM from v, with formulas of their own.
     formula = type(sampling).calculate_denoised
     if formula is comfy.model_sampling.V_PREDICTION.calculate_denoised:
         return "v_prediction"
@@ -326,8 +360,11 @@ class _ModifierTokens:
         for token in unknown_tokens(text, tuple(self.far_tokens)):
             if token not in self.far_warned:
                 self.far_warned.add(token)
-                known = ", ".join(self.far_tokens)
-                log.warning("The prompt holds %s, which no applied weights have (%s): it is read as text.", token, known)
+                log.warning(
+                    "The prompt holds %s, which none of the applied concepts has (%s): it is read as plain text.",
+                    token,
+                    ", ".join(self.far_tokens),
+                )
         names = "|".join(map(re.escape, self.far_tokens))
         pattern = re.compile(f"(?:{self.embedding_identifier})?({names})", re.IGNORECASE)
         # The spaces matter: the host looks for " embedding:", and takes all up to the next space for the name.
@@ -353,34 +390,3 @@ def _with_modifiers(tokenizer: Any, embeddings: Mapping[str, Tensor]) -> Any:
     if applied.embedding_directory is None:  # then the host would not look for embeddings at all
         applied.embedding_directory = []
     return applied
-
-
-# --- modules that the host doesn't manage, and words on a node
-
-
-@contextmanager
-def on_compute_device(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Have a module, such as a SAM of any pack, on the compute device for a while; the host's models make room."""
-    before = next(module.parameters()).device
-    device = compute_device()
-    if device != before:
-        size = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
-        comfy.model_management.free_memory(2 * size, device)
-    try:
-        # Other packs make theirs in inference mode; moved outside of it, such parameters can't be used any more.
-        with torch.inference_mode():
-            module.to(device)
-        yield module
-    finally:
-        with torch.inference_mode():
-            module.to(before)
-        if device != before:
-            comfy.model_management.soft_empty_cache()
-
-
-def tell(text: str, node_id: str | None) -> None:
-    """Show a line of text on a node, and log it."""
-    log.info("%s", text)
-    server = getattr(PromptServer, "instance", None)
-    if server is not None and node_id is not None and hasattr(server, "send_progress_text"):
-        server.send_progress_text(text, node_id)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..far_train.config import ExtractConfig
 from ..far_train.errors import FarError, PhotoError, SubjectError
 from ..far_train.photos import Photo, list_photos, load_photo, mask_path
 from ..far_train.sam import load_sam
-from ..far_train.subjects import SubjectExtractor
+from ..far_train.subjects import Prompt, Subject, SubjectExtractor, subject_from_mask
 from . import host
 from .pictures import HOW_TO_GET_MASKS, match_masks, photo_labels, unroll_images, unroll_masks
 from .previews import as_image, shown, subject_sheet
@@ -33,14 +33,15 @@ class LoadPhotos(io.ComfyNode):
         return schema(
             node_id="FaR_LoadPhotos",
             display_name="FaR Load Photos",
-            description="Load all photos of a folder as a list: upright, each in its own size, in the order of their names.",
+            description="Load all photos of a folder as a list: upright, each in its own size, in the order of their "
+            "names.",
             search_aliases=["load images from folder", "image folder", "batch load"],
             inputs=[
                 io.Combo.Input(
                     "folder",
                     options=host.input_subfolders(),
-                    tooltip="A folder inside ComfyUI's input folder that holds the photos of one subject. 4 to 20 photos, "
-                    "with different surroundings, are a good number.",
+                    tooltip="A folder inside ComfyUI's input folder that holds the photos of one subject. 4 to 20 "
+                    "photos, with different surroundings, are a good number.",
                 ),
                 io.Int.Input(
                     "max_side",
@@ -48,8 +49,8 @@ class LoadPhotos(io.ComfyNode):
                     min=0,
                     max=MAX_SIDE,
                     step=64,
-                    tooltip="Larger photos are scaled down to this longest side, in pixels. 1024 suits training at 768; "
-                    "0 keeps every photo as it is, which needs much memory.",
+                    tooltip="Larger photos are scaled down to this longest side, in pixels. 1024 suits training at "
+                    "768; 0 keeps every photo as it is, which needs much memory.",
                 ),
             ],
             outputs=[
@@ -57,8 +58,8 @@ class LoadPhotos(io.ComfyNode):
                 io.Mask.Output(
                     "masks",
                     is_output_list=True,
-                    tooltip="One mask per photo, of its size, 1 = subject: NAME.mask.png beside NAME.jpg, else the photo's "
-                    "transparency. All zeros where a photo has neither.",
+                    tooltip="One mask per photo, of its size, 1 = subject: NAME.mask.png beside NAME.jpg, else the "
+                    "photo's transparency. All zeros where a photo has neither.",
                 ),
                 io.String.Output("names", is_output_list=True, tooltip="The file names without suffix, one per photo."),
             ],
@@ -69,7 +70,10 @@ class LoadPhotos(io.ComfyNode):
     def validate_inputs(cls, folder: str) -> bool | str:
         if folder is None or folder in host.input_subfolders():
             return True
-        return f"there is no folder '{folder}' in {host.input_folder()}; make one there and put the photos of a subject in it"
+        return (
+            f"there is no folder '{folder}' in {host.input_folder()}; "
+            "make one there and put the photos of a subject in it"
+        )
 
     @classmethod
     def fingerprint_inputs(cls, folder: str, max_side: int) -> str:
@@ -123,7 +127,9 @@ class LoadSam(io.ComfyNode):
                     "sam_vit_h (2.6 GB) finds finer outlines. SAM 2 and HQ-SAM are other models and don't fit.",
                 )
             ],
-            outputs=[SamModel.Output("sam_model", tooltip="For FaR Extract Subject, or any node that takes a SAM_MODEL.")],
+            outputs=[
+                SamModel.Output("sam_model", tooltip="For FaR Extract Subject, or any node that takes a SAM_MODEL.")
+            ],
         )
 
     @classmethod
@@ -156,8 +162,8 @@ class ExtractSubject(io.ComfyNode):
         return schema(
             node_id="FaR_ExtractSubject",
             display_name="FaR Extract Subject",
-            description="Find the subject of each photo with segment-anything: by a box, by points, or, without either, "
-            "in the middle. Photos without a usable subject are left out and named in the report.",
+            description="Find the subject of each photo with segment-anything: by a box, by points, or, without "
+            "either, in the middle. Photos without a usable subject are left out and named in the report.",
             search_aliases=["segment", "cut out", "remove background", "mask"],
             is_input_list=True,
             is_output_node=True,
@@ -171,13 +177,14 @@ class ExtractSubject(io.ComfyNode):
                 io.Mask.Input(
                     "masks",
                     optional=True,
-                    tooltip="Masks that the photos already have, such as those of FaR Load Photos. A photo whose mask isn't "
-                    "empty keeps it; SAM looks only at the others.",
+                    tooltip="Masks that the photos already have, such as those of FaR Load Photos. A photo whose mask "
+                    "isn't empty keeps it; SAM looks only at the others.",
                 ),
                 io.BBOX.Input(
                     "box",
                     optional=True,
-                    tooltip="A box around the subject in pixels of the photo: one for all photos, or a list with one for each.",
+                    tooltip="A box around the subject in pixels of the photo: one for all photos, or a list with one "
+                    "for each.",
                 ),
                 io.String.Input(
                     "names",
@@ -194,7 +201,8 @@ class ExtractSubject(io.ComfyNode):
                     "points",
                     default="",
                     multiline=True,
-                    tooltip="JSON, in pixels of the photo. Empty: the middle. For all photos: [[x, y], [x, y, 0]], where 0 "
+                    tooltip="JSON, in pixels of the photo. Empty: the middle. For all photos: [[x, y], [x, y, 0]], "
+                    "where 0 "
                     'marks what is not the subject. For some: {"2": [[x, y]], "garden": {"box": [x0, y0, x1, y1]}}, by '
                     "number or name.",
                 ),
@@ -244,7 +252,9 @@ class ExtractSubject(io.ComfyNode):
                 report.append(f"left out: {subject}")
             else:
                 subjects.append(subject)
-                report.append(f"{photo.name}: " + ("own mask" if subject.score is None else f"score {subject.score:.2f}"))
+                report.append(
+                    f"{photo.name}: " + ("own mask" if subject.score is None else f"score {subject.score:.2f}")
+                )
             progress.update(len(report))
         if not subjects:
             raise SubjectError(f"none of the {len(photos)} photos shows a usable subject:\n" + "\n".join(report[:5]))
@@ -256,17 +266,21 @@ class ExtractSubject(io.ComfyNode):
         )
 
 
-def find_subjects(photos: Sequence[Photo], sam: Any, prompts: Sequence[Any], config: ExtractConfig):
+def find_subjects(
+    photos: Sequence[Photo], sam: Any, prompts: Sequence[Prompt], config: ExtractConfig
+) -> Iterator[tuple[Photo, Subject | FarError]]:
     """Yield each photo with its subject, or with the FarError that says why there is none. Stops on a cancel.
 
     ``sam``: may be None if every photo has a mask. Raises SubjectError if it is no segment-anything model.
     """
     if sam is None:
-        yield from ((photo, _own(photo)) for photo in photos)
+        yield from ((photo, subject_from_mask(photo)) for photo in photos)
         return
     extractor = SubjectExtractor(sam, config)
     if "HQ" in type(sam.mask_decoder).__name__:
-        raise SubjectError("this SAM_MODEL is HQ-SAM, which is called in another way; load an original SAM ViT-B, -L or -H")
+        raise SubjectError(
+            "this SAM_MODEL is HQ-SAM, which is called in another way; load an original SAM ViT-B, -L or -H"
+        )
     with host.on_compute_device(sam):
         for photo, prompt in zip(photos, prompts):
             host.stop_if_interrupted()
@@ -274,15 +288,6 @@ def find_subjects(photos: Sequence[Photo], sam: Any, prompts: Sequence[Any], con
                 yield photo, extractor.extract(photo, prompt)
             except FarError as e:
                 yield photo, e
-
-
-def _own(photo: Photo) -> Any:
-    from ..far_train.subjects import subject_from_mask
-
-    try:
-        return subject_from_mask(photo)
-    except FarError as e:
-        return e
 
 
 def files_fingerprint(paths: Sequence[Path]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..far_train.captions import check_noun
 from ..far_train.errors import SubjectError
 
 # A mask that marks the corners, this much of the frame's rim, and not this much of the picture shows the background.
@@ -18,13 +19,19 @@ HOW_TO_GET_MASKS = (
     "(LoadImage has no mask for a picture without transparency: it sends 64×64 zeros)"
 )
 
+INVERT_TOOLTIP = (
+    "On if the masks are 1 on the background: LoadImage's masks of cut-outs are. Off for FaR nodes and segmenters."
+)
+
 
 def unroll_images(values: Sequence[Tensor]) -> list[Tensor]:
     """A list of IMAGEs, each a batch [B,H,W,C] or one [H,W,C], as single pictures [H,W,3]. Raises SubjectError."""
     pictures: list[Tensor] = []
     for value in values:
         if not isinstance(value, Tensor) or value.ndim not in (3, 4) or value.shape[-1] not in (1, 3, 4):
-            raise SubjectError(f"image {len(pictures) + 1}: expected an IMAGE [batch, height, width, 3], got {_form(value)}")
+            raise SubjectError(
+                f"image {len(pictures) + 1}: expected an IMAGE [batch, height, width, 3], got {_form(value)}"
+            )
         for picture in value if value.ndim == 4 else (value,):
             picture = picture.detach().float().cpu()
             pictures.append(picture.expand(*picture.shape[:2], 3) if picture.shape[-1] == 1 else picture[..., :3])
@@ -74,8 +81,8 @@ def _match(image: Tensor, mask: Tensor, invert: bool, label: str) -> Tensor | No
         return None
     if mask.shape != image.shape[:2]:
         raise SubjectError(
-            f"{label}: its mask is {_size(mask)} pixels, but the photo {_size(image)}; connect image and mask of the same "
-            "node, or scale the mask to the photo"
+            f"{label}: its mask is {_size(mask)} pixels, but the photo {_size(image)}; connect image and mask of the "
+            f"same node, or scale the mask to the photo"
         )
     mask = 1 - mask if invert else mask
     if looks_inverted(mask):
@@ -90,7 +97,7 @@ def _match(image: Tensor, mask: Tensor, invert: bool, label: str) -> Tensor | No
 
 
 def looks_inverted(mask: Tensor) -> bool:
-    """Whether a mask [H,W] seems to be 1 on the background: it marks all corners and most of the rim, but leaves a hole."""
+    """Whether a mask [H,W] seems to be 1 on the background: it marks corners and rim, but leaves a hole."""
     marked = mask > 0.5
     side = max(min(mask.shape) // 50, 1)
     corners = [marked[rows, columns] for rows in _ends(side) for columns in _ends(side)]
@@ -108,6 +115,11 @@ def photo_labels(count: int, names: Sequence[str] = ()) -> list[str]:
     """What messages call the photos: "photo 2", or "photo 2 (garden)" where ``names`` has one for each."""
     named = len(names) == count
     return [f"photo {i + 1} ({names[i]})" if named else f"photo {i + 1}" for i in range(count)]
+
+
+def tidy_noun(noun: str) -> str:
+    """A class noun with its spaces and capitals put right. Raises CaptionError."""
+    return check_noun(" ".join(noun.lower().split()))
 
 
 def _size(picture: Tensor) -> str:

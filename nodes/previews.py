@@ -30,9 +30,7 @@ def shown(cls: type[io.ComfyNode], picture: Image.Image, text: str = "") -> Mapp
     return display
 
 
-def subject_sheet(
-    images: Sequence[Tensor], masks: Sequence[Tensor | None], labels: Sequence[str] = ()
-) -> Image.Image:
+def subject_sheet(images: Sequence[Tensor], masks: Sequence[Tensor | None], labels: Sequence[str] = ()) -> Image.Image:
     """Subjects on a checkerboard, pictures without a mask as they are: a contact sheet of the first of them."""
     pictures = [
         to_pil(image) if mask is None else checkerboard(image, mask)

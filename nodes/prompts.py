@@ -23,7 +23,9 @@ CORNER_KEYS = (
 )
 SIZE_KEYS = (("x", "y", "width", "height"), ("x", "y", "w", "h"), ("left", "top", "width", "height"))
 
-POINTS_HELP = "write [[x, y], [x, y, 0]] (0 = not the subject) or, per photo, {\"1\": [[x, y]], \"3\": {\"box\": [x0, y0, x1, y1]}}"
+POINTS_HELP = (
+    'write [[x, y], [x, y, 0]] (0 = not the subject) or, per photo, {"1": [[x, y]], "3": {"box": [x0, y0, x1, y1]}}'
+)
 
 Box = tuple[float, float, float, float]
 Points = tuple[tuple[float, float, int], ...]
@@ -131,7 +133,9 @@ def _by_photo(entries: Mapping[str, Any], count: int, names: Sequence[str]) -> d
     indices = {str(i + 1): i for i in range(count)} | {name: i for i, name in enumerate(names[:count])}
     unknown = [key for key in entries if key not in indices]
     if unknown:
-        raise ConfigError(f"points: there is no photo '{unknown[0]}'; use the numbers 1 to {count}, or the photos' names")
+        raise ConfigError(
+            f"points: there is no photo '{unknown[0]}'; use the numbers 1 to {count}, or the photos' names"
+        )
     return {indices[key]: value for key, value in entries.items()}
 
 
@@ -140,7 +144,9 @@ def _spread(items: list[Any], count: int, name: str, plural: str) -> list[Any]:
     if len(items) <= 1:
         return (items or [None]) * count
     if len(items) != count:
-        raise ConfigError(f"{name}: there are {len(items)} {plural} for {count} photos; give one for all, or one for each")
+        raise ConfigError(
+            f"{name}: there are {len(items)} {plural} for {count} photos; give one for all, or one for each"
+        )
     return items
 
 

@@ -21,7 +21,7 @@ Vae = getattr(io, "Vae", None) or io.VAE
 FarConcepts = io.Custom("FAR_CONCEPTS")  # Carried(far_train.concepts.Concept, …)
 FarPrior = io.Custom("FAR_PRIOR")  # Carried(far_train.concepts.ClassPicture, …)
 FarDataset = io.Custom("FAR_DATASET")  # a far_train.concepts.TrainingSet
-FarOptions = io.Custom("FAR_OPTIONS")  # a mapping of far_train.config.TrainConfig's fields
+FarOptions = io.Custom("FAR_OPTIONS")  # nodes.training.Options
 FarWeightsSocket = io.Custom("FAR_WEIGHTS")  # CarriedWeights
 SamModel = io.Custom("SAM_MODEL")  # the segment-anything instance that other packs use
 
@@ -61,6 +61,6 @@ def bytes_in(value: Any) -> int:
 
 
 def schema(**settings: Any) -> io.Schema:
-    """A node's schema in the pack's category; settings that this host doesn't know yet (search_aliases …) are left out."""
+    """A node's schema in the pack's category; settings that this host doesn't know (search_aliases …) are left out."""
     known = {field.name for field in dataclasses.fields(io.Schema)}
     return io.Schema(**{"category": CATEGORY} | {name: value for name, value in settings.items() if name in known})

@@ -28,6 +28,15 @@ COLOURS |= {"cyan": (0.1, 0.9, 0.9), "yellow": (0.95, 0.9, 0.05)}
 NO_CHANGES = {"rotation": 0, "brightness": 0, "erode": 0, "feather": 0}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The tensors are small: several threads would mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def photo(
     colour: str, height: int, width: int, box: tuple[float, float, float, float] = (0.3, 0.25, 0.7, 0.8)
 ) -> tuple[torch.Tensor, torch.Tensor]:

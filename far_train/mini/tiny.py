@@ -65,3 +65,12 @@ def write_folder(folder: Path, configs: dict[str, Any], states: dict[str, dict[s
 def single_file_state(configs: dict[str, Any], states: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The same base as one state dict in the original (LDM) layout."""
     return diffusers_to_ldm(states["unet"], states["vae"], strip_text_model(states["text_encoder"]), configs)
+
+
+if __name__ == "__main__":
+    import sys
+
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m far_train.mini.tiny FOLDER   (writes a tiny random base there)")
+    own = tiny_configs()
+    print(write_folder(Path(sys.argv[1]), own, random_states(own)))

@@ -20,6 +20,8 @@ import folder_paths
 import torch
 from comfy_api.latest import ComfyExtension, io
 
+from .probes import NODES as PROBES
+
 TEXT_WIDTH = 64
 PREDICTIONS = {
     "v_prediction": comfy.model_base.ModelType.V_PREDICTION,
@@ -172,7 +174,7 @@ class TestExtension(ComfyExtension):
     """The pack's nodes."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [TinyCheckpoint]
+        return [TinyCheckpoint, *PROBES]
 
 
 async def comfy_entrypoint() -> ComfyExtension:

@@ -1,0 +1,26 @@
+# Each target makes the virtual environment by itself when it is absent; see scripts/python.sh.
+PYTHON_OF = $$(scripts/python.sh)
+
+.PHONY: help demo test test-full-size test-transformers-4 lint format
+
+help:  ## list the targets
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 24
+
+demo:  ## the whole line on sample subjects; leaves outputs/demo/index.html
+	rm -rf outputs/demo
+	python=$(PYTHON_OF) && "$$python" -m far_train demo --out outputs/demo
+
+test: lint  ## all tests but the full-size ones
+	python=$(PYTHON_OF) && "$$python" -m pytest
+
+test-full-size:  ## Stable Diffusion 2.1 at its real size with random weights (12 GB of memory)
+	python=$(PYTHON_OF) && "$$python" -m pytest -m full_size tests/test_full_size.py
+
+test-transformers-4:  ## the library's tests on the 4.x line of transformers
+	python=$(PYTHON_OF) && path=$$(scripts/transformers4.sh) && PYTHONPATH="$$path" "$$python" -m pytest --ignore tests/host
+
+lint:  ## check style
+	python=$(PYTHON_OF) && "$$python" -m ruff check . && "$$python" -m ruff format --check .
+
+format:  ## bring the code to the project's format
+	python=$(PYTHON_OF) && "$$python" -m ruff check --fix . && "$$python" -m ruff format .

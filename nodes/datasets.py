@@ -1,0 +1,201 @@
+"""Datasets as folders that people can look at and edit, the same as the command line's ``fuse`` makes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..far_train.concepts import Composite, TrainingSet
+from ..far_train.dataset import DatasetFolder, plain_name, write_dataset
+from ..far_train.photos import from_pil
+from ..far_train.report import dataset_sheet, overlay, save_sheet
+from . import host
+from .naming import file_name
+from .photos import files_fingerprint
+from .previews import shown
+from .sockets import FarDataset, schema
+
+PREVIEWS = 16
+PREVIEW_SIDE = 512
+INPUT_PREFIX = "input/"  # of a dataset that lies in the input folder, in the list of datasets
+
+
+class SaveDataset(io.ComfyNode):
+    """Writes a dataset as a folder."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="FaR_SaveDataset",
+            display_name="FaR Save Dataset",
+            description="Write a dataset as a folder of pictures, masks and captions that you can look at, edit, and "
+            "load again with FaR Load Dataset or the command line. Nothing is overwritten.",
+            is_output_node=True,
+            inputs=[
+                FarDataset.Input("dataset", tooltip="From FaR Concept Fusion."),
+                io.String.Input(
+                    "name",
+                    default="dataset",
+                    tooltip="Name of the folder in output/far/datasets. If another dataset has it, a number is added; "
+                    "the same dataset is found again and not written twice.",
+                ),
+            ],
+            outputs=[
+                FarDataset.Output("dataset", tooltip="The dataset as it lies in the folder."),
+                io.String.Output("folder", tooltip="The folder's path."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, dataset: TrainingSet, name: str) -> io.NodeOutput:
+        digest = dataset.digest()
+        folder = free_folder(datasets_folder(), file_name(name, "dataset"), digest)
+        if folder.exists():
+            saved = DatasetFolder(folder)
+            text = f"{folder} holds this dataset already; it is used as it is"
+        else:
+            saved = save(dataset, folder, digest, cls.hidden.unique_id)
+            text = f"written to {folder}"
+        sheet = dataset_sheet(build_previews(saved, None), saved.names)
+        return io.NodeOutput(saved, str(folder), ui=shown(cls, sheet, text))
+
+
+def save(dataset: TrainingSet, folder: Path, digest: str, node_id: str | None) -> DatasetFolder:
+    """Write a dataset with its contact sheet, and the digest by which :func:`free_folder` knows it again."""
+    progress = host.Progress(dataset.composite_count() + dataset.prior_count(), node_id)
+
+    def on_progress(done: int, total: int) -> None:
+        host.stop_if_interrupted()
+        progress.update(done, total)
+
+    settings = getattr(dataset, "config", None)
+    about = {"source_digest": digest} | ({"fusion": settings.to_dict()} if settings is not None else {})
+    saved = write_dataset(dataset, folder, about=about, on_progress=on_progress)
+    save_sheet(folder / "contact-sheet.jpg", dataset_sheet(build_previews(saved, None), saved.names))
+    return saved
+
+
+class LoadDataset(io.ComfyNode):
+    """Reads a dataset folder."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="FaR_LoadDataset",
+            display_name="FaR Load Dataset",
+            description="Load a dataset folder that FaR Save Dataset or the command line's 'fuse' made, with whatever "
+            "you have edited in it.",
+            inputs=[
+                io.Combo.Input(
+                    "folder",
+                    options=dataset_folders(),
+                    tooltip="A dataset in output/far/datasets, or, with input/ before its name, in ComfyUI's input "
+                    "folder.",
+                )
+            ],
+            outputs=[
+                FarDataset.Output("dataset", tooltip="For FaR Train."),
+                io.Image.Output("previews", tooltip="The first sixteen pictures with each subject's mask tinted."),
+                io.String.Output("report", tooltip="What the dataset holds."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, folder: str) -> bool | str:
+        if folder is None or folder in dataset_folders():
+            return True
+        return f"there is no dataset '{folder}' in {datasets_folder()}; make one with FaR Save Dataset"
+
+    @classmethod
+    def fingerprint_inputs(cls, folder: str) -> str:
+        if folder is None:
+            return "none"
+        return files_fingerprint(sorted(p for p in dataset_path(folder).glob("**/*") if p.is_file()))
+
+    @classmethod
+    def execute(cls, folder: str) -> io.NodeOutput:
+        dataset = DatasetFolder(dataset_path(folder))
+        composites = build_previews(dataset, cls.hidden.unique_id)
+        report = describe(dataset)
+        sheet = dataset_sheet(composites, dataset.names)
+        return io.NodeOutput(dataset, overlays(composites, dataset), report, ui=shown(cls, sheet, report))
+
+
+def datasets_folder() -> Path:
+    """Where datasets are written."""
+    return host.output_folder() / "far" / "datasets"
+
+
+def dataset_folders() -> list[str]:
+    """Datasets by the names that FaR_LoadDataset shows: those written, then those in the input folder."""
+    written = sorted(p.parent.name for p in datasets_folder().glob("*/dataset.json"))
+    brought = [f for f in host.input_subfolders() if (host.input_folder() / f / "dataset.json").is_file()]
+    return [*written, *(INPUT_PREFIX + name for name in brought)]
+
+
+def dataset_path(name: str) -> Path:
+    """The folder behind a name of :func:`dataset_folders`."""
+    if name.startswith(INPUT_PREFIX):
+        return host.input_folder() / name.removeprefix(INPUT_PREFIX)
+    return datasets_folder() / plain_name(name)
+
+
+def free_folder(parent: Path, name: str, digest: str) -> Path:
+    """``parent``/``name``, or with the first number behind it that is free or whose dataset has this digest."""
+    number = 1
+    while True:
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        if not folder.exists() or _source_digest(folder) == digest:
+            return folder
+        number += 1
+
+
+def _source_digest(folder: Path) -> str | None:
+    try:
+        return json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["about"]["source_digest"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def describe(dataset: TrainingSet, notes: Sequence[str] = ()) -> str:
+    """What a dataset holds, in words."""
+    names = ", ".join(name.phrase for name in dataset.names)
+    lines = [
+        f"{len(dataset.names)} concepts: {names}",
+        f"{dataset.composite_count()} pictures of {dataset.size} px, {dataset.prior_count()} class pictures",
+    ]
+    for title in ("recipes", "background_kinds"):
+        shares = getattr(dataset, title, None)
+        if shares:
+            lines.append(f"{title.replace('_kinds', 's')}: " + ", ".join(f"{k} {v:.0%}" for k, v in shares.items()))
+    return "\n".join([*lines, *notes])
+
+
+def build_previews(dataset: TrainingSet, node_id: str | None) -> list[Composite]:
+    """The first composites of a dataset. Stops on a cancel."""
+    number = min(PREVIEWS, dataset.composite_count())
+    progress = host.Progress(number, node_id)
+    composites = []
+    for i in range(number):
+        host.stop_if_interrupted()
+        composites.append(dataset.composite(i))
+        progress.update(i + 1)
+    return composites
+
+
+def overlays(composites: Sequence[Composite], dataset: TrainingSet) -> Tensor:
+    """Composites with tinted masks as an IMAGE [n,S,S,3], large ones scaled down."""
+    pictures = [overlay(c, dataset.names) for c in composites]
+    for picture in pictures:
+        picture.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+    return torch.stack([from_pil(p) for p in pictures])
+
+
+NODES = [SaveDataset, LoadDataset]

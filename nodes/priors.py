@@ -1,0 +1,243 @@
+"""Class pictures: what any member of a class looks like, drawn by the base or brought by the user."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..far_train.backbone import BaseModel
+from ..far_train.concepts import ClassPicture, Concept
+from ..far_train.config import ExtractConfig, SampleConfig
+from ..far_train.devices import choose_device
+from ..far_train.errors import FarError
+from ..far_train.files import make_folder, write_json
+from ..far_train.photos import load_mask, load_photo, mask_path, save_mask, to_pil
+from ..far_train.priors import draw_class_pictures, picture_path
+from ..far_train.subjects import Prompt
+from . import host
+from .photos import find_subjects
+from .pictures import INVERT_TOOLTIP, match_masks, tidy_noun, unroll_images, unroll_masks
+from .previews import MAX_SHOWN, as_image, shown, subject_sheet
+from .sockets import Carried, Clip, FarConcepts, FarPrior, Model, SamModel, Vae, schema
+
+
+class ClassPrior(io.ComfyNode):
+    """Class pictures that the base draws itself."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="FaR_ClassPrior",
+            display_name="FaR Class Prior",
+            description="Let the base model draw pictures of each concept's class ('a photo of a dog'), so that "
+            "training keeps what the word means. They are kept in output/far/priors and never drawn twice.",
+            search_aliases=["regularization images", "prior preservation", "class images"],
+            inputs=[
+                Model.Input("model", tooltip="The base that will be trained: Stable Diffusion 2.1."),
+                Clip.Input("clip", tooltip="Its text encoder."),
+                Vae.Input("vae", tooltip="Its VAE."),
+                FarConcepts.Input("concepts", tooltip="The concepts, whose nouns say what is drawn."),
+                SamModel.Input(
+                    "sam_model",
+                    optional=True,
+                    tooltip="Finds the subject of each class picture, so that Concept Fusion can put it beside yours. "
+                    "Strongly advised: without it, one recipe falls away.",
+                ),
+                io.Int.Input(
+                    "count",
+                    default=100,
+                    min=1,
+                    max=2000,
+                    tooltip="Pictures per noun. 100 to 200 are a good number; 12 are enough for a first try. More can "
+                    "be added later: those that are there stay.",
+                ),
+                io.Int.Input(
+                    "prior_seed",
+                    default=0,
+                    min=0,
+                    max=2**53 - 1,
+                    control_after_generate=False,
+                    tooltip="Seed of the pictures. Keep it, and they are found again on disk.",
+                ),
+                io.Int.Input("steps", default=50, min=1, max=200, tooltip="Sampling steps of a picture. 30 to 50."),
+                io.Float.Input(
+                    "guidance", default=7.0, min=1.0, max=20.0, step=0.5, tooltip="Classifier-free guidance. 6 to 7.5."
+                ),
+                io.Int.Input(
+                    "size",
+                    default=0,
+                    min=0,
+                    max=2048,
+                    step=64,
+                    tooltip="Side of the pictures in pixels; 0 is the base's own (768 for Stable Diffusion 2.1).",
+                ),
+            ],
+            outputs=[
+                FarPrior.Output("prior", tooltip="For FaR Concept Fusion."),
+                io.Image.Output("preview", tooltip="The first of them with their masks, as one picture."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        clip: Any,
+        vae: Any,
+        concepts: Sequence[Concept],
+        count: int,
+        prior_seed: int,
+        steps: int,
+        guidance: float,
+        size: int,
+        sam_model: Any = None,
+    ) -> io.NodeOutput:
+        nouns = sorted({concept.noun for concept in concepts})
+        wanted = [(noun, i) for noun in nouns for i in range(count)]
+        config = SampleConfig(sample_seed=prior_seed, sampling_steps=steps, guidance=guidance, sample_batch=1)
+        progress = host.Progress(len(wanted), cls.hidden.unique_id)
+        with host.no_inference_mode():
+            base = host.read_base(model, clip, vae)
+            folder = prior_folder(base, config, size or base.native_size)
+            try:
+                if not all(picture_path(folder, noun, i).exists() for noun, i in wanted):
+                    host.free_everything()
+                    base.to(*choose_device(str(host.compute_device())))
+                pictures = draw_class_pictures(
+                    base,
+                    nouns,
+                    count,
+                    folder,
+                    config,
+                    size=size or None,
+                    on_progress=lambda done, total: _show_progress(progress, folder, done, total),
+                    on_step=lambda _done, _total: host.stop_if_interrupted(),
+                )
+            finally:
+                del base
+                gc.collect()
+                host.free_everything()
+        if sam_model is not None:
+            pictures = with_masks(pictures, [picture_path(folder, *w) for w in wanted], sam_model, progress)
+        masked = sum(p.mask is not None for p in pictures)
+        text = f"{len(pictures)} class pictures, {masked} of them with a mask, in {folder}"
+        return prior_output(cls, pictures, text)
+
+
+def _show_progress(progress: host.Progress, folder: Path, done: int, total: int) -> None:
+    """Report the pictures drawn so far and show the newest. What is drawn is on disk, so a cancel loses nothing."""
+    host.stop_if_interrupted()
+    newest = max(folder.glob("*/[0-9][0-9][0-9][0-9].png"), key=lambda p: p.stat().st_mtime_ns, default=None)
+    progress.update(done, total, None if newest is None else to_pil(load_photo(newest).image))
+
+
+def prior_folder(base: BaseModel, config: SampleConfig, size: int) -> Path:
+    """Where the class pictures of this base and these settings are kept. Their number doesn't matter: it may grow."""
+    settings = {
+        "base": _weights_digest(base),
+        "size": size,
+        "prior_seed": config.sample_seed,
+        "steps": config.sampling_steps,
+        "guidance": config.guidance,
+    }
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    folder = make_folder(host.output_folder() / "far" / "priors" / key)
+    write_json(folder / "settings.json", settings)
+    return folder
+
+
+def _weights_digest(base: BaseModel) -> str:
+    """Tells bases apart by some values of every weight. ``base.digest`` covers only what FaR trains, but a LoRA on any
+    other layer draws other pictures too; hashing all five gigabytes would take longer than a picture."""
+    digest = hashlib.sha256(base.prediction_type.encode())
+    for part in (base.unet, base.text_encoder, base.vae):
+        for name, weight in sorted(part.state_dict().items()):
+            values = weight.detach().flatten()
+            values = values[:: max(len(values) // 256, 1)].to("cpu", torch.float16)
+            digest.update(name.encode() + values.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def with_masks(
+    pictures: Sequence[ClassPicture], paths: Sequence[Path], sam: Any, progress: host.Progress
+) -> list[ClassPicture]:
+    """The pictures with their subjects' masks, made once and kept beside them, where people can mend them."""
+    masks = [load_mask(mask_path(p)) if mask_path(p).exists() else None for p in paths]
+    missing = [i for i, mask in enumerate(masks) if mask is None]
+    photos = [load_photo(paths[i]) for i in missing]
+    found = find_subjects(photos, sam, [Prompt()] * len(photos), ExtractConfig())
+    for done, (i, (_, subject)) in enumerate(zip(missing, found)):
+        if not isinstance(subject, FarError):
+            save_mask(mask_path(paths[i]), subject.mask)
+            masks[i] = subject.mask
+        progress.update(done + 1, len(missing))
+    return [ClassPicture(p.noun, p.image, mask) for p, mask in zip(pictures, masks)]
+
+
+class PriorFromImages(io.ComfyNode):
+    """Class pictures that the user brings."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="FaR_PriorFromImages",
+            display_name="FaR Prior From Images",
+            description="Use your own pictures of a class: other dogs than yours, generated or photographed.",
+            search_aliases=["regularization images", "prior preservation", "class images"],
+            is_input_list=True,
+            inputs=[
+                io.Image.Input("images", tooltip="Pictures of members of the class that are not your subjects."),
+                io.Mask.Input(
+                    "masks",
+                    optional=True,
+                    tooltip="One mask per picture, 1 = subject. Pictures with a mask can stand beside your subjects; "
+                    "those with an empty mask only keep the word's meaning.",
+                ),
+                FarPrior.Input("prior", optional=True, tooltip="Class pictures to add these to."),
+                io.String.Input("noun", default="dog", tooltip="Their class noun, the same word as in FaR Concept."),
+                io.Boolean.Input("invert_mask", default=False, tooltip=INVERT_TOOLTIP),
+            ],
+            outputs=[
+                FarPrior.Output("prior", tooltip="For FaR Concept Fusion."),
+                io.Image.Output("preview", tooltip="The first of them with their masks, as one picture."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        images: Sequence[Tensor],
+        noun: Sequence[str],
+        invert_mask: Sequence[bool],
+        masks: Sequence[Tensor] = (),
+        prior: Sequence[Sequence[ClassPicture]] = (),
+    ) -> io.NodeOutput:
+        word = tidy_noun(noun[0])
+        pictures = unroll_images(images)
+        found: Sequence[Tensor | None] = [None] * len(pictures)
+        if len(masks):
+            found = match_masks(pictures, unroll_masks(masks), invert=invert_mask[0])
+        own = [ClassPicture(word, picture, mask) for picture, mask in zip(pictures, found)]
+        masked = sum(p.mask is not None for p in own)
+        everything = [*(picture for given in prior for picture in given), *own]
+        return prior_output(cls, everything, f"{len(own)} pictures of a {word}, {masked} of them with a mask")
+
+
+def prior_output(cls: type[io.ComfyNode], pictures: Sequence[ClassPicture], text: str) -> io.NodeOutput:
+    """Class pictures as a node's output, with a sheet of the newest."""
+    some = pictures[-MAX_SHOWN:]
+    sheet = subject_sheet([p.image for p in some], [p.mask for p in some], [p.noun for p in some])
+    return io.NodeOutput(Carried(pictures), as_image(sheet), ui=shown(cls, sheet, text))
+
+
+NODES = [ClassPrior, PriorFromImages]

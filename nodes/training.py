@@ -1,0 +1,313 @@
+"""Training in the graph: the rare knobs, and the trainer itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+from PIL import Image
+from torch import Tensor
+
+from ..far_train.concepts import TrainingSet
+from ..far_train.config import TrainConfig
+from ..far_train.errors import Interrupted
+from ..far_train.photos import from_pil, load_photo
+from ..far_train.recipe import Callbacks, train
+from ..far_train.report import loss_curves, picture_grid
+from ..far_train.runs import METRICS_FILE, WEIGHTS_FILE, find_run, read_metrics, run_identity
+from ..far_train.weights import FarWeights
+from . import host, sockets
+from .naming import file_name
+
+PREVIEW_SECONDS = 10.0  # between live pictures; a curve takes a tenth of a second to draw
+
+# TrainConfig's fields that FaR_TrainOptions shows, in order; FaR_Train itself asks for the few that matter most.
+COMMON = ("prior_batch_size", "micro_batch", "gradient_checkpointing", "precision", "sample_every", "save_every")
+RARE = (
+    "embedding_lr",
+    "kv_lr",
+    "weight_decay",
+    "grad_clip",
+    "vectors_per_token",
+    "prior_weight",
+    "background_weight",
+    "min_snr_gamma",
+    "refinement_weight",
+    "refinement_ramp",
+    "noun_weight",
+    "competition_weight",
+    "localization",
+    "attention_cells",
+    "prior_pictures",
+    "prior_steps",
+    "sample_steps",
+    "keep_checkpoints",
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What FAR_OPTIONS carries: fields of TrainConfig, and after how many minutes a training rests (0: never)."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    time_limit: float = 0.0
+
+
+class TrainOptions(io.ComfyNode):
+    """The settings of the recipe that are seldom changed."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
+        limit = io.Float.Input(
+            "time_limit",
+            default=0.0,
+            min=0.0,
+            max=100_000.0,
+            step=1.0,
+            tooltip="Minutes after which the training saves and rests; queue the graph again to go on. 0: no limit.",
+        )
+        common = [_setting_input(fields[name], advanced=False) for name in COMMON]
+        return sockets.schema(
+            node_id="FaR_TrainOptions",
+            display_name="FaR Train Options",
+            description="Settings of the FaR training that are seldom changed. The defaults are the method's.",
+            search_aliases=["fuse and refine", "training settings"],
+            inputs=[limit, *common, *(_setting_input(fields[name], advanced=True) for name in RARE)],
+            outputs=[sockets.FarOptions.Output(display_name="options", tooltip="For FaR Train.")],
+        )
+
+    @classmethod
+    def execute(cls, time_limit: float, **settings: Any) -> io.NodeOutput:
+        optional = {f.name for f in dataclasses.fields(TrainConfig) if f.default is None or f.name == "min_snr_gamma"}
+        settings = {k: None if k in optional and not v else v for k, v in settings.items()}
+        TrainConfig(**settings)  # a bad combination is reported here, where it was made
+        return io.NodeOutput(Options(settings, time_limit))
+
+
+def _setting_input(setting: dataclasses.Field, advanced: bool) -> io.Input:
+    """A widget for a field of TrainConfig, with the field's own help and range; 0 stands for "none"."""
+    about, default = setting.metadata, setting.default
+    shared = {"tooltip": about["help"][0].upper() + about["help"][1:] + ".", "extra_dict": {"advanced": advanced}}
+    if about["choices"]:
+        return io.Combo.Input(setting.name, options=list(about["choices"]), default=default, **shared)
+    if isinstance(default, bool):
+        return io.Boolean.Input(setting.name, default=default, **shared)
+    none_allowed = "None" in str(setting.type)
+    if none_allowed:
+        shared["tooltip"] += " 0: none."
+    low = 0 if none_allowed else about["low"]
+    if "float" in str(setting.type):
+        step = 1e-6 if setting.name.endswith("_lr") else 0.001
+        return io.Float.Input(
+            setting.name, default=default or 0.0, min=low, max=about["high"], step=step, round=False, **shared
+        )
+    return io.Int.Input(setting.name, default=default or 0, min=low, max=about["high"], **shared)
+
+
+class Train(io.ComfyNode):
+    """Learns the concepts of a dataset on the graph's own base, and leaves the base as it is."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return sockets.schema(
+            node_id="FaR_Train",
+            display_name="FaR Train",
+            description=(
+                "Teaches Stable Diffusion 2.1 the concepts of a dataset (Fuse-and-Refine). The run is kept in "
+                "output/far/NAME: an unchanged graph never trains twice, a cancelled run goes on when queued again."
+            ),
+            search_aliases=["fuse and refine", "dreambooth", "custom diffusion", "textual inversion", "finetune"],
+            inputs=[
+                sockets.Model.Input(
+                    "model", tooltip="The base: Stable Diffusion 2.1, with any LoRA you like. Not changed."
+                ),
+                sockets.Clip.Input("clip", tooltip="The CLIP that belongs to MODEL. Not changed."),
+                sockets.Vae.Input("vae", tooltip="The VAE that belongs to MODEL. Not changed."),
+                sockets.FarDataset.Input("dataset", tooltip="From FaR Concept Fusion or FaR Load Dataset."),
+                io.Int.Input(
+                    "steps",
+                    default=0,
+                    min=0,
+                    max=10_000_000,
+                    tooltip="Training steps. 0: 500 per concept, at most 2500.",
+                ),
+                io.Int.Input(
+                    "batch_size",
+                    default=2,
+                    min=1,
+                    max=4096,
+                    tooltip="Composites per step; as many class pictures come on top (see FaR Train Options).",
+                ),
+                io.Int.Input(
+                    "train_seed",
+                    default=0,
+                    min=0,
+                    max=2**53 - 1,
+                    control_after_generate=False,
+                    tooltip="Seed of noise, timesteps and order. Another seed is another run.",
+                ),
+                io.String.Input(
+                    "name",
+                    default="my-concepts",
+                    tooltip="Folder below output/far. Where another run has that name, a number is added.",
+                ),
+                io.String.Input(
+                    "sample_prompt",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="Prompts of the sample pictures, one a line, with your tokens: a photo of a <corgi-dog> "
+                    "dog on a beach. Empty: each concept, and all together.",
+                ),
+                sockets.FarOptions.Input(
+                    "options", optional=True, tooltip="From FaR Train Options: the rare settings."
+                ),
+            ],
+            outputs=[
+                sockets.FarWeightsSocket.Output(
+                    display_name="weights", tooltip="For FaR Apply Weights and Save Weights."
+                ),
+                io.Image.Output(display_name="curve", tooltip="The losses over the steps."),
+                io.Image.Output(display_name="samples", tooltip="The last sample pictures of the run."),
+                io.String.Output(display_name="run_folder", tooltip="Where the run is kept: log, samples, weights."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        clip: Any,
+        vae: Any,
+        dataset: TrainingSet,
+        steps: int,
+        batch_size: int,
+        train_seed: int,
+        name: str,
+        sample_prompt: str = "",
+        options: Options | None = None,
+    ) -> io.NodeOutput:
+        options = options or Options()
+        config = TrainConfig(
+            **options.settings
+            | {
+                "steps": steps or None,
+                "batch_size": batch_size,
+                "train_seed": train_seed,
+                "device": str(host.compute_device()),
+                "sample_prompts": [line.strip() for line in sample_prompt.splitlines() if line.strip()],
+            }
+        )
+        total = config.steps_for(len(dataset.names))
+        config = config.replace(sample_every=min(config.sample_every, total))  # so that a short run has samples, too
+        with host.no_inference_mode():
+            identity = run_identity(host.mark_base(model, clip), dataset, config)
+            folder, finished = find_run(host.output_folder() / "far", file_name(name, "run"), identity)
+            if finished:
+                host.tell(f"{folder.name} is trained already: loaded from {folder}", cls.hidden.unique_id)
+            else:
+                live = LiveView(cls.hidden.unique_id, folder, total)
+                _train(model, clip, vae, dataset, config, folder, options.time_limit, live)
+            weights = FarWeights.load(folder / WEIGHTS_FILE)
+            curve = from_pil(loss_curves(_metrics(folder)))[None]
+            return io.NodeOutput(sockets.CarriedWeights.of(weights), curve, _last_samples(folder), str(folder))
+
+
+class LiveView:
+    """What a training shows on its node: progress, a line of text, and loss curve and samples in turn."""
+
+    def __init__(self, node_id: str | None, folder: Path, steps: int):
+        self.progress = host.Progress(steps, node_id)
+        self.node_id, self.folder, self.steps = node_id, folder, steps
+        self.phase = ""
+        self.metrics: list[dict[str, Any]] | None = None
+        self.samples: Image.Image | None = None
+        self.shows_samples = False
+        self.began = self.shown = time.monotonic()
+
+    def on_phase(self, phase: str, done: int, total: int) -> None:
+        if phase != self.phase:
+            self.phase = phase
+            host.tell(f"{phase}: {total}", self.node_id)
+        self.progress.update(done, total)
+
+    def on_step(self, step: int, metrics: dict[str, float]) -> None:
+        now = time.monotonic()
+        if self.metrics is None:  # the first step of this session; a resumed run has earlier ones on disk
+            self.metrics = [m for m in _metrics(self.folder) if m["step"] < step]
+            self.began, self.first = now, step
+        self.metrics.append({"step": step, **metrics})
+        picture = None
+        if now - self.shown > PREVIEW_SECONDS:
+            self.shows_samples = self.samples is not None and not self.shows_samples
+            picture = self.samples if self.shows_samples else loss_curves(self.metrics)
+            self.shown = time.monotonic()
+            pace = (now - self.began) / max(step - self.first, 1)
+            left = round(pace * (self.steps - step) / 60)
+            host.tell(f"step {step} of {self.steps}, loss {metrics['loss']:.4f}, {left} min left", self.node_id)
+        self.progress.update(step, self.steps, picture)
+
+    def on_samples(self, step: int, prompts: Sequence[str], pictures: Tensor) -> None:
+        self.samples = picture_grid(pictures, prompts)
+        self.progress.update(step, self.steps, self.samples)
+        self.shows_samples, self.shown = True, time.monotonic()
+
+
+def _train(
+    model: Any,
+    clip: Any,
+    vae: Any,
+    dataset: TrainingSet,
+    config: TrainConfig,
+    folder: Path,
+    time_limit: float,
+    live: LiveView,
+) -> None:
+    """Train in ``folder``, going on where an earlier session stopped; gives the memory back however it ends."""
+    deadline = time.monotonic() + 60 * time_limit if time_limit else float("inf")
+    callbacks = Callbacks(
+        on_phase=live.on_phase,
+        on_step=live.on_step,
+        on_samples=live.on_samples,
+        should_stop=lambda: host.interrupted() or time.monotonic() > deadline,
+    )
+    base = host.read_base(model, clip, vae)
+    stopped = None
+    try:
+        host.free_everything()
+        train(base, dataset, config, folder, resume=True, callbacks=callbacks)
+    except Interrupted as e:
+        stopped = str(e)
+    finally:
+        base.to("meta")  # frees the weights even where a traceback still holds the modules
+        del base
+        host.give_back()
+    if stopped and host.interrupted():
+        host.raise_interrupted()
+    if stopped:
+        raise Interrupted(
+            f"the time limit of {time_limit:g} minutes is over. Queue the graph again to go on. ({stopped})"
+        )
+
+
+def _metrics(folder: Path) -> list[dict[str, Any]]:
+    path = folder / METRICS_FILE
+    return read_metrics(path) if path.exists() else []
+
+
+def _last_samples(folder: Path) -> Tensor:
+    """The newest sample pictures of a run, [n, H, W, 3]; one black picture if it made none."""
+    paths = sorted((folder / "samples").glob("step-*.png"))
+    newest = [p for p in paths if p.name.split("-")[1] == paths[-1].name.split("-")[1]]
+    return torch.stack([load_photo(p).image for p in newest]) if newest else torch.zeros(1, 64, 64, 3)
+
+
+NODES: list[type[io.ComfyNode]] = [TrainOptions, Train]

@@ -1,0 +1,221 @@
+"""FaR weights in the graph: save, load, apply."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..far_train.backbone import kv_digest
+from ..far_train.errors import ConfigError, WeightsError
+from ..far_train.weights import FarWeights, describe
+from . import host, sockets
+from .naming import file_name, place
+
+log = logging.getLogger(__name__)
+
+_STRENGTH_LINE = re.compile(r"(<[^<>\s]+>|[^\s=:<>]+)\s*[=:]\s*(\S+)")
+
+
+class SaveWeights(io.ComfyNode):
+    """FAR_WEIGHTS → models/far, and if wanted to what stock loaders read."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return sockets.schema(
+            node_id="FaR_SaveWeights",
+            display_name="FaR Save Weights",
+            description=(
+                "Saves FaR weights to models/far, and if wanted as a LoRA (models/loras) and embeddings "
+                "(models/embeddings) for stock nodes. Nothing is overwritten: a taken name gets a number."
+            ),
+            search_aliases=["export lora", "export embedding"],
+            inputs=[
+                sockets.FarWeightsSocket.Input("weights", tooltip="From FaR Train or FaR Load Weights."),
+                io.String.Input("name", default="my-concepts", tooltip="File name without folder and suffix."),
+                io.Boolean.Input(
+                    "export_lora",
+                    default=False,
+                    tooltip="Also write the cross-attention changes as a LoRA; use it with the embeddings.",
+                ),
+                io.Boolean.Input(
+                    "export_embeddings",
+                    default=False,
+                    tooltip="Also write one embedding per concept, used in prompts as embedding:corgi-dog.",
+                ),
+                io.Int.Input(
+                    "lora_rank",
+                    default=0,
+                    min=0,
+                    max=1024,
+                    tooltip="Rank of the LoRA: a smaller file that comes near. 0: the changes as they are.",
+                    extra_dict={"advanced": True},
+                ),
+            ],
+            outputs=[io.String.Output(display_name="files", tooltip="The files written, one a line.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls, weights: FarWeights, name: str, export_lora: bool, export_embeddings: bool, lora_rank: int = 0
+    ) -> io.NodeOutput:
+        stem = file_name(name.removesuffix(".safetensors"), "weights")
+        files = []
+        # Exports are made aside and then placed, so that none of them lands on a file of the same name.
+        with host.no_inference_mode(), TemporaryDirectory(prefix="far-") as made:
+            whole = Path(made) / "weights.safetensors"
+            weights.save(whole)
+            files.append(place(whole, host.model_folder("far"), stem))
+            if export_lora:
+                lora = Path(made) / "lora.safetensors"
+                weights.export_lora(lora, lora_rank or None)
+                files.append(place(lora, host.model_folder("loras"), stem))
+            if export_embeddings:
+                for path in weights.export_embeddings(Path(made) / "embeddings"):
+                    files.append(place(path, host.model_folder("embeddings"), path.stem))
+        text = "\n".join(map(str, files))
+        return io.NodeOutput(text, ui={"text": (text,)})
+
+
+class LoadWeights(io.ComfyNode):
+    """models/far → FAR_WEIGHTS."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return sockets.schema(
+            node_id="FaR_LoadWeights",
+            display_name="FaR Load Weights",
+            description="Loads FaR weights from models/far: those that FaR Save Weights or the command line wrote.",
+            inputs=[io.Combo.Input("file", options=host.model_files("far"), tooltip="A file in models/far.")],
+            outputs=[
+                sockets.FarWeightsSocket.Output(display_name="weights", tooltip="For FaR Apply Weights."),
+                io.String.Output(display_name="about", tooltip="Concepts, base and training settings, as JSON."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file: str) -> bool | str:
+        if file in host.model_files("far"):
+            return True
+        return f"models/far holds no file '{file}'; train with FaR Train and FaR Save Weights, or copy it there"
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str) -> str:
+        about = host.model_path("far", file).stat()
+        return f"{file} {about.st_size} {about.st_mtime_ns}"
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        with host.no_inference_mode():
+            weights = sockets.CarriedWeights.load(host.model_path("far", file))
+        return io.NodeOutput(weights, json.dumps(describe(weights), indent=2))
+
+
+class ApplyWeights(io.ComfyNode):
+    """MODEL and CLIP that know the concepts."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return sockets.schema(
+            node_id="FaR_ApplyWeights",
+            display_name="FaR Apply Weights",
+            description=(
+                "Makes MODEL and CLIP know the concepts: write <corgi-dog> dog in any prompt node behind it. Several "
+                "of these nodes can follow each other."
+            ),
+            search_aliases=["fuse and refine", "lora loader"],
+            inputs=[
+                sockets.Model.Input("model", tooltip="The base that the weights were trained on."),
+                sockets.Clip.Input("clip", tooltip="The CLIP that belongs to MODEL."),
+                sockets.FarWeightsSocket.Input("weights", tooltip="From FaR Train or FaR Load Weights."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-4.0,
+                    max=4.0,
+                    step=0.05,
+                    tooltip="Strength of the change of MODEL, which all concepts share. 0: MODEL as it is.",
+                ),
+                io.String.Input(
+                    "concept_strength",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="How much each token differs from its bare noun, one a line: <corgi-dog>=0.8. "
+                    "1: as learned (the default), 0: the noun alone. JSON is fine, too.",
+                ),
+            ],
+            outputs=[
+                sockets.Model.Output(tooltip="For the sampler."),
+                sockets.Clip.Output(tooltip="For prompts with your tokens."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: Any, clip: Any, weights: FarWeights, strength: float, concept_strength: str = ""
+    ) -> io.NodeOutput:
+        strengths = parse_strengths(concept_strength, weights)
+        with host.no_inference_mode(), torch.no_grad():
+            check_fits(weights, model, clip)
+            rows = {t: _between(clip, weights, t, strengths.get(t, 1.0)) for t in weights.embeddings}
+            return io.NodeOutput(host.apply_kv(model, weights.deltas, strength), host.apply_tokens(clip, rows))
+
+
+def check_fits(weights: FarWeights, model: Any, clip: Any) -> None:
+    """Refuse a base of another family or prediction type, warn about another one of the same kind.
+
+    Raises BaseModelError, WeightsError. Shapes are checked where the weights are put in.
+    """
+    about = weights.provenance
+    mark = host.mark_base(model, clip)
+    if about.prediction_type != mark.prediction_type:
+        raise WeightsError(
+            f"weights: trained on a base with {about.prediction_type}, MODEL has {mark.prediction_type}; use the base "
+            "that they were trained on"
+        )
+    # MODEL without the graph's patches counts as well: other FaR weights or a LoRA may have been applied before.
+    if about.base_digest not in (mark.digest, kv_digest(host.kv_weights(model, patched=False))):
+        log.warning("These FaR weights were trained on another base of the same shape than MODEL; likeness may suffer.")
+
+
+def parse_strengths(text: str, weights: FarWeights) -> dict[str, float]:
+    """Strengths by token from lines ``<corgi-dog>=0.8`` or a JSON object. Raises ConfigError."""
+    text = text.strip()
+    try:
+        if text.startswith("{"):
+            entries = list(json.loads(text).items())
+        else:
+            lines = [line.strip() for line in re.split(r"[\n,;]", text) if line.strip()]
+            entries = [_STRENGTH_LINE.fullmatch(line).groups() for line in lines]
+        strengths = {f"<{token.strip('<> ').lower()}>": float(value) for token, value in entries}
+    except (ValueError, TypeError, AttributeError) as e:
+        raise ConfigError(f"concept_strength: {text!r} can't be read; write one token a line: <corgi-dog>=0.8") from e
+    for token, value in strengths.items():
+        if token not in weights.embeddings:
+            raise ConfigError(f"concept_strength: there is no {token}; known: {', '.join(weights.embeddings)}")
+        if not -4 <= value <= 4:
+            raise ConfigError(f"concept_strength: {value} for {token} is out of range; it must be between -4 and 4")
+    return strengths
+
+
+def _between(clip: Any, weights: FarWeights, token: str, strength: float) -> Tensor:
+    """A concept's embedding [n, width] between its bare noun's (0) and the learned one (1)."""
+    learned = weights.embeddings[token].float()
+    if strength == 1:
+        return learned
+    bare = host.noun_embedding(clip, weights.provenance.nouns[token])
+    if bare.shape[-1] != learned.shape[-1]:
+        return learned  # refused with the right words where it is put in
+    return torch.lerp(bare.expand_as(learned), learned, strength)
+
+
+NODES: list[type[io.ComfyNode]] = [SaveWeights, LoadWeights, ApplyWeights]

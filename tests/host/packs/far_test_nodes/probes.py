@@ -1,0 +1,113 @@
+"""Test-only nodes that look at what the pack's nodes made: a small dataset, the base as a file, raw predictions."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import comfy.model_management
+import comfy.sd
+import folder_paths
+import torch
+from comfy_api.latest import io
+from safetensors.torch import save_file
+
+TIMESTEPS = (37, 601)
+
+
+def far(module: str):
+    """A module of the pack as the host has loaded it, so that its classes are the nodes' own."""
+    pack = next(name for name in sys.modules if name.endswith("ComfyUI-FaR"))
+    return importlib.import_module(f"{pack}.{module}")
+
+
+def disc(colour: tuple[float, float, float], side: int = 96) -> tuple[torch.Tensor, torch.Tensor]:
+    """A coloured disc on grey: picture [side, side, 3] and mask [side, side]."""
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    mask = ((rows - side / 2) ** 2 + (columns - side / 2) ** 2 < (0.3 * side) ** 2).float()
+    return mask[..., None] * torch.tensor(colour) + (1 - mask[..., None]) * 0.5, mask
+
+
+class Dataset(io.ComfyNode):
+    """Two balls, red and blue, with two class pictures."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FaRTest_Dataset",
+            category="FaR/test",
+            inputs=[
+                io.Int.Input("count", default=4, min=1, max=100),
+                io.Int.Input("fusion_seed", default=0, min=0, max=100),
+            ],
+            outputs=[io.Custom("FAR_DATASET").Output()],
+        )
+
+    @classmethod
+    def execute(cls, count: int, fusion_seed: int) -> io.NodeOutput:
+        concepts, config = far("far_train.concepts"), far("far_train.config")
+        balls = {"red-ball": (0.9, 0.1, 0.1), "blue-ball": (0.1, 0.1, 0.9)}
+        learned = [
+            concepts.Concept(f"<{token}>", "ball", *((part,) for part in disc(colour)))
+            for token, colour in balls.items()
+        ]
+        priors = [concepts.ClassPicture("ball", *disc((0.1, 0.8, 0.3 * i))) for i in range(2)]
+        settings = config.FusionConfig(size=128, count=count, fusion_seed=fusion_seed)
+        return io.NodeOutput(far("far_train.fusion").ConceptFusion(learned, priors, (), settings))
+
+
+class SaveBase(io.ComfyNode):
+    """The base as a single file, by the host's own means: what diffusers' side of a comparison is loaded from."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FaRTest_SaveBase",
+            category="FaR/test",
+            inputs=[
+                io.Model.Input("model"),
+                io.Clip.Input("clip"),
+                io.Vae.Input("vae"),
+                io.String.Input("name", default="base"),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model, clip, vae, name: str) -> io.NodeOutput:
+        path = Path(folder_paths.get_output_directory()) / f"{name}.safetensors"
+        comfy.sd.save_checkpoint(str(path), model, clip, vae)
+        return io.NodeOutput()
+
+
+class Predict(io.ComfyNode):
+    """What the host's UNet says to fixed latents and timesteps under a conditioning, written to output/NAME."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FaRTest_Predict",
+            category="FaR/test",
+            inputs=[
+                io.Model.Input("model"),
+                io.Conditioning.Input("conditioning"),
+                io.String.Input("name", default="prediction"),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model, conditioning, name: str) -> io.NodeOutput:
+        comfy.model_management.load_models_gpu([model])
+        latents = torch.randn(len(TIMESTEPS), 4, 16, 16, generator=torch.Generator().manual_seed(0))
+        timesteps = torch.tensor(TIMESTEPS)
+        context = conditioning[0][0].expand(len(TIMESTEPS), -1, -1)
+        prediction = model.model.diffusion_model(latents, timesteps, context=context)
+        tensors = {"latents": latents, "timesteps": timesteps, "context": context, "prediction": prediction}
+        path = Path(folder_paths.get_output_directory()) / f"{name}.safetensors"
+        save_file({k: v.clone().contiguous() for k, v in tensors.items()}, path)
+        return io.NodeOutput()
+
+
+NODES: list[type[io.ComfyNode]] = [Dataset, SaveBase, Predict]

@@ -1,0 +1,333 @@
+"""The same weights in two worlds: what ComfyUI predicts with the pack's nodes, diffusers must predict as well."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from far_train.backbone import BaseModel, kv_weights, load_base, packaged_configs
+from far_train.config import SampleConfig
+from far_train.sampling import encode_prompts
+from far_train.tokens import noun_embedding
+from far_train.weights import FarWeights, Provenance
+
+from .comfy_server import ComfyServer, ExecutionFailed, PromptRejected
+from .graphs import encoded, node, predicted, tiny_base
+
+PROMPT = "a photo of a <red-ball> ball, and a <Blue-Ball> ball on a beach"
+TOLERANCE = 1e-3
+
+pytestmark = pytest.mark.usefixtures("comfy")
+
+
+def diffusers_configs() -> dict:
+    """The tiny checkpoint in diffusers' words, written down by hand and not by what is tested."""
+    configs = packaged_configs("v_prediction")
+    configs["unet"] |= {
+        "block_out_channels": [32, 64, 128, 128],
+        "attention_head_dim": [2, 4, 8, 8],
+        "cross_attention_dim": 64,
+        "sample_size": 16,
+    }
+    configs["vae"] |= {"block_out_channels": [32, 32, 64, 64], "layers_per_block": 1, "sample_size": 128}
+    configs["text_encoder"] |= {
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "projection_dim": 64,
+    }
+    return configs
+
+
+@pytest.fixture(scope="module")
+def base_file(comfy: ComfyServer) -> Path:
+    """The tiny checkpoint as ComfyUI itself saves it."""
+    comfy.run(
+        {"1": tiny_base(), "2": node("FaRTest_SaveBase", model=["1", 0], clip=["1", 1], vae=["1", 2], name="base")}
+    )
+    return comfy.folder("output") / "base.safetensors"
+
+
+@pytest.fixture
+def base(base_file: Path) -> BaseModel:
+    return load_base(base_file, config=diffusers_configs(), prediction_type="v_prediction")
+
+
+def make_weights(base: BaseModel, **changes) -> FarWeights:
+    """Random weights for two balls, with deltas half as large as the matrices that they change."""
+    generator = torch.Generator().manual_seed(5)
+    table = base.text_encoder.get_input_embeddings().weight
+    about = {
+        "family": "sd21",
+        "base_digest": base.digest,
+        "prediction_type": base.prediction_type,
+        "nouns": {"<red-ball>": "ball", "<blue-ball>": "ball"},
+        "steps": 1,
+        "size": 128,
+    }
+    return FarWeights(
+        embeddings={
+            t: 0.5 * torch.randn(2, table.shape[1], generator=generator) for t in ("<red-ball>", "<blue-ball>")
+        },
+        deltas={
+            k: (0.5 * w.std() * torch.randn(w.shape, generator=generator)).half()
+            for k, w in kv_weights(base.unet).items()
+        },
+        provenance=Provenance(**about | changes),
+    )
+
+
+@pytest.fixture
+def weights(base: BaseModel) -> FarWeights:
+    return make_weights(base)
+
+
+@pytest.fixture
+def saved(comfy: ComfyServer, request: pytest.FixtureRequest) -> Callable[[FarWeights], str]:
+    """Writes weights to models/far under a name of this test; returns the name."""
+
+    def save(weights: FarWeights, suffix: str = "") -> str:
+        name = f"{request.node.name.split('[')[0]}{suffix}.safetensors"
+        weights.save(comfy.folder("models/far") / name)
+        return name
+
+    return save
+
+
+def applied(file: str, text: str = PROMPT, name: str = "applied", strength: float = 1.0, **more) -> dict:
+    """Base → FaR_ApplyWeights → CLIPTextEncode → prediction, written to output/NAME."""
+    return {
+        "1": tiny_base(),
+        "2": node("FaR_LoadWeights", file=file),
+        "3": node("FaR_ApplyWeights", model=["1", 0], clip=["1", 1], weights=["2", 0], strength=strength, **more),
+        "4": encoded(text, ["3", 1]),
+        "5": predicted(name, ["3", 0], ["4", 0]),
+    }
+
+
+def result(comfy: ComfyServer, prompt: dict, name: str = "applied") -> dict[str, Tensor]:
+    comfy.run(prompt)
+    return load_file(comfy.folder("output") / f"{name}.safetensors")
+
+
+def diffusers_result(
+    base: BaseModel, weights: FarWeights, theirs: dict[str, Tensor], text: str = PROMPT, config=SampleConfig()
+) -> tuple[Tensor, Tensor]:
+    """Conditioning and noise prediction for the latents and timesteps that the host was given."""
+    vocabulary = weights.apply(base, config)
+    with torch.no_grad():
+        context = encode_prompts(base, [vocabulary.tokenize(text)]).expand(len(theirs["latents"]), -1, -1)
+        return context, base.unet(theirs["latents"], theirs["timesteps"], context).sample
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """Relative to the size of ``theirs``."""
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def test_prediction_and_conditioning_equal_those_of_diffusers(comfy, base, weights, saved):
+    theirs = result(comfy, applied(saved(weights)))
+    context, prediction = diffusers_result(base, weights, theirs)
+    assert difference(context, theirs["context"]) < TOLERANCE
+    assert difference(prediction, theirs["prediction"]) < TOLERANCE
+
+
+def test_the_comparison_can_fail(comfy, base, weights, saved, base_file):
+    """Deltas and embeddings matter, and each delta belongs to its own layer."""
+    theirs = result(comfy, applied(saved(weights)))
+    plain = result(comfy, applied(saved(weights), strength=0.0, name="without"), "without")
+    assert difference(plain["prediction"], theirs["prediction"]) > 0.1
+    same_shape = [k for k in weights.deltas if k.endswith(".to_k") and weights.deltas[k].shape[0] == 64][:2]
+    swapped = dict(weights.deltas)
+    swapped[same_shape[0]], swapped[same_shape[1]] = swapped[same_shape[1]], swapped[same_shape[0]]
+    context, prediction = diffusers_result(base, FarWeights(weights.embeddings, swapped, weights.provenance), theirs)
+    assert difference(prediction, theirs["prediction"]) > 10 * TOLERANCE
+    exchanged = dict(zip(weights.embeddings, reversed(weights.embeddings.values())))
+    other = load_base(base_file, config=diffusers_configs(), prediction_type="v_prediction")
+    context, _ = diffusers_result(other, FarWeights(exchanged, weights.deltas, weights.provenance), theirs)
+    assert difference(context, theirs["context"]) > 0.1
+
+
+def test_strengths_mean_the_same(comfy, base, weights, saved):
+    prompt = applied(saved(weights), strength=0.6, concept_strength="<red-ball>=0.3\n<Blue-Ball> : 0.9")
+    theirs = result(comfy, prompt)
+    config = SampleConfig(strength=0.6, concept_strength={"<red-ball>": 0.3, "<blue-ball>": 0.9})
+    context, prediction = diffusers_result(base, weights, theirs, config=config)
+    assert difference(context, theirs["context"]) < TOLERANCE
+    assert difference(prediction, theirs["prediction"]) < TOLERANCE
+
+
+def test_strength_zero_is_the_untouched_base_bit_for_bit(comfy, weights, saved):
+    prompt = applied(saved(weights), text="a ball", strength=0.0, name="zero")
+    prompt |= {"6": encoded("a ball", ["1", 1]), "7": predicted("untouched", ["1", 0], ["6", 0])}
+    zero = result(comfy, prompt, "zero")
+    untouched = load_file(comfy.folder("output") / "untouched.safetensors")
+    assert torch.equal(zero["context"], untouched["context"])
+    assert torch.equal(zero["prediction"], untouched["prediction"])
+
+
+def test_model_and_clip_stay_untouched_beside_the_applied_ones(comfy, weights, saved):
+    alone = {"1": tiny_base(), "2": encoded(PROMPT, ["1", 1]), "3": predicted("before", ["1", 0], ["2", 0])}
+    before = result(comfy, alone, "before")
+    prompt = applied(saved(weights))
+    # After the applied ones have been used: the order of a graph's branches is not ours to choose, so a second run.
+    result(comfy, prompt)
+    prompt |= {"6": encoded(PROMPT, ["1", 1]), "7": predicted("after", ["1", 0], ["6", 0])}
+    after = result(comfy, prompt, "after")
+    assert torch.equal(before["context"], after["context"])
+    assert torch.equal(before["prediction"], after["prediction"])
+
+
+def test_stock_loaders_read_the_exports(comfy, base, weights, saved):
+    save = {
+        "1": node("FaR_LoadWeights", file=saved(weights)),
+        "2": node(
+            "FaR_SaveWeights", weights=["1", 0], name="stock", export_lora=True, export_embeddings=True, lora_rank=0
+        ),
+    }
+    files = [Path(line) for line in comfy.run(save)["2"]["text"][0].splitlines()]
+    assert [f.name for f in files] == [
+        "stock.safetensors", "stock.safetensors", "red-ball.safetensors", "blue-ball.safetensors"
+    ]  # fmt: skip
+    assert {f.parent.name for f in files} == {"far", "loras", "embeddings"}
+    logged = len(comfy.log())
+    prompt = {
+        "1": tiny_base(),
+        "2": node("LoraLoader", model=["1", 0], clip=["1", 1], lora_name="stock.safetensors",
+                  strength_model=1.0, strength_clip=1.0),
+        "3": encoded("a photo of a embedding:red-ball ball, and a embedding:blue-ball ball on a beach", ["2", 1]),
+        "4": predicted("stock", ["2", 0], ["3", 0]),
+    }  # fmt: skip
+    theirs = result(comfy, prompt, "stock")
+    assert "not loaded" not in comfy.log()[logged:]
+    context, prediction = diffusers_result(base, weights, theirs)
+    assert difference(context, theirs["context"]) < TOLERANCE
+    assert difference(prediction, theirs["prediction"]) < TOLERANCE
+
+
+def test_saving_twice_keeps_one_file_and_other_weights_get_a_number(comfy, base, weights, saved):
+    def save(file: str) -> list[str]:
+        prompt = {
+            "1": node("FaR_LoadWeights", file=file),
+            "2": node("FaR_SaveWeights", weights=["1", 0], name="../kept:once", export_lora=False,
+                      export_embeddings=False, lora_rank=0),
+        }  # fmt: skip
+        return [Path(line).name for line in comfy.run(prompt)["2"]["text"][0].splitlines()]
+
+    first, second = saved(weights, "-a"), saved(make_weights(base, steps=2), "-b")
+    assert save(first) == ["kept-once.safetensors"]
+    assert save(second) == ["kept-once-2.safetensors"]
+    assert save(first) == ["kept-once.safetensors"]
+
+
+def test_weighted_and_stacked_prompts(comfy, base, weights, saved):
+    """Emphasis reaches the embedding, and two nodes in a row know each other's tokens."""
+    renamed = FarWeights(
+        {"<green-ball>": weights.embeddings["<red-ball>"]},
+        {k: torch.zeros_like(v) for k, v in weights.deltas.items()},
+        Provenance(**vars(weights.provenance) | {"nouns": {"<green-ball>": "ball"}}),
+    )
+    prompt = applied(saved(weights, "-first"), text="a <green-ball> ball and a <blue-ball> ball")
+    prompt |= {
+        "6": node("FaR_LoadWeights", file=saved(renamed, "-second")),
+        "7": node("FaR_ApplyWeights", model=["3", 0], clip=["3", 1], weights=["6", 0], strength=1.0),
+        "8": encoded("a <green-ball> ball and a <blue-ball> ball", ["7", 1]),
+        "9": predicted("stacked", ["7", 0], ["8", 0]),
+        "10": encoded("a (<green-ball>:1.5) ball and a (<blue-ball>) ball", ["7", 1]),
+        "11": predicted("weighted", ["7", 0], ["10", 0]),
+    }
+    logged = len(comfy.log())
+    stacked = result(comfy, prompt, "stacked")
+    log = comfy.log()[logged:]
+    assert "trained on another base" not in log  # the first weights are no other base
+    assert log.count("<green-ball>, which none of the applied concepts has") == 1  # behind the first node alone
+    context, prediction = diffusers_result(base, weights, stacked, "a <red-ball> ball and a <blue-ball> ball")
+    assert difference(context, stacked["context"]) < TOLERANCE
+    assert difference(prediction, stacked["prediction"]) < TOLERANCE
+    weighted = load_file(comfy.folder("output") / "weighted.safetensors")
+    assert 0.001 < difference(weighted["context"], stacked["context"]) < 1
+
+
+def test_unknown_tokens_are_warned_of_once(comfy, weights, saved):
+    logged = len(comfy.log())
+    prompt = applied(saved(weights), text="a <corgi-dog> dog")
+    prompt |= {"6": encoded("a <corgi-dog> dog and a <red-ball> ball", ["3", 1])}
+    prompt |= {"7": predicted("other", ["3", 0], ["6", 0])}
+    comfy.run(prompt)
+    assert comfy.log()[logged:].count("The prompt holds <corgi-dog>") == 1
+
+
+def test_concept_strength_zero_is_the_noun(comfy, base, weights, saved):
+    file = saved(weights)
+    theirs = result(comfy, applied(file, text="<red-ball>", concept_strength='{"<red-ball>": 0}'))
+    table = base.text_encoder.get_input_embeddings().weight
+    vocabulary = weights.apply(base, SampleConfig(concept_strength={"<red-ball>": 0.0}))
+    rows = base.text_encoder.get_input_embeddings().rows[:2]
+    assert torch.allclose(rows, noun_embedding(table, vocabulary, "ball").expand(2, -1))
+    with torch.no_grad():
+        ours = encode_prompts(base, [vocabulary.tokenize("<red-ball>")])
+    assert difference(ours, theirs["context"][:1]) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<green-ball>=1", "there is no <green-ball>; known: <red-ball>, <blue-ball>"),
+        ("<red-ball> strong", "can't be read; write one token a line"),
+        ('{"<red-ball>": ', "can't be read"),
+        ("<red-ball>=9", "out of range"),
+    ],
+)
+def test_concept_strengths_that_cannot_be_read(comfy, weights, saved, text, message):
+    with pytest.raises(ExecutionFailed, match="node 3 .FaR_ApplyWeights.: .*concept_strength: ") as failed:
+        comfy.run(applied(saved(weights), concept_strength=text))
+    assert message in str(failed.value)
+
+
+def test_weights_of_another_base_are_refused_or_warned_of(comfy, base, weights, saved):
+    def refused(file: str, **loader) -> str:
+        prompt = applied(file)
+        prompt["1"] = tiny_base(**loader)
+        with pytest.raises(ExecutionFailed, match="node 3 .FaR_ApplyWeights.") as failed:
+            comfy.run(prompt)
+        return str(failed.value)
+
+    file = saved(weights)
+    assert "trained on a base with v_prediction, MODEL has epsilon" in refused(file, prediction="epsilon")
+    assert "use the base that they belong to" in refused(file, res_blocks=1)
+    narrow = FarWeights({t: e[:, :32] for t, e in weights.embeddings.items()}, weights.deltas, weights.provenance)
+    assert "this CLIP needs 64" in refused(saved(narrow, "-narrow"))
+
+    logged = len(comfy.log())
+    prompt = applied(file)
+    prompt["1"] = tiny_base(weights_seed=1)
+    comfy.run(prompt)
+    assert "trained on another base of the same shape" in comfy.log()[logged:]
+
+
+def test_a_missing_and_a_foreign_file_are_named(comfy, weights, saved):
+    saved(weights)
+    with pytest.raises(PromptRejected, match="models/far holds no file 'gone.safetensors'"):
+        comfy.queue(applied("gone.safetensors"))
+    (comfy.folder("models/far") / "lora.safetensors").write_bytes(lora_file(weights, comfy.folder("temp")))
+    with pytest.raises(ExecutionFailed, match="node 2 .FaR_LoadWeights.*is no FaR file"):
+        comfy.run(applied("lora.safetensors"))
+
+
+def lora_file(weights: FarWeights, folder: Path) -> bytes:
+    weights.export_lora(folder / "lora.safetensors")
+    return (folder / "lora.safetensors").read_bytes()
+
+
+def test_the_loader_tells_what_a_file_holds(comfy, weights, saved):
+    prompt = {"1": node("FaR_LoadWeights", file=saved(weights)), "2": node("PreviewAny", source=["1", 1])}
+    about = json.loads(comfy.run(prompt)["2"]["text"][0])
+    assert about["concepts"]["<red-ball>"] == {"noun": "ball", "vectors": 2}
+    assert about["kv_deltas"] == 32

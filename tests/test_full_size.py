@@ -1,0 +1,86 @@
+"""Stable Diffusion 2.1 at its real size, with random weights: loading, one training step, export.
+
+Needs about 12 GB of memory, 3 GB of disk and a few minutes on two cores: ``make test-full-size``.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from far_train.backbone import V_STATISTIC, kv_weights, load_base, packaged_configs
+from far_train.concepts import Concept
+from far_train.config import FusionConfig, TrainConfig
+from far_train.errors import BaseModelError
+from far_train.fusion import ConceptFusion
+from far_train.mini.tiny import random_states, single_file_state
+from far_train.recipe import train
+from far_train.weights import FarWeights
+
+pytestmark = pytest.mark.full_size
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 768-v single file in the original layout, fp16, as SD 2.1 is distributed."""
+    configs = packaged_configs("v_prediction")
+    states = random_states(configs)
+    states["unet"][V_STATISTIC] = torch.linspace(-0.3, 0.3, 320)  # the spread by which v-prediction is told
+    state = {k: v.half() for k, v in single_file_state(configs, states).items()}
+    path = tmp_path_factory.mktemp("full") / "sd21-768-v.safetensors"
+    save_file(state, path)
+    return path
+
+
+def peak_memory() -> float:
+    """The most memory this process has had so far, in GB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 2**20
+    return float("nan")
+
+
+def test_load_train_export(checkpoint: Path, concepts: list[Concept], tmp_path: Path, capsys: pytest.CaptureFixture):
+    started = time.perf_counter()
+    base = load_base(checkpoint)
+    loaded = time.perf_counter()
+    counts = [sum(p.numel() for p in m.parameters()) for m in (base.unet, base.text_encoder, base.vae)]
+    assert counts == [865_910_724, 340_387_840, 83_653_863]
+    assert all(not p.is_meta for m in (base.unet, base.text_encoder, base.vae) for p in m.parameters())
+    assert (base.prediction_type, base.native_size) == ("v_prediction", 768)
+
+    fusion = ConceptFusion(concepts, config=FusionConfig(size=768, count=1))
+    config = TrainConfig(steps=1, batch_size=1, prior_batch_size=0, sample_every=0, device="cpu", precision="fp32")
+    before = {k: v.clone() for k, v in kv_weights(base.unet).items()}
+    weights = train(base, fusion, config, tmp_path / "run")
+    trained = time.perf_counter()
+    assert len(weights.deltas) == 32 and sum(d.numel() for d in weights.deltas.values()) == 25_559_040
+    assert all(d.any() for d in weights.deltas.values())
+    assert all(torch.equal(before[k], v) for k, v in kv_weights(base.unet).items())
+
+    weights.export_lora(tmp_path / "lora.safetensors")
+    lora = load_file(tmp_path / "lora.safetensors")
+    assert len(lora) == 32
+    assert lora["diffusion_model.output_blocks.11.1.transformer_blocks.0.attn2.to_v.diff"].shape == (320, 1024)
+    FarWeights.load(tmp_path / "run" / "weights.safetensors").check_fits(base)
+    with capsys.disabled():
+        print(
+            f"\nSD 2.1 at 768 px, fp32, batch 1: load {loaded - started:.0f} s, encode + one step + save "
+            f"{trained - loaded:.0f} s, peak memory {peak_memory():.1f} GB"
+        )
+
+
+def test_contradicting_prediction_type(checkpoint: Path):
+    with pytest.raises(BaseModelError, match="look like v_prediction"):
+        load_base(checkpoint, prediction_type="epsilon")
+
+
+def test_incomplete_file(checkpoint: Path, tmp_path: Path):
+    state = load_file(checkpoint)
+    state.pop("first_stage_model.decoder.conv_out.weight")
+    with pytest.raises(BaseModelError, match="vae lacks 1 of"):
+        load_base(state)

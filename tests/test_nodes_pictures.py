@@ -1,0 +1,120 @@
+"""Pictures and masks from any node: every shape in use, LoadImage's traps, and words that name photo and fix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from .nodes_pack import node_module
+
+pictures = node_module("pictures")
+SubjectError = pictures.SubjectError
+
+
+def disc(height: int = 60, width: int = 80, x: float = 0.5, y: float = 0.5, radius: float = 0.25) -> torch.Tensor:
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return ((columns - x * width) ** 2 + (rows - y * height) ** 2 < (radius * min(height, width)) ** 2).float()
+
+
+def image(height: int = 60, width: int = 80, channels: int = 3) -> torch.Tensor:
+    return torch.rand(height, width, channels, generator=torch.Generator().manual_seed(height))
+
+
+def test_images_of_mixed_sizes_batches_and_channels_become_single_pictures():
+    singles = pictures.unroll_images([image()[None], torch.stack([image(32, 32)] * 2), image(20, 30)])
+    assert [tuple(p.shape) for p in singles] == [(60, 80, 3), (32, 32, 3), (32, 32, 3), (20, 30, 3)]
+    assert torch.equal(singles[0], image())
+    grey, transparent = pictures.unroll_images([image(channels=1)[None], image(channels=4)[None]])
+    assert torch.equal(grey, image(channels=1).expand(60, 80, 3))
+    assert torch.equal(transparent, image(channels=4)[..., :3])
+
+
+@pytest.mark.parametrize("value", [torch.zeros(3), torch.zeros(1, 4, 4, 2), "photo.png", None])
+def test_what_is_no_image_is_refused(value):
+    with pytest.raises(SubjectError, match="image 2: expected an IMAGE"):
+        pictures.unroll_images([image()[None], value])
+
+
+def test_masks_of_all_shapes_become_single_masks():
+    mask = disc()
+    shapes = [mask, mask[None], torch.stack([mask, mask]), mask[None, None], mask[None, ..., None], mask.half()]
+    singles = pictures.unroll_masks(shapes)
+    assert len(singles) == 7
+    assert all(torch.equal(m, mask) for m in singles)
+
+
+def test_mask_values_are_brought_into_range():
+    (mask,) = pictures.unroll_masks([torch.tensor([[float("nan"), -3.0], [0.5, 7.0]])])
+    assert mask.tolist() == [[0.0, 0.0], [0.5, 1.0]]
+
+
+@pytest.mark.parametrize("value", [torch.zeros(3), torch.zeros(1, 2, 4, 4, 1), 1.0])
+def test_what_is_no_mask_is_refused(value):
+    with pytest.raises(SubjectError, match="mask 1: expected a MASK"):
+        pictures.unroll_masks([value])
+
+
+def test_masks_meet_their_photos():
+    photos = [image(), image(32, 32)]
+    found = pictures.match_masks(photos, [disc(), disc(32, 32)])
+    assert torch.equal(found[0], disc()) and torch.equal(found[1], disc(32, 32))
+
+
+def test_a_missing_mask_is_none_whatever_its_size():
+    found = pictures.match_masks([image(), image()], [torch.zeros(64, 64), disc()])
+    assert found[0] is None and found[1] is not None
+    assert pictures.match_masks([image()], [torch.zeros(60, 80)], invert=True) == [None]
+
+
+def test_another_count_of_masks_is_refused():
+    with pytest.raises(SubjectError, match="2 photos but 1 masks"):
+        pictures.match_masks([image(), image()], [disc()])
+
+
+def test_a_mask_of_another_size_is_refused_by_number():
+    with pytest.raises(SubjectError, match="photo 2: its mask is 60×80 pixels, but the photo 80×60"):
+        pictures.match_masks([image(), image()], [disc(), disc(80, 60)])
+
+
+def test_a_cut_outs_mask_from_load_image_is_recognised():
+    """LoadImage sends 1 − alpha."""
+    with pytest.raises(SubjectError, match="photo 1: .*switch invert_mask on"):
+        pictures.match_masks([image()], [1 - disc()])
+    (found,) = pictures.match_masks([image()], [1 - disc()], invert=True)
+    assert torch.equal(found, disc())
+
+
+def test_a_good_mask_must_not_be_inverted():
+    with pytest.raises(SubjectError, match="garden: .*switch invert_mask off"):
+        pictures.match_masks([image()], [disc()], invert=True, labels=["garden"])
+    with pytest.raises(SubjectError, match="switch it off"):
+        pictures.match_masks([image()], [torch.ones(60, 80)], invert=True)
+
+
+@pytest.mark.parametrize("x, y", [(0.5, 0.5), (0.3, 0.3), (0.5, 0.95), (0.02, 0.5)])
+def test_inverted_masks_are_told_from_subjects_at_any_place(x: float, y: float):
+    subject = disc(x=x, y=y)
+    assert pictures.looks_inverted(1 - subject)
+    assert not pictures.looks_inverted(subject)
+
+
+def test_subjects_that_fill_the_frame_are_not_taken_for_backgrounds():
+    everything = torch.ones(60, 80)
+    assert not pictures.looks_inverted(everything)
+    corner_free = everything.clone()
+    corner_free[:25, :25] = 0
+    assert not pictures.looks_inverted(corner_free)
+    speck = everything.clone()
+    speck[30, 40] = 0
+    assert not pictures.looks_inverted(speck)
+
+
+def test_labels_carry_names_only_if_there_is_one_for_each_photo():
+    assert pictures.photo_labels(2, ["a", "b"]) == ["photo 1 (a)", "photo 2 (b)"]
+    assert pictures.photo_labels(2, ["a"]) == ["photo 1", "photo 2"]
+
+
+def test_nouns_are_tidied_but_not_guessed():
+    assert pictures.tidy_noun("  Teddy  Bear ") == "teddy bear"
+    with pytest.raises(pictures.check_noun.__globals__["CaptionError"], match="no class noun"):
+        pictures.tidy_noun("<dog>")

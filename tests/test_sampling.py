@@ -1,0 +1,72 @@
+"""Drawing pictures: seeds, batches, sizes, progress."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from far_train.captions import Name
+from far_train.config import SampleConfig
+from far_train.errors import ConfigError
+from far_train.sampling import TextCache, draw_pictures, encode_prompts
+from far_train.tokens import Vocabulary
+from far_train.trainable import Trainables
+
+QUICK = SampleConfig(sampling_steps=2)
+
+
+def plain(base) -> Vocabulary:
+    return Vocabulary(base.tokenizer, (), base.tokenizer_size)
+
+
+def test_a_picture_depends_on_its_seed_and_not_on_the_batch(base):
+    prompts = ["a dog", "a cat", "a dog"]
+    together = draw_pictures(base, plain(base), prompts, QUICK)
+    alone = draw_pictures(base, plain(base), prompts, QUICK.replace(sample_batch=1))
+    assert together.shape == (3, 128, 128, 3) and 0 <= together.min() and together.max() <= 1
+    assert torch.allclose(together, alone, atol=1e-4)
+    assert not torch.allclose(together[0], together[2], atol=1e-3)
+    third = draw_pictures(base, plain(base), ["a dog"], QUICK.replace(sample_seed=2))
+    assert torch.allclose(third[0], together[2], atol=1e-4)
+
+
+def test_sizes(base):
+    assert draw_pictures(base, plain(base), ["a dog"], QUICK.replace(height=64, width=128)).shape[1:3] == (64, 128)
+    assert draw_pictures(base, plain(base), ["a dog"], QUICK, size=(128, 64)).shape[1:3] == (128, 64)
+    with pytest.raises(ConfigError, match="width: 100 px .* multiple of 64"):
+        draw_pictures(base, plain(base), ["a dog"], QUICK.replace(width=100))
+
+
+def test_progress_counts_all_steps_and_may_stop(base):
+    seen = []
+    draw_pictures(base, plain(base), ["a"] * 3, QUICK.replace(sample_batch=2), on_progress=lambda *a: seen.append(a))
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+    def stop(done, total):
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        draw_pictures(base, plain(base), ["a"], QUICK, on_progress=stop)
+
+
+def test_unknown_tokens_are_warned_of(base, caplog):
+    draw_pictures(base, plain(base), ["a <corgi-dog> dog"], QUICK)
+    assert "<corgi-dog>, which no loaded concept has" in caplog.text
+
+
+def test_prompts_are_encoded_once_and_with_gradients_where_modifiers_stand(base):
+    vocabulary = Vocabulary(base.tokenizer, [Name("dog", "<my-dog>")], base.tokenizer_size)
+    trainables = Trainables(base, vocabulary)
+    texts = ["a <my-dog> dog", "a dog", "a <my-dog> dog"]
+    cache = TextCache()
+    calls = []
+    hook = base.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    states = encode_prompts(base, [vocabulary.tokenize(t) for t in texts], cache)
+    assert len(calls) == 2 and torch.equal(states[0], states[2])
+    states[1].detach()
+    encode_prompts(base, [vocabulary.tokenize("a dog")], cache)
+    assert len(calls) == 2  # what can't change comes from the cache
+    states.sum().backward()
+    assert trainables.rows.grad.abs().sum() > 0
+    hook.remove()
+    trainables.remove()
