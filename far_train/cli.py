@@ -1,12 +1,14 @@
 """The command line: ``python -m far_train COMMAND``. Flags are made from the settings' own fields.
 
-Every setting can stand in a file (``--config FILE``, JSON or YAML; at the top level or under the command's name) and
-be overridden by a flag. What a command does stands in :mod:`far_train.commands`.
+Every input and setting can stand in a file (``--config FILE``, JSON or YAML) and be overridden by a flag. A file may
+have a section for each command, under its name; what stands beside the sections is shared by the commands that know
+it. What a command does stands in :mod:`far_train.commands`.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
 import sys
 import types
@@ -14,7 +16,7 @@ import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from . import __version__
 from .config import Config, ExtractConfig, FusionConfig, SampleConfig, TrainConfig, read_settings
@@ -23,16 +25,34 @@ from .errors import ConfigError, FarError, Interrupted
 
 @dataclass(frozen=True)
 class Argument:
-    """An input of a command that is no setting: a path, a prompt, a switch."""
+    """An input of a command that is no setting: a path, a prompt, a switch.
+
+    ``options`` go to argparse; a settings file may hold a list or mapping where the input is ``structured``.
+    """
 
     name: str
     help: str
     required: bool = False
     options: tuple[tuple[str, Any], ...] = ()
+    structured: bool = False
 
     @property
     def flag(self) -> str:
-        return "--" + self.name.replace("_", "-")
+        return _flag(self.name)
+
+    def check(self, value: Any) -> None:
+        """Refuse a value of the wrong type, as a settings file may hold it. Raises ConfigError."""
+        options = dict(self.options)
+        if options.get("action") == "store_true":
+            kind, good = "true or false", isinstance(value, bool)
+        elif options.get("action") == "append":
+            kind, good = "a list", isinstance(value, (list, str))
+        elif options.get("type") is int:
+            kind, good = "a whole number", isinstance(value, int) and not isinstance(value, bool)
+        else:
+            kind, good = "a text", isinstance(value, (str, list, dict) if self.structured else str)
+        if not good:
+            raise ConfigError(f"{self.name}: expected {kind}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -41,6 +61,22 @@ class Command:
     help: str
     arguments: tuple[Argument, ...]
     settings: type[Config] | None = None
+
+    @property
+    def known(self) -> list[str]:
+        """Names of all its inputs and settings."""
+        return [a.name for a in self.arguments] + [f.name for f in fields(self.settings or Config)]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every other error does, and not below a screen of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _many(metavar: Any, nargs: Any = None) -> tuple[tuple[str, Any], ...]:
@@ -65,9 +101,11 @@ COMMANDS = (
             ),
             Argument("out", "folder for NAME.png and NAME.mask.png", required=True),
             Argument("sam", "segment-anything weights, .safetensors or .pth; needed for photos without a mask"),
-            Argument("box", "the subject's box in pixels of each photo: X0,Y0,X1,Y1"),
-            Argument("points", "points in pixels, 1 on the subject, 0 off it: 'X,Y,1 X,Y,0'"),
-            Argument("prompts", "JSON or YAML file: photo name → {box: [x0,y0,x1,y1], points: [[x,y,1]]}"),
+            Argument("box", "the subject's box in pixels of each photo: X0,Y0,X1,Y1", structured=True),
+            Argument("points", "points in pixels, 1 on the subject, 0 off it: 'X,Y,1 X,Y,0'", structured=True),
+            Argument(
+                "prompts", "JSON or YAML file: photo name → {box: [x0,y0,x1,y1], points: [[x,y,1]]}", structured=True
+            ),
             DEVICE,
         ),
         ExtractConfig,
@@ -145,7 +183,7 @@ COMMANDS = (
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands. Nothing has a default here, so that a settings file can speak first."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="far_train", description="Fuse-and-Refine: teach Stable Diffusion 2.1 several subjects at once."
     )
     parser.add_argument("--version", action="version", version=__version__)
@@ -171,9 +209,8 @@ def build_parser() -> argparse.ArgumentParser:
             for field in fields(command.settings):
                 if any(a.name == field.name for a in command.arguments):
                     continue
-                flag = "--" + field.name.replace("_", "-")
                 text = _escape(f"{field.metadata['help']} (default: {_show(field.default)})")
-                group.add_argument(flag, help=text, **_flag_options(field, hints[field.name]))
+                group.add_argument(_flag(field.name), help=text, **_flag_options(field, hints[field.name]))
     return parser
 
 
@@ -227,27 +264,47 @@ def _pairs(name: str, items: Sequence[str]) -> dict[str, float]:
 
 def collect(command: Command, flags: dict[str, Any]) -> tuple[dict[str, Any], Config | None]:
     """Merge settings file and flags; returns the command's inputs by name, and its settings. Raises ConfigError."""
-    values: dict[str, Any] = {}
-    if "config" in flags:
-        path = Path(flags.pop("config"))
-        values = read_settings(path)
-        if isinstance(values.get(command.name), dict):
-            values = values[command.name]
-    names = {a.name for a in command.arguments}
+    values = _read_file(command, Path(flags.pop("config"))) if "config" in flags else {}
+    names = [a.name for a in command.arguments]
     hints = typing.get_type_hints(command.settings) if command.settings else {}
     for name, value in flags.items():
         is_mapping = "dict" in str(hints.get(name, ""))
         values[name] = _pairs(name, value) if is_mapping and isinstance(value, list) else value
-    inputs = {k: v for k, v in values.items() if k in names}
+    inputs = {k: v for k, v in values.items() if k in names and v is not None}
+    for argument in command.arguments:
+        if argument.name in inputs and argument.name not in hints:
+            argument.check(inputs[argument.name])
+    # A name that is unknown comes before one that is missing: it may be the same, misspelt.
+    chosen = {k: v for k, v in values.items() if k not in names or k in hints}
+    settings = (command.settings or Config).from_dict(chosen, f"'{command.name}'", names)
     for argument in command.arguments:
         if argument.required and not inputs.get(argument.name):
             raise ConfigError(f"{argument.flag}: is needed; {argument.help}")
-    settings = {k: v for k, v in values.items() if k not in names or k in hints}
-    if command.settings is None:
-        if settings:
-            raise ConfigError(f"{next(iter(settings))}: unknown setting of '{command.name}'")
-        return inputs, None
-    return inputs, command.settings.from_dict(settings, f"'{command.name}'")
+    return inputs, settings if command.settings else None
+
+
+def _read_file(command: Command, path: Path) -> dict[str, Any]:
+    """What a settings file holds for this command: its section over what all commands share."""
+    values = read_settings(path)
+    sections = {c.name for c in COMMANDS} & values.keys()
+    if not sections:
+        return values
+    own = values.get(command.name) or {}
+    if not isinstance(own, dict):
+        raise ConfigError(f"config: '{command.name}' in {path} must hold a mapping of settings, got {own!r}")
+    elsewhere = {name for c in COMMANDS for name in c.known} - set(command.known)
+    shared = {k: v for k, v in values.items() if k not in sections and k not in elsewhere}
+    return shared | own
+
+
+def _parse(argv: Sequence[str] | None) -> tuple[Command, dict[str, Any]]:
+    flags, unknown = build_parser().parse_known_args(argv)
+    command = next(c for c in COMMANDS if c.name == flags.command)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], [_flag(n) for n in ("config", *command.known)], n=1)
+        hint = f"did you mean {near[0]}?" if near else f"see 'far_train {command.name} --help'"
+        raise ConfigError(f"{unknown[0]}: unknown argument of '{command.name}'; {hint}")
+    return command, {k: v for k, v in vars(flags).items() if k != "command"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -256,13 +313,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for noisy in ("httpx", "diffusers", "transformers", "PIL", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
-        flags = vars(build_parser().parse_args(argv))
-        name = flags.pop("command")
-        command = next(c for c in COMMANDS if c.name == name)
+        command, flags = _parse(argv)
         inputs, settings = collect(command, flags)
         from . import commands
 
-        getattr(commands, name)(inputs, settings)
+        getattr(commands, command.name)(inputs, settings)
     except Interrupted as e:
         print(f"far_train: {e}", file=sys.stderr)
         return 130

@@ -18,10 +18,11 @@ from .concepts import Background, ClassPicture, Concept
 from .config import ExtractConfig, FusionConfig, SampleConfig, TrainConfig, read_settings
 from .dataset import DatasetFolder, write_dataset
 from .devices import choose_device
-from .errors import ConfigError, SubjectError
-from .files import make_folder
+from .errors import CaptionError, ConfigError, SubjectError
+from .files import make_folder, write_text
 from .fusion import ConceptFusion
 from .photos import Photo, list_photos, load_photo, save_picture
+from .queueing import DEFAULT_HOST, RunningHost, read_workflow, run_workflow, set_inputs
 from .recipe import Callbacks
 from .recipe import train as train_recipe
 from .report import checkerboard, contact_sheet, dataset_sheet, loss_curves, picture_grid, save_sheet
@@ -32,6 +33,8 @@ from .tokens import Vocabulary
 from .weights import FarWeights, describe
 
 log = logging.getLogger(__name__)
+
+SHOWN = 96  # pictures on a contact sheet; JPEG ends at 65,535 pixels a side
 
 Inputs = Mapping[str, Any]
 
@@ -108,14 +111,17 @@ def extract(inputs: Inputs, config: ExtractConfig) -> None:
     for line in report:
         if line.status == "skipped":
             log.warning("skipped: %s", line.detail)
-    photos = [load_photo(p) for p in list_photos(out)]
-    sheet = contact_sheet(
-        [checkerboard(p.image, p.mask) for p in photos if p.mask is not None], [p.name for p in photos]
-    )
-    preview = out.with_name(f"{out.name}.preview.jpg")
-    save_sheet(preview, sheet)
+    subjects = [p for p in _read_photos(out, 512) if p.mask is not None][:SHOWN]
+    preview = _beside(out, "preview.jpg")
+    save_sheet(preview, contact_sheet([checkerboard(p.image, p.mask) for p in subjects], [p.name for p in subjects]))
     kept = sum(line.status == "ok" for line in report)
     print(f"{kept} of {len(report)} photos → {out}; look at {preview}")
+
+
+def _beside(folder: Path, suffix: str) -> Path:
+    """FOLDER.suffix: a sheet inside the folder would be taken for one of its pictures."""
+    folder = folder.resolve()
+    return folder.with_name(f"{folder.name}.{suffix}")
 
 
 def _read_prompts(inputs: Inputs) -> Prompt | dict[str, Prompt] | None:
@@ -151,9 +157,12 @@ def _prompt(where: str, entry: Any) -> Prompt:
 # ---- fuse
 
 
-def read_concept(token: str, noun: str, folder: Path) -> Concept:
-    """A concept from a folder of subjects (photos with masks). Photos without a mask are named and left out."""
-    photos = _read_photos(folder)
+def read_concept(token: str, noun: str, folder: Path, max_side: int | None = None) -> Concept:
+    """A concept from a folder of subjects (photos with masks). Photos without a mask are named and left out.
+
+    Photos are scaled down to ``max_side`` pixels. Raises PhotoError, SubjectError, TokenError, CaptionError.
+    """
+    photos = _read_photos(folder, max_side)
     masked = [p for p in photos if p.mask is not None]
     for photo in photos:
         if photo.mask is None:
@@ -163,8 +172,8 @@ def read_concept(token: str, noun: str, folder: Path) -> Concept:
     return Concept(token, noun, tuple(p.image for p in masked), tuple(p.mask for p in masked))
 
 
-def _read_photos(folder: Path) -> list[Photo]:
-    return [load_photo(path) for path in list_photos(Path(folder))]
+def _read_photos(folder: Path, max_side: int | None = None) -> list[Photo]:
+    return [load_photo(path, max_side) for path in list_photos(Path(folder))]
 
 
 def _entries(inputs: Inputs, name: str, keys: Sequence[str]) -> list[list[str]]:
@@ -180,13 +189,17 @@ def _entries(inputs: Inputs, name: str, keys: Sequence[str]) -> list[list[str]]:
 
 def fuse(inputs: Inputs, config: FusionConfig) -> None:
     out = Path(inputs["out"])
-    concepts = [read_concept(t, n, Path(f)) for t, n, f in _entries(inputs, "concept", ("token", "noun", "folder"))]
+    side = 4 * config.size  # a small subject of a large photo still has pixels enough; whole cameras' worth is too many
+    concepts = [
+        read_concept(token, noun, Path(folder), side)
+        for token, noun, folder in _entries(inputs, "concept", ("token", "noun", "folder"))
+    ]
     priors = [
         ClassPicture(noun, photo.image, photo.mask)
         for noun, folder in _entries(inputs, "prior", ("noun", "folder"))
-        for photo in _read_photos(Path(folder))
+        for photo in _read_photos(Path(folder), side)
     ]
-    backgrounds = read_backgrounds(Path(inputs["backgrounds"])) if inputs.get("backgrounds") else []
+    backgrounds = read_backgrounds(Path(inputs["backgrounds"]), side) if inputs.get("backgrounds") else []
     fusion = ConceptFusion(concepts, priors, backgrounds, config)
     for note in fusion.notes:
         log.info("%s", note)
@@ -198,12 +211,15 @@ def fuse(inputs: Inputs, config: FusionConfig) -> None:
     print(f"{dataset.composite_count()} composites and {dataset.prior_count()} class pictures → {out}; look at {sheet}")
 
 
-def read_backgrounds(folder: Path) -> list[Background]:
-    """Empty scenes of a folder, each with the phrase of its .txt file if it has one."""
+def read_backgrounds(folder: Path, max_side: int | None = None) -> list[Background]:
+    """Empty scenes of a folder, each with the phrase of its .txt file if any. Raises PhotoError, CaptionError."""
     backgrounds = []
-    for photo in _read_photos(folder):
+    for photo in _read_photos(folder, max_side):
         words = photo.path.with_suffix(".txt")
-        phrase = " ".join(words.read_text(encoding="utf-8").split()) if words.exists() else ""
+        try:
+            phrase = " ".join(words.read_text(encoding="utf-8-sig").split()) if words.exists() else ""
+        except (OSError, UnicodeDecodeError) as e:
+            raise CaptionError(f"{words}: can't be read ({e}); save it as UTF-8 text") from e
         backgrounds.append(Background(photo.image, phrase))
     return backgrounds
 
@@ -233,24 +249,25 @@ def train(inputs: Inputs, config: TrainConfig) -> None:
 
 
 def generate(inputs: Inputs, config: SampleConfig) -> None:
-    out = make_folder(Path(inputs["out"]))
+    out = Path(inputs["out"])
     prompts = inputs["prompt"] if not isinstance(inputs["prompt"], str) else [inputs["prompt"]]
     count = inputs.get("count", 1)
-    if not isinstance(count, int) or count < 1:
+    if count < 1:
         raise ConfigError(f"count: {count!r} is no number of pictures; use 1 or more")
     weights = FarWeights.load(Path(inputs["weights"])) if inputs.get("weights") else None
     base = _open_base(inputs)
     device, dtype = choose_device(str(inputs.get("device", "auto")))
     vocabulary = weights.apply(base, config) if weights else Vocabulary(base.tokenizer, (), base.tokenizer_size)
     base.to(device, dtype)
+    make_folder(out)  # now, since a place that can't be written should not show after an hour of drawing
     texts = [str(p) for p in prompts for _ in range(count)]
     with progress_bars() as bars:
         pictures = draw_pictures(base, vocabulary, texts, config, on_progress=bars.phase("drawing"))
     for i, (picture, text) in enumerate(zip(pictures, texts)):
         save_picture(out / f"{i:04d}.png", picture)
-        (out / f"{i:04d}.txt").write_text(text + "\n", encoding="utf-8")
-    grid = out.with_name(f"{out.name}.grid.jpg")
-    save_sheet(grid, picture_grid(pictures, texts))
+        write_text(out / f"{i:04d}.txt", text + "\n")
+    grid = _beside(out, "grid.jpg")
+    save_sheet(grid, picture_grid(pictures[:SHOWN], texts[:SHOWN]))
     print(f"{len(texts)} pictures → {out}; look at {grid}")
 
 
@@ -259,7 +276,7 @@ def generate(inputs: Inputs, config: SampleConfig) -> None:
 
 def export(inputs: Inputs, _config: None) -> None:
     path, out, rank = Path(inputs["weights"]), Path(inputs["out"]), inputs.get("rank")
-    if rank is not None and (not isinstance(rank, int) or rank < 1):
+    if rank is not None and rank < 1:
         raise ConfigError(f"rank: {rank!r} is no rank; use 1 or more, or leave it out for the exact deltas")
     weights = FarWeights.load(path)
     default = path.parent.name if path.stem == "weights" else path.stem
@@ -283,6 +300,15 @@ def inspect(inputs: Inputs, _config: None) -> None:
         print(f"{token:24} {concept['noun']}, {concept['vectors']} vector(s)")
     for key in ("kv_deltas", "parameters", "family", "prediction_type", "base_digest", "steps", "size", "far_version"):
         print(f"{key:24} {about[key]}")
+
+
+def queue(inputs: Inputs, _config: None) -> None:
+    changes = inputs.get("set") or []
+    workflow = set_inputs(read_workflow(Path(inputs["workflow"])), [changes] if isinstance(changes, str) else changes)
+    out = Path(inputs["out"]) if inputs.get("out") else None
+    files = run_workflow(workflow, RunningHost(inputs.get("host", DEFAULT_HOST)), out, lambda text: print(text, flush=True))
+    if out is not None:
+        print(f"{len(files)} files → {out}")
 
 
 def demo(inputs: Inputs, _config: None) -> None:

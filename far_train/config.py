@@ -10,8 +10,10 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +21,8 @@ from typing import Any, TypeVar
 from .errors import ConfigError
 
 SCHEMA_VERSION = 1
+
+EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
 
 C = TypeVar("C", bound="Config")
 
@@ -64,11 +68,12 @@ class Config:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
-    def from_dict(cls: type[C], values: dict[str, Any], where: str = "settings") -> C:
-        """Build from a mapping; unknown names are refused with the nearest known one."""
-        known = [f.name for f in fields(cls)]
+    def from_dict(cls: type[C], values: dict[str, Any], where: str = "settings", other_names: Sequence[str] = ()) -> C:
+        """Build from a mapping. An unknown name is refused with the nearest one known, here or in ``other_names``."""
+        own = [f.name for f in fields(cls)]
+        known = [*other_names, *(name for name in own if name not in other_names)]
         for name in values:
-            if name not in known:
+            if name not in own:
                 near = difflib.get_close_matches(str(name), known, n=1)
                 hint = f"did you mean '{near[0]}'?" if near else f"known settings: {', '.join(known)}"
                 raise ConfigError(f"{name}: unknown setting in {where}; {hint}")
@@ -87,6 +92,8 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
         if option is int and not isinstance(value, bool):
             if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
                 return int(value)
+        if option is float and isinstance(value, str) and EXPONENT.fullmatch(value):
+            return float(value)  # YAML takes 5e-4, without a point, for a text
         if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
         if option is str and isinstance(value, (str, Path)):
@@ -153,9 +160,7 @@ class FusionConfig(Config):
     flip: float = setting(0.5, "probability of a mirrored subject; 0 for asymmetric subjects", low=0, high=1)
     rotation: float = setting(10.0, "subjects are turned by up to this many degrees", low=0, high=180)
     brightness: float = setting(0.10, "subjects get brighter or darker by up to this share", low=0, high=0.9)
-    occlusion: float = setting(
-        0.10, "share of composites in which one subject covers a part of another", low=0, high=1
-    )
+    occlusion: float = setting(0.10, "share of composites in which one subject covers a part of another", low=0, high=1)
     max_covered: float = setting(0.15, "the most that an occlusion hides of the smaller subject", low=0, high=0.9)
     margin: float = setting(1 / 64, "gap kept between subjects, as a fraction of the canvas", low=0, high=0.1)
     erode: int = setting(1, "pixels taken off a subject's rim before pasting", low=0, high=64)
@@ -270,26 +275,26 @@ class SampleConfig(Config):
         None, "per modifier token: 0 is the bare class noun's embedding, 1 the learned one"
     )
 
+    def check(self) -> None:
+        for token, value in (self.concept_strength or {}).items():
+            if not -4 <= value <= 4:
+                raise ConfigError(f"concept_strength: {value} for {token} is out of range; it must be between -4 and 4")
+
 
 def read_settings(path: Path) -> dict[str, Any]:
     """Read a JSON or YAML settings file into a mapping. Raises ConfigError."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"config: can't read {path} ({e}); give a JSON or YAML file") from e
-    try:
-        if Path(path).suffix.lower() == ".json":
-            values = json.loads(text)
-        else:
-            import yaml
+    import yaml
 
-            values = yaml.safe_load(text)
-    except (ValueError, RecursionError) as e:
-        raise ConfigError(f"config: {path} is not valid JSON ({e})") from e
-    except Exception as e:
-        if type(e).__module__.startswith("yaml"):
-            raise ConfigError(f"config: {path} is not valid YAML ({e})") from e
-        raise
+    kind, read = ("JSON", json.loads) if Path(path).suffix.lower() == ".json" else ("YAML", yaml.safe_load)
+    try:
+        values = read(text)
+    except (ValueError, RecursionError, yaml.YAMLError) as e:
+        reason = " ".join(str(e).split())
+        raise ConfigError(f"config: {path} is not valid {kind} ({reason}); correct it") from e
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -126,8 +126,8 @@ class DatasetFolder:
             raise DatasetError(
                 f"{self.folder / 'dataset.json'}: {e!r} is missing or wrong; fuse the dataset anew"
             ) from e
-        if not self.names:
-            raise DatasetError(f"{self.folder / 'dataset.json'}: no concepts; fuse the dataset anew")
+        if not self.names or len({n.token for n in self.names}) < len(self.names):
+            raise DatasetError(f"{self.folder / 'dataset.json'}: no concepts, or one named twice; fuse it anew")
         self._composites = [e for e in composites if e.image.exists()]
         if not self._composites:
             raise DatasetError(f"{self.folder}: holds no composites; fuse the dataset anew")

@@ -51,5 +51,9 @@ class TrainingDiverged(FarError):
     """The loss or its gradient stayed non-finite for several steps in a row."""
 
 
+class QueueError(FarError):
+    """A workflow can't be queued on a running host, or failed there."""
+
+
 class Interrupted(FarError):
     """The user stopped a run; what it had done is saved and can be resumed."""

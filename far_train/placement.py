@@ -85,9 +85,7 @@ def place(
     grown = [_grow(c.region, 0 if occlude else margin) for c in cutouts]
     for _ in range(TRIES):
         placed = [Placed(c, *_random_corner(c, size, rng), z) for c, z in zip(cutouts, layers)]
-        covered = sum(
-            _overlap(placed[i], grown[i], placed[j], grown[j]) for i in range(len(placed)) for j in range(i)
-        )
+        covered = sum(_overlap(placed[i], grown[i], placed[j], grown[j]) for i in range(len(placed)) for j in range(i))
         if (0 < covered <= max_covered) if occlude else covered == 0:
             return placed
     return _columns(cutouts, size, margin, layers, rng)

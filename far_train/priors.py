@@ -35,27 +35,27 @@ def draw_class_pictures(
 
     ``size``: side in pixels, default the base's own. Picture i of a noun depends on its seed alone, so an
     interrupted call goes on where it stopped. ``on_progress(done, total)`` counts pictures, ``on_step(done, total)``
-    the sampling steps of one; both may raise to stop.
+    the sampling steps of a batch; both may raise to stop.
     """
     nouns = sorted(set(nouns))
     wanted = [(noun, i, picture_path(folder, noun, i)) for noun in nouns for i in range(count)]
     missing = [w for w in wanted if not w[2].exists()]
     vocabulary = Vocabulary(base.tokenizer, (), base.tokenizer_size)
     side = size or base.native_size
-    done = len(wanted) - len(missing)
     for start in range(0, len(missing), config.sample_batch):
-        on_progress(done + start, len(wanted))
-        for noun, i, path in missing[start : start + config.sample_batch]:
-            seed = derive_seed(config.sample_seed, f"class {noun}", i) >> 31
-            picture = draw_pictures(
-                base,
-                vocabulary,
-                [f"a photo of {with_article(noun)}"],
-                config.replace(sample_seed=seed),
-                size=(side, side),
-                on_progress=on_step,
-            )
-            save_picture(path, picture[0])
+        batch = missing[start : start + config.sample_batch]
+        on_progress(len(wanted) - len(missing) + start, len(wanted))
+        pictures = draw_pictures(
+            base,
+            vocabulary,
+            [f"a photo of {with_article(noun)}" for noun, _, _ in batch],
+            config,
+            size=(side, side),
+            seeds=[derive_seed(config.sample_seed, f"class {noun}", i) for noun, i, _ in batch],
+            on_progress=on_step,
+        )
+        for (_, _, path), picture in zip(batch, pictures):
+            save_picture(path, picture)
     on_progress(len(wanted), len(wanted))
     return [ClassPicture(noun, load_photo(path).image) for noun, _, path in wanted]
 
@@ -65,11 +65,11 @@ def picture_path(folder: Path, noun: str, index: int) -> Path:
     return folder / noun.replace(" ", "_") / f"{index:04d}.png"
 
 
-class with_drawn_priors:
+class WithPriors:
     """A training set with class pictures added as its prior half."""
 
     def __init__(self, training_set: TrainingSet, pictures: Sequence[ClassPicture]):
-        self._set, self._pictures = training_set, list(pictures)
+        self._pictures = list(pictures)
         self.names, self.size = training_set.names, training_set.size
         self.composite_count, self.composite = training_set.composite_count, training_set.composite
         self.digest = training_set.digest

@@ -28,7 +28,7 @@ from .devices import choose_device
 from .errors import DatasetError, Interrupted, TrainingDiverged
 from .photos import save_picture
 from .pool import Batch, draw_batch, encode_pool, slice_batch
-from .priors import draw_class_pictures, with_drawn_priors
+from .priors import WithPriors, draw_class_pictures
 from .runs import METRICS_FILE, WEIGHTS_FILE, cut_metrics, open_run, run_identity
 from .sampling import TextCache, check_size, draw_pictures, encode_prompts
 from .state import load_checkpoint, save_checkpoint
@@ -148,16 +148,20 @@ class TrainingRun:
             SampleConfig(sampling_steps=self.config.prior_steps, sample_seed=self.config.train_seed),
             size=self.training_set.size,
             on_progress=self._reporter("class pictures"),
+            on_step=lambda *_: self._check_stop("class pictures"),
         )
-        self.training_set = with_drawn_priors(self.training_set, pictures)
+        self.training_set = WithPriors(self.training_set, pictures)
 
     def _reporter(self, phase: str) -> Callable[[int, int], None]:
         def report(done: int, total: int) -> None:
             self.callbacks.on_phase(phase, done, total)
-            if self.callbacks.should_stop():
-                raise Interrupted(f"stopped in the phase '{phase}'; resume the run to go on")
+            self._check_stop(phase)
 
         return report
+
+    def _check_stop(self, phase: str) -> None:
+        if self.callbacks.should_stop():
+            raise Interrupted(f"stopped in the phase '{phase}'; resume the run to go on")
 
     # ---- train
 

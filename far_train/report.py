@@ -20,7 +20,7 @@ from torch import Tensor
 from .captions import Name
 from .concepts import Composite
 from .files import replacing, write_text
-from .photos import from_pil, to_pil
+from .photos import to_pil
 
 # Concepts by order; class subjects are grey. Chosen to stay apart for colour-blind readers (Okabe & Ito).
 COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (204, 121, 167), (240, 228, 66), (213, 94, 0))
@@ -33,7 +33,7 @@ def overlay(composite: Composite, names: Sequence[Name]) -> Image.Image:
     for mention in composite.mentions:
         colour = COLOURS[names.index(mention.name) % len(COLOURS)] if mention.name in names else CLASS_COLOUR
         mask = mention.mask.numpy()
-        pixels += 0.35 * mask[..., None] * (np.array(colour, np.float32) - pixels)
+        pixels += 0.25 * mask[..., None] * (np.array(colour, np.float32) - pixels)
         inside = mask > 0.5
         width = max(round(0.006 * len(mask)), 1)
         rim = ndimage.binary_dilation(inside, iterations=width) & ~inside
@@ -154,9 +154,3 @@ class Page:
             f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
             f"<title>{title}</title><style>{style}</style><h1>{title}</h1>{''.join(self.parts)}</html>\n",
         )
-
-
-def open_picture(path: Path) -> Tensor:
-    """A PNG of our own making as [H, W, 3]."""
-    with Image.open(path) as picture:
-        return from_pil(picture)

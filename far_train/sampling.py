@@ -51,15 +51,18 @@ def draw_pictures(
     config: SampleConfig = SampleConfig(),
     *,
     size: tuple[int, int] | None = None,
+    seeds: Sequence[int] | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tensor:
     """Draw one picture per prompt, [n, H, W, 3] float 0..1 on the CPU. DDIM with classifier-free guidance.
 
-    Picture i has the seed ``sample_seed`` + i whatever the batch size. ``size``: height and width in pixels, default
-    the config's, then the base's own. ``on_progress(done, total)`` counts sampling steps and may raise to stop.
+    Picture i has the seed ``seeds[i]``, by default ``sample_seed`` + i, whatever the batch size. ``size``: height and
+    width in pixels, where the config has none; default the base's own. ``on_progress(done, total)`` counts sampling
+    steps and may raise to stop.
     """
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
+    seeds = seeds or range(config.sample_seed, config.sample_seed + len(prompts))
     height = config.height or (size or (base.native_size,) * 2)[0]
     width = config.width or (size or (base.native_size,) * 2)[1]
     check_size(base, height, width)
@@ -95,7 +98,7 @@ def draw_pictures(
         latents = pipeline(
             prompt_embeds=encode_prompts(base, tokenized),
             negative_prompt_embeds=encode_prompts(base, negative),
-            generator=[torch.Generator("cpu").manual_seed(config.sample_seed + i) for i in batch],
+            generator=[torch.Generator("cpu").manual_seed(seeds[i]) for i in batch],
             height=height,
             width=width,
             num_inference_steps=config.sampling_steps,

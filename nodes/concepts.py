@@ -14,6 +14,7 @@ from . import priors
 from .pictures import (
     HOW_TO_GET_MASKS,
     INVERT_TOOLTIP,
+    counted,
     match_masks,
     photo_labels,
     tidy_noun,
@@ -96,7 +97,7 @@ class MakeConcept(io.ComfyNode):
             some = "the photo's mask is" if len(pictures) == 1 else f"the masks of all {len(pictures)} photos are"
             raise SubjectError(f"concept {token[0]}: {some} empty; {HOW_TO_GET_MASKS}")
         concept = Concept(token[0], tidy_noun(noun[0]), tuple(p for p, _ in kept), tuple(m for _, m in kept))
-        text = f"{concept.name.phrase}: {len(kept)} photos"
+        text = f"{concept.name.phrase}: {counted(len(kept), 'photo')}"
         if without:
             text += f"; left out, since their masks are empty: {', '.join(without)}"
         sheet = subject_sheet(concept.images, concept.masks)

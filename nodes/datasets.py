@@ -17,6 +17,7 @@ from ..far_train.report import dataset_sheet, overlay, save_sheet
 from . import host
 from .naming import file_name
 from .photos import files_fingerprint
+from .pictures import counted
 from .previews import shown
 from .sockets import FarDataset, schema
 
@@ -168,8 +169,9 @@ def describe(dataset: TrainingSet, notes: Sequence[str] = ()) -> str:
     """What a dataset holds, in words."""
     names = ", ".join(name.phrase for name in dataset.names)
     lines = [
-        f"{len(dataset.names)} concepts: {names}",
-        f"{dataset.composite_count()} pictures of {dataset.size} px, {dataset.prior_count()} class pictures",
+        f"{counted(len(dataset.names), 'concept')}: {names}",
+        f"{counted(dataset.composite_count(), 'picture')} of {dataset.size} px, "
+        f"{counted(dataset.prior_count(), 'class picture')}",
     ]
     for title in ("recipes", "background_kinds"):
         shares = getattr(dataset, title, None)

@@ -167,14 +167,16 @@ def recipe_weights(concepts: int, chosen: dict[str, float]) -> dict[str, float] 
 
 def with_phrases(scenes: Sequence[Tensor], captions: Sequence[str]) -> list[Background]:
     """Backgrounds with their phrases: lines of one text, or one text per scene. Raises ConfigError."""
-    lines = captions[0].rstrip().split("\n") if len(captions) == 1 else list(captions)
+    lines = captions[0].split("\n") if len(captions) == 1 else list(captions)
     lines = [" ".join(line.split()) for line in lines]
     if not any(lines):
         return [Background(scene) for scene in scenes]
+    while len(lines) > len(scenes) and not lines[-1]:
+        lines.pop()
     if len(lines) != len(scenes):
         raise ConfigError(
-            f"background_captions: there are {len(lines)} lines for {len(scenes)} backgrounds; write one line for "
-            f"each, empty where there is nothing to say"
+            f"background_captions: there are {len(lines)} lines for {len(scenes)} backgrounds; "
+            "write one line for each, empty where there is nothing to say"
         )
     return [Background(scene, line) for scene, line in zip(scenes, lines)]
 

@@ -17,7 +17,7 @@ from ..far_train.photos import Photo, list_photos, load_photo, mask_path
 from ..far_train.sam import load_sam
 from ..far_train.subjects import Prompt, Subject, SubjectExtractor, subject_from_mask
 from . import host
-from .pictures import HOW_TO_GET_MASKS, match_masks, photo_labels, unroll_images, unroll_masks
+from .pictures import HOW_TO_GET_MASKS, counted, match_masks, photo_labels, unroll_images, unroll_masks
 from .previews import as_image, shown, subject_sheet
 from .prompts import BOX_FORMATS, read_prompts
 from .sockets import SamModel, schema
@@ -96,12 +96,17 @@ class LoadPhotos(io.ComfyNode):
                 skipped.append(str(e))
             progress.update(i + 1)
         if not photos:
-            raise PhotoError(f"{folder}: none of its {len(paths)} photos can be used:\n" + "\n".join(skipped[:5]))
+            raise PhotoError(
+                f"{folder}: none of its {counted(len(paths), 'photo')} can be used:\n" + "\n".join(skipped[:5])
+            )
         images = [p.image for p in photos]
         names = [p.name for p in photos]
         masked = sum(p.mask is not None for p in photos)
         text = "\n".join(
-            [f"{len(photos)} photos, {masked} of them with a mask", *(f"left out: {reason}" for reason in skipped)]
+            [
+                f"{counted(len(photos), 'photo')}, {masked} of them with a mask",
+                *(f"left out: {reason}" for reason in skipped),
+            ]
         )
         sheet = subject_sheet(images, [p.mask for p in photos], names)
         # Zeros of the photo's own size, not of some other: whatever comes next may stack, scale or paste them.
@@ -260,9 +265,16 @@ class ExtractSubject(io.ComfyNode):
             raise SubjectError(f"none of the {len(photos)} photos shows a usable subject:\n" + "\n".join(report[:5]))
         found, cut = [s.image for s in subjects], [s.mask for s in subjects]
         sheet = subject_sheet(found, cut, [s.name for s in subjects])
-        text = "\n".join(report)
+        told = [
+            f"a subject in {len(subjects)} of {counted(len(photos), 'photo')}",
+            *(r for r in report if r.startswith("left out")),
+        ]
         return io.NodeOutput(
-            [i[None] for i in found], [m[None] for m in cut], text, as_image(sheet), ui=shown(cls, sheet, text)
+            [i[None] for i in found],
+            [m[None] for m in cut],
+            "\n".join(report),
+            as_image(sheet),
+            ui=shown(cls, sheet, "\n".join(told)),
         )
 
 

@@ -67,8 +67,8 @@ def match_masks(
     """
     if len(images) != len(masks):
         raise SubjectError(
-            f"there are {len(images)} photos but {len(masks)} masks; connect image and mask of the same node, so that "
-            "each photo has its own"
+            f"got {counted(len(images), 'photo')} but {counted(len(masks), 'mask')}; "
+            "connect image and mask of the same node, so that each photo has its own"
         )
     return [
         _match(image, mask, invert, labels[i] if labels else f"photo {i + 1}")
@@ -115,6 +115,11 @@ def photo_labels(count: int, names: Sequence[str] = ()) -> list[str]:
     """What messages call the photos: "photo 2", or "photo 2 (garden)" where ``names`` has one for each."""
     named = len(names) == count
     return [f"photo {i + 1} ({names[i]})" if named else f"photo {i + 1}" for i in range(count)]
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: 1 photo, 2 photos."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def tidy_noun(noun: str) -> str:

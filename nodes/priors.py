@@ -24,7 +24,7 @@ from ..far_train.priors import draw_class_pictures, picture_path
 from ..far_train.subjects import Prompt
 from . import host
 from .photos import find_subjects
-from .pictures import INVERT_TOOLTIP, match_masks, tidy_noun, unroll_images, unroll_masks
+from .pictures import INVERT_TOOLTIP, counted, match_masks, tidy_noun, unroll_images, unroll_masks
 from .previews import MAX_SHOWN, as_image, shown, subject_sheet
 from .sockets import Carried, Clip, FarConcepts, FarPrior, Model, SamModel, Vae, schema
 
@@ -129,7 +129,7 @@ class ClassPrior(io.ComfyNode):
         if sam_model is not None:
             pictures = with_masks(pictures, [picture_path(folder, *w) for w in wanted], sam_model, progress)
         masked = sum(p.mask is not None for p in pictures)
-        text = f"{len(pictures)} class pictures, {masked} of them with a mask, in {folder}"
+        text = f"{counted(len(pictures), 'class picture')}, {masked} of them with a mask, in {folder}"
         return prior_output(cls, pictures, text)
 
 
@@ -230,7 +230,9 @@ class PriorFromImages(io.ComfyNode):
         own = [ClassPicture(word, picture, mask) for picture, mask in zip(pictures, found)]
         masked = sum(p.mask is not None for p in own)
         everything = [*(picture for given in prior for picture in given), *own]
-        return prior_output(cls, everything, f"{len(own)} pictures of a {word}, {masked} of them with a mask")
+        return prior_output(
+            cls, everything, f"{counted(len(own), 'picture')} of a {word}, {masked} of them with a mask"
+        )
 
 
 def prior_output(cls: type[io.ComfyNode], pictures: Sequence[ClassPicture], text: str) -> io.NodeOutput:

@@ -236,7 +236,7 @@ class LiveView:
     def on_phase(self, phase: str, done: int, total: int) -> None:
         if phase != self.phase:
             self.phase = phase
-            host.tell(f"{phase}: {total}", self.node_id)
+            host.tell(f"{phase} ({total} pictures)", self.node_id)
         self.progress.update(done, total)
 
     def on_step(self, step: int, metrics: dict[str, float]) -> None:
@@ -294,7 +294,7 @@ def _train(
         host.raise_interrupted()
     if stopped:
         raise Interrupted(
-            f"the time limit of {time_limit:g} minutes is over. Queue the graph again to go on. ({stopped})"
+            f"the time limit of {time_limit:g} minutes is over; queue the graph again to go on. ({stopped})"
         )
 
 

@@ -102,13 +102,15 @@ class LoadWeights(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str) -> bool | str:
-        if file in host.model_files("far"):
+    def validate_inputs(cls, file: str | None) -> bool | str:
+        if file is None or file in host.model_files("far"):  # None: linked, known only when it runs
             return True
         return f"models/far holds no file '{file}'; train with FaR Train and FaR Save Weights, or copy it there"
 
     @classmethod
-    def fingerprint_inputs(cls, file: str) -> str:
+    def fingerprint_inputs(cls, file: str | None) -> str:
+        if file is None:
+            return ""
         about = host.model_path("far", file).stat()
         return f"{file} {about.st_size} {about.st_mtime_ns}"
 

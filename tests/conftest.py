@@ -13,7 +13,7 @@ from far_train.config import FusionConfig
 from far_train.fusion import ConceptFusion
 from far_train.mini.tiny import random_states, tiny_configs, write_folder
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # more only wait for each other on models this small
 
 
 @pytest.fixture(scope="session")

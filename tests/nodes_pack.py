@@ -1,4 +1,4 @@
-"""The host-free modules of `nodes/`, imported without ComfyUI: only the package's own `__init__` asks for it."""
+"""The pack's host-free modules, imported without ComfyUI: only the `__init__` of `nodes/` asks for it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from types import ModuleType
 REPO = Path(__file__).resolve().parents[1]
 
 
-def node_module(name: str) -> ModuleType:
-    """`nodes/NAME.py` as a module of the pack, whose relative imports lead to a far_train of its own."""
+def pack_module(name: str) -> ModuleType:
+    """A module such as "nodes.pictures". The pack has a far_train of its own, as in the host: "far_train.errors"."""
     for package, folder in (("far_pack", REPO), ("far_pack.nodes", REPO / "nodes")):
         if package not in sys.modules:
             sys.modules[package] = types.ModuleType(package)
             sys.modules[package].__path__ = [str(folder)]
-    return importlib.import_module(f"far_pack.nodes.{name}")
+    return importlib.import_module(f"far_pack.{name}")

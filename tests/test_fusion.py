@@ -413,14 +413,19 @@ def test_photos_are_filled_in_once(monkeypatch):
     assert 0 < len(calls) <= 6  # two concepts with three photos each
 
 
-SCENES = [Background(torch.tensor(COLOURS["cyan"]).expand(40, 60, 3), "in a garden"), Background(torch.zeros(50, 40, 3))]
+SCENES = [
+    Background(torch.tensor(COLOURS["cyan"]).expand(40, 60, 3), "in a garden"),
+    Background(torch.zeros(50, 40, 3)),
+]
 
 
 def test_backgrounds_are_drawn_by_their_shares():
     fused = fuse(2, backgrounds=SCENES)
     assert fused.background_kinds == {"scene": 0.45, "infilled": 0.2, "prior": 0.2, "plain": 0.15}
     assert fused.notes == []
-    assert fuse(2).background_kinds == pytest.approx({"infilled": 0.2 / 0.55, "prior": 0.2 / 0.55, "plain": 0.15 / 0.55})
+    assert fuse(2).background_kinds == pytest.approx(
+        {"infilled": 0.2 / 0.55, "prior": 0.2 / 0.55, "plain": 0.15 / 0.55}
+    )
     assert fuse(2, ()).background_kinds == pytest.approx({"infilled": 0.2 / 0.35, "plain": 0.15 / 0.35})
     assert "No background pictures are given" in fuse(2).notes[-1]
     assert fuse(2, background_weights={"plain": 1}).notes == []

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .nodes_pack import node_module
+from .nodes_pack import pack_module
 
-pictures = node_module("pictures")
-SubjectError = pictures.SubjectError
+pictures = pack_module("nodes.pictures")
+errors = pack_module("far_train.errors")
+SubjectError = errors.SubjectError
 
 
 def disc(height: int = 60, width: int = 80, x: float = 0.5, y: float = 0.5, radius: float = 0.25) -> torch.Tensor:
@@ -67,7 +68,7 @@ def test_a_missing_mask_is_none_whatever_its_size():
 
 
 def test_another_count_of_masks_is_refused():
-    with pytest.raises(SubjectError, match="2 photos but 1 masks"):
+    with pytest.raises(SubjectError, match="2 photos but 1 mask;"):
         pictures.match_masks([image(), image()], [disc()])
 
 
@@ -116,5 +117,5 @@ def test_labels_carry_names_only_if_there_is_one_for_each_photo():
 
 def test_nouns_are_tidied_but_not_guessed():
     assert pictures.tidy_noun("  Teddy  Bear ") == "teddy bear"
-    with pytest.raises(pictures.check_noun.__globals__["CaptionError"], match="no class noun"):
+    with pytest.raises(errors.CaptionError, match="no class noun"):
         pictures.tidy_noun("<dog>")

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from .nodes_pack import node_module
+from .nodes_pack import pack_module
 
-prompts = node_module("prompts")
-Prompt, ConfigError = prompts.Prompt, prompts.ConfigError
+prompts = pack_module("nodes.prompts")
+errors = pack_module("far_train.errors")
+Prompt, ConfigError, SubjectError = prompts.Prompt, errors.ConfigError, errors.SubjectError
 CORNERS, SIZED = prompts.BOX_FORMATS
 BOX = (10.0, 20.0, 40.0, 60.0)
 
@@ -31,7 +32,9 @@ def test_lists_of_boxes_keep_their_order():
     assert prompts.read_boxes([None, [], ""]) == []
 
 
-@pytest.mark.parametrize("value", [[1, 2, 3], 5, [1, 2, 3, 4, 5], {"x": 1, "y": 2}, {"x0": "a", "y0": 1, "x1": 2, "y1": 3}])
+@pytest.mark.parametrize("value", [
+    [1, 2, 3], 5, [1, 2, 3, 4, 5], {"x": 1, "y": 2}, {"x0": "a", "y0": 1, "x1": 2, "y1": 3},
+])
 def test_what_is_no_box_is_refused(value):
     with pytest.raises(ConfigError, match="box: "):
         prompts.read_boxes([value])
@@ -78,5 +81,5 @@ def test_bad_points_are_refused_with_an_example(text: str, reason: str):
 
 
 def test_an_impossible_box_is_refused():
-    with pytest.raises(prompts.Prompt.__init__.__globals__.get("SubjectError", Exception), match="x0 < x1"):
+    with pytest.raises(SubjectError, match="x0 < x1"):
         prompts.read_prompts(1, [[40, 20, 10, 60]], CORNERS, [""])

@@ -6,7 +6,9 @@ import importlib
 import sys
 from pathlib import Path
 
+import comfy.model_base
 import comfy.model_management
+import comfy.model_patcher
 import comfy.sd
 import folder_paths
 import torch
@@ -110,4 +112,26 @@ class Predict(io.ComfyNode):
         return io.NodeOutput()
 
 
-NODES: list[type[io.ComfyNode]] = [Dataset, SaveBase, Predict]
+class ForeignModel(io.ComfyNode):
+    """A MODEL whose text context is as wide as another family's: 768 for Stable Diffusion 1.x, 2048 for SDXL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FaRTest_ForeignModel",
+            category="FaR/test",
+            inputs=[io.Int.Input("context_width", default=768, min=64, max=4096)],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, context_width: int) -> io.NodeOutput:
+        from . import TinySD20, unet_config
+
+        config = TinySD20(unet_config(1) | {"context_dim": context_width})
+        config.set_inference_dtype(torch.float32, None)
+        model = comfy.model_base.BaseModel(config, device="cpu")
+        return io.NodeOutput(comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu")))
+
+
+NODES: list[type[io.ComfyNode]] = [Dataset, SaveBase, Predict, ForeignModel]

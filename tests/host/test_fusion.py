@@ -1,0 +1,276 @@
+"""Class pictures, Concept Fusion and dataset folders in the real host."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from far_train.dataset import DatasetFolder
+
+from .comfy_server import ComfyServer, ExecutionFailed, PromptRejected
+from .test_photos import node, photo_folder, pictures, refusal, sam_file  # noqa: F401  (a fixture)
+
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "two_dogs"
+AUTOMATIC = dict.fromkeys(("original", "solo", "pair", "triple", "beside_prior"), -1.0)
+
+
+def fusing(comfy: ComfyServer, folders: dict[str, str], noun: str = "disc", size: int = 128, **changes) -> dict:
+    """Photos → concepts → fusion (node 50), one concept per folder: token → folder of the input folder."""
+    prompt: dict = {}
+    before = None
+    for i, (token, folder) in enumerate(folders.items()):
+        photos, concept = str(10 + i), str(20 + i)
+        prompt[photos] = node("FaR_LoadPhotos", folder=folder, max_side=1024)
+        prompt[concept] = node("FaR_Concept", images=[photos, 0], masks=[photos, 1], token=token, noun=noun,
+                               invert_mask=False, **({"concepts": [before, 0]} if before else {}))
+        before = concept
+    prompt["50"] = node("FaR_ConceptFusion", **{"concepts": [before, 0], "size": size, "count": 6, "fusion_seed": 3,
+                        "flip": 0.5} | AUTOMATIC | changes)
+    return prompt
+
+
+@pytest.fixture(scope="module")
+def folders(comfy: ComfyServer) -> dict[str, str]:
+    """Two concepts, whose photos have different sizes."""
+    photo_folder(comfy, "fuse_one")
+    photo_folder(comfy, "fuse_two", sizes={"a": (90, 140), "b": (150, 150)})
+    return {"<disc-one>": "fuse_one", "<disc-two>": "fuse_two"}
+
+
+def report(outputs: dict, node_id: str = "50") -> str:
+    return outputs[node_id]["text"][0]
+
+
+# FaR_ConceptFusion
+
+
+def test_photos_of_mixed_sizes_become_composites(comfy: ComfyServer, folders: dict[str, str]):
+    prompt = fusing(comfy, folders) | {"60": node("SaveImage", images=["50", 1], filename_prefix="preview")}
+    outputs = comfy.run(prompt)
+    previews = pictures(comfy, outputs["60"])
+    assert [p.shape for p in previews] == [(128, 128, 3)] * 6
+    assert all(p.std() > 5 for p in previews)
+    text = report(outputs)
+    assert "2 concepts: <disc-one> disc, <disc-two> disc" in text and "6 pictures of 128 px" in text
+    assert "'beside_prior' (20% of the composites) falls away" in text and "No background pictures" in text
+    assert outputs["50"]["images"], "the node shows no sheet"
+
+
+def test_an_unchanged_fusion_comes_from_the_cache_and_a_seed_changes_it(comfy: ComfyServer, folders: dict[str, str]):
+    prompt = fusing(comfy, folders, fusion_seed=11) | {"60": node("SaveImage", images=["50", 1], filename_prefix="x")}
+    first = pictures(comfy, comfy.run(prompt)["60"])
+    assert "50" in comfy.cached(comfy.wait(comfy.queue(prompt)))
+    prompt["50"]["inputs"]["fusion_seed"] = 12
+    second = pictures(comfy, comfy.run(prompt)["60"])
+    assert any(not np.array_equal(a, b) for a, b in zip(first, second))
+
+
+def test_priors_and_backgrounds_with_their_words(comfy: ComfyServer, folders: dict[str, str]):
+    photo_folder(comfy, "fuse_prior", sizes={"a": (100, 100), "b": (80, 120)})
+    scenes = comfy.folder("input") / "fuse_scenes"
+    scenes.mkdir(exist_ok=True)
+    for i, size in enumerate(((200, 120), (100, 160))):
+        Image.new("RGB", size, (40 * i, 90, 200)).save(scenes / f"{i}.png")
+    prompt = fusing(comfy, folders, prior=["31", 0], backgrounds=["32", 0], background_captions="by the sea\n",
+                    count=30) | {
+        "30": node("FaR_LoadPhotos", folder="fuse_prior", max_side=1024),
+        "31": node("FaR_PriorFromImages", images=["30", 0], masks=["30", 1], noun=" Disc", invert_mask=False),
+        "32": node("FaR_LoadPhotos", folder="fuse_scenes", max_side=1024),
+        "60": node("FaR_SaveDataset", dataset=["50", 0], name="with priors"),
+    }
+    outputs = comfy.run(prompt)
+    assert "2 pictures of a disc, 2 of them with a mask" in outputs["31"]["text"][0]
+    assert "beside_prior 20%" in report(outputs) and "scene 45%" in report(outputs)
+    assert "30 pictures of 128 px, 2 class pictures" in report(outputs)
+    dataset = DatasetFolder(comfy.folder("output") / "far" / "datasets" / "with priors")
+    captions = [dataset.composite(i).caption for i in range(30)]
+    assert any("by the sea" in caption for caption in captions)
+    assert any(any(m.name.token is None for m in dataset.composite(i).mentions) for i in range(30))
+
+    prompt["50"]["inputs"]["background_captions"] = "by the sea\nin a garden\non a roof"
+    node_id, words = refusal(comfy, prompt)
+    assert node_id == "50" and "3 lines for 2 backgrounds" in words
+
+
+def test_recipes_can_be_weighted(comfy: ComfyServer, folders: dict[str, str]):
+    outputs = comfy.run(fusing(comfy, folders, original=0.0, solo=0.0, pair=0.7))
+    assert "recipes: pair 100%" in report(outputs)
+    outputs = comfy.run(fusing(comfy, folders, pair=0.0, beside_prior=0.0))
+    assert "recipes: original 56%, solo 44%" in report(outputs)
+    node_id, words = refusal(comfy, fusing(comfy, folders, **dict.fromkeys(AUTOMATIC, 0.0)))
+    assert node_id == "50" and "all shares are 0" in words
+
+
+def test_one_concept_alone(comfy: ComfyServer):
+    photo_folder(comfy, "fuse_single")
+    outputs = comfy.run(fusing(comfy, {"<lone-disc>": "fuse_single"}))
+    assert "1 concept: <lone-disc> disc" in report(outputs)
+
+
+# FaR_SaveDataset, FaR_LoadDataset
+
+
+def test_a_dataset_survives_saving_and_loading(comfy: ComfyServer, folders: dict[str, str]):
+    save = fusing(comfy, folders, fusion_seed=21) | {"60": node("FaR_SaveDataset", dataset=["50", 0], name="round")}
+    assert "written to" in report(comfy.run(save), "60")
+    folder = comfy.folder("output") / "far" / "datasets" / "round"
+    dataset = DatasetFolder(folder)
+    assert dataset.composite_count() == 6 and dataset.size == 128
+    assert [n.token for n in dataset.names] == list(folders)
+    assert (folder / "contact-sheet.jpg").is_file()
+
+    load = {"1": node("FaR_LoadDataset", folder="round"),
+            "2": node("SaveImage", images=["1", 1], filename_prefix="loaded"),
+            "3": node("FaR_SaveDataset", dataset=["1", 0], name="copy")}
+    outputs = comfy.run(load)
+    assert len(outputs["2"]["images"]) == 6 and "6 pictures of 128 px" in report(outputs, "1")
+    copied = DatasetFolder(comfy.folder("output") / "far" / "datasets" / "copy")
+    assert copied.digest() == dataset.digest()
+
+    # An edit is seen, an unchanged folder is not read again.
+    assert "1" in comfy.cached(comfy.wait(comfy.queue(load)))
+    (folder / "composites" / "0003.png").unlink()
+    outputs = comfy.run(load)
+    assert "5 pictures" in report(outputs, "1")
+    assert report(outputs, "3").endswith("copy-2")
+
+
+def test_nothing_is_written_twice_or_overwritten(comfy: ComfyServer, folders: dict[str, str]):
+    def save(seed: int, name: str = "kept") -> str:
+        prompt = fusing(comfy, folders, fusion_seed=seed)
+        prompt["60"] = node("FaR_SaveDataset", dataset=["50", 0], name=name)
+        return report(comfy.run(prompt), "60")
+
+    parent = comfy.folder("output") / "far" / "datasets"
+    assert save(31).endswith("kept")
+    before = {p: p.stat().st_mtime_ns for p in (parent / "kept").rglob("*")}
+    assert save(32).endswith("kept-2")
+    assert "holds this dataset already" in save(31)
+    assert {p: p.stat().st_mtime_ns for p in (parent / "kept").rglob("*")} == before
+    assert not (parent / "kept-3").exists()
+    save(33, "../../escaped")
+    assert not list(comfy.base.glob("escaped*")) and not list((comfy.base / "output").glob("escaped*"))
+
+
+def test_the_command_lines_folder_loads_from_the_input_folder(comfy: ComfyServer, folders: dict[str, str]):
+    prompt = fusing(comfy, folders, fusion_seed=41) | {"60": node("FaR_SaveDataset", dataset=["50", 0], name="moved")}
+    comfy.run(prompt)
+    target = comfy.folder("input") / "sets" / "moved"
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(comfy.folder("output") / "far" / "datasets" / "moved", target)
+    assert "input/sets/moved" in comfy.object_info()["FaR_LoadDataset"]["input"]["required"]["folder"][1]["options"]
+    load = {"1": node("FaR_LoadDataset", folder="input/sets/moved"), "2": node("PreviewImage", images=["1", 1])}
+    assert len(comfy.run(load)["2"]["images"]) == 6
+    (target / "composites" / "0000.txt").write_text("a photo of nothing", encoding="utf-8")
+    node_id, words = refusal(comfy, load)
+    assert node_id == "1" and "0000.txt" in words and "is missing" in words
+    load["1"]["inputs"]["folder"] = "nowhere"
+    with pytest.raises(PromptRejected, match="there is no dataset 'nowhere'"):
+        comfy.queue(load)
+
+
+# FaR_ClassPrior
+
+
+def drawing_priors(comfy: ComfyServer, count: int = 2, steps: int = 2, seed: int = 0, **changes) -> dict:
+    photo_folder(comfy, "fuse_one")
+    prompt = fusing(comfy, {"<disc-one>": "fuse_one"}, prior=["40", 0])
+    return prompt | {
+        "1": node("FaRTest_TinyCheckpoint", weights_seed=0, prediction="v_prediction"),
+        "40": node("FaR_ClassPrior", **{"model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "concepts": ["20", 0],
+                   "count": count, "prior_seed": seed, "steps": steps, "guidance": 5.0, "size": 64} | changes),
+        "41": node("PreviewImage", images=["40", 1]),
+    }
+
+
+def drawn(comfy: ComfyServer) -> dict[Path, int]:
+    files = (comfy.folder("output") / "far" / "priors").glob("*/disc/????.png")
+    return {p: p.stat().st_mtime_ns for p in files}
+
+
+def test_class_pictures_are_drawn_once_and_more_are_added(comfy: ComfyServer):
+    before = drawn(comfy)
+    outputs = comfy.run(drawing_priors(comfy))
+    first = {p: t for p, t in drawn(comfy).items() if p not in before}
+    assert len(first) == 2
+    assert "2 class pictures, 0 of them with a mask" in outputs["40"]["text"][0]
+    assert all(np.asarray(Image.open(p)).shape == (64, 64, 3) for p in first)
+    assert "2 class pictures" in report(outputs)
+
+    comfy.run(drawing_priors(comfy, count=3))
+    later = {p: t for p, t in drawn(comfy).items() if p not in before}
+    assert len(later) == 3 and all(later[p] == t for p, t in first.items())
+
+    other = drawing_priors(comfy)
+    other["1"]["inputs"]["weights_seed"] = 5
+    comfy.run(other)
+    assert len({p.parent.parent for p in drawn(comfy)} - {p.parent.parent for p in later}) == 1
+    assert json.loads(next(iter(first)).parents[1].joinpath("settings.json").read_text())["steps"] == 2
+
+
+def test_masks_of_class_pictures_are_made_once(comfy: ComfyServer, sam_file: Path):  # noqa: F811
+    prompt = drawing_priors(comfy, seed=7, sam_model=["2", 0])
+    prompt["2"] = node("FaR_LoadSAM", model_name="tiny.safetensors")
+    outputs = comfy.run(prompt)
+    folder = Path(outputs["40"]["text"][0].rpartition(" in ")[2])
+    masks = list(folder.glob("disc/*.mask.png"))
+    assert f"2 class pictures, {len(masks)} of them with a mask" in outputs["40"]["text"][0]
+    mended = folder / "disc" / "0000.mask.png"
+    Image.new("L", (64, 64), 255).save(mended)
+    prompt["40"]["inputs"]["count"] = 1
+    assert "1 class picture, 1 of them with a mask" in comfy.run(prompt)["40"]["text"][0]
+
+
+def test_a_cancel_keeps_what_is_drawn(comfy: ComfyServer):
+    before = set(drawn(comfy))
+    prompt = drawing_priors(comfy, count=500, steps=4, seed=8)
+    prompt_id = comfy.queue(prompt)
+    deadline = time.monotonic() + 120
+    while len(set(drawn(comfy)) - before) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    comfy.interrupt(prompt_id)
+    entry = comfy.wait(prompt_id, timeout=60)
+    assert [(e.node_id, e.kind) for e in comfy.errors(entry)] == [("40", "interrupted")]
+    kept = {p: t for p, t in drawn(comfy).items() if p not in before}
+    assert 2 <= len(kept) < 500
+    prompt["40"]["inputs"]["count"] = len(kept)
+    comfy.run(prompt)
+    assert {p: t for p, t in drawn(comfy).items() if p not in before} == kept
+
+
+def test_a_foreign_base_is_refused_in_words(comfy: ComfyServer):
+    prompt = drawing_priors(comfy, size=80)
+    with pytest.raises(ExecutionFailed, match="node 40 .*80 px does not fit"):
+        comfy.run(prompt)
+
+
+# Real photos
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"no sample photos at {DATA}")
+def test_two_dogs(comfy: ComfyServer):
+    for name in ("corgi", "chow", "class_prior"):
+        link = comfy.folder("input") / "two_dogs" / name
+        link.parent.mkdir(exist_ok=True)
+        if not link.exists():
+            shutil.copytree(DATA / name, link)
+    prompt = fusing(comfy, {"<corgi-dog>": "two_dogs/corgi", "<chow-dog>": "two_dogs/chow"}, noun="dog", size=256,
+                    prior=["31", 0], count=8) | {
+        "30": node("FaR_LoadPhotos", folder="two_dogs/class_prior", max_side=512),
+        "31": node("FaR_PriorFromImages", images=["30", 0], masks=["30", 1], noun="dog", invert_mask=False),
+        "60": node("FaR_SaveDataset", dataset=["50", 0], name="two_dogs"),
+    }
+    outputs = comfy.run(prompt)
+    assert "5 photos, 5 of them with a mask" in outputs["10"]["text"][0]
+    text = report(outputs)
+    assert "2 concepts: <corgi-dog> dog, <chow-dog> dog" in text and "12 class pictures" in text
+    assert "falls away" not in text
+    dataset = DatasetFolder(comfy.folder("output") / "far" / "datasets" / "two_dogs")
+    assert dataset.composite_count() == 8 and dataset.prior_count() == 12
+    assert all(m.mask.max() > 0.5 for i in range(8) for m in dataset.composite(i).mentions)

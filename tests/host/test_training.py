@@ -1,0 +1,242 @@
+"""Training in the graph: what it makes, what it leaves alone, and that nothing is trained twice or lost."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageChops
+from safetensors.torch import load_file
+
+from far_train.backbone import kv_digest, kv_weights, load_base
+from far_train.concepts import ClassPicture, Concept
+from far_train.config import FusionConfig, TrainConfig
+from far_train.fusion import ConceptFusion
+from far_train.recipe import train
+from far_train.runs import read_metrics
+from far_train.weights import FarWeights
+
+from .comfy_server import ComfyServer, ExecutionFailed, Host
+from .graphs import defaults, encoded, node, predicted
+from .test_weights import diffusers_configs
+
+QUICK = {"prior_batch_size": 1, "sample_steps": 1, "sample_every": 1000}
+
+
+def training(
+    comfy: ComfyServer, name: str, steps: int = 2, train_seed: int = 0, options: dict | None = None, **more
+) -> dict:
+    """Tiny base and two balls → FaR_Train → curve and samples."""
+    chosen = {**defaults(comfy, "FaR_TrainOptions"), **QUICK, **(options or {})}
+    inputs = {"model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "dataset": ["2", 0], "options": ["3", 0]}
+    inputs |= {"steps": steps, "batch_size": 1, "train_seed": train_seed, "name": name}
+    return {
+        "1": node("FaRTest_TinyCheckpoint", weights_seed=0, prediction="v_prediction", res_blocks=2),
+        "2": node("FaRTest_Dataset", count=3, fusion_seed=0),
+        "3": node("FaR_TrainOptions", **chosen),
+        "4": node("FaR_Train", **inputs | more),
+        "5": node("PreviewImage", images=["4", 1]),
+        "6": node("PreviewImage", images=["4", 2]),
+    }
+
+
+def run_folder(comfy: ComfyServer, name: str) -> Path:
+    return comfy.base / "output" / "far" / name
+
+
+def steps_of(folder: Path) -> list[int]:
+    return [m["step"] for m in read_metrics(folder / "metrics.jsonl")]
+
+
+def state_of(folder: Path) -> dict[str, int]:
+    """Every file of a folder with the time of its last change."""
+    return {str(p): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+def cancel_after_a_checkpoint(comfy: ComfyServer, prompt: dict, folder: Path) -> dict:
+    """Queue, wait for the first checkpoint, press cancel; returns the history entry."""
+    prompt_id = comfy.queue(prompt)
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("checkpoints/checkpoint-*.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    comfy.interrupt(prompt_id)
+    return comfy.wait(prompt_id)
+
+
+def test_a_training_gives_pictures_and_a_finished_run(comfy: ComfyServer):
+    prompt = training(comfy, "first", sample_prompt="a <red-ball> ball\n\n a <blue-ball> ball ")
+    prompt["7"] = node("FaR_SaveWeights", weights=["4", 0], name="first", export_lora=False, export_embeddings=False,
+                       lora_rank=0)  # fmt: skip
+    outputs = comfy.run(prompt)
+    curve = Image.open(comfy.file(outputs["5"]["images"][0]))
+    assert sum(n > 0 for n in curve.convert("L").histogram()) > 10  # lines and letters, not an empty canvas
+    assert [Image.open(comfy.file(i)).size for i in outputs["6"]["images"]] == [(128, 128)] * 2
+    folder = run_folder(comfy, "first")
+    assert steps_of(folder) == [1, 2]
+    kept = FarWeights.load(comfy.base / "models" / "far" / "first.safetensors")
+    run = FarWeights.load(folder / "weights.safetensors")
+    assert kept.provenance == run.provenance
+    assert all(torch.equal(kept.deltas[k], run.deltas[k]) for k in run.deltas)
+    assert any(d.abs().max() > 0 for d in run.deltas.values())
+
+
+def test_the_graph_learns_what_the_library_learns(comfy: ComfyServer, tmp_path: Path):
+    """The same base, read from ComfyUI's own file, and the same dataset: the same losses and the same weights."""
+    settings = {"kv_lr": 1e-3, "prior_batch_size": 1}
+    prompt = training(comfy, "in-graph", steps=3, options=settings)
+    prompt["7"] = node("FaRTest_SaveBase", model=["1", 0], clip=["1", 1], vae=["1", 2], name="trained-on")
+    comfy.run(prompt)
+    folder = run_folder(comfy, "in-graph")
+    base = load_base(comfy.folder("output") / "trained-on.safetensors", config=diffusers_configs())
+    config = TrainConfig(**settings, steps=3, batch_size=1, sample_every=0, device="cpu")
+    weights = train(base, balls(), config, tmp_path / "run")
+
+    theirs, ours = read_metrics(folder / "metrics.jsonl"), read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [m["loss"] for m in theirs] == pytest.approx([m["loss"] for m in ours], rel=1e-3)
+    learned = FarWeights.load(folder / "weights.safetensors")
+    assert learned.provenance.base_digest == weights.provenance.base_digest
+    for name, delta in weights.deltas.items():
+        # Adam's first steps are signs of gradients, so that rounding shows in the smallest of them.
+        assert float((learned.deltas[name] - delta).float().norm() / delta.float().norm()) < 0.05
+
+
+def balls() -> ConceptFusion:
+    """The test pack's dataset, made here."""
+
+    def disc(colour):
+        rows, columns = torch.meshgrid(torch.arange(96), torch.arange(96), indexing="ij")
+        mask = ((rows - 48) ** 2 + (columns - 48) ** 2 < 28.8**2).float()
+        return mask[..., None] * torch.tensor(colour) + (1 - mask[..., None]) * 0.5, mask
+
+    colours = {"<red-ball>": (0.9, 0.1, 0.1), "<blue-ball>": (0.1, 0.1, 0.9)}
+    concepts = [Concept(t, "ball", *((part,) for part in disc(c))) for t, c in colours.items()]
+    priors = [ClassPicture("ball", *disc((0.1, 0.8, 0.3 * i))) for i in range(2)]
+    return ConceptFusion(concepts, priors, (), FusionConfig(size=128, count=3))
+
+
+def test_model_clip_and_vae_are_left_as_they_were(comfy: ComfyServer):
+    """Pictures drawn with the very same objects before and after a training are equal to the last bit."""
+    loader = training(comfy, "untouched")["1"]
+
+    def drawing(name: str) -> dict:
+        return {
+            "1": loader,
+            "10": encoded("a <red-ball> ball", ["1", 1]),
+            "11": predicted(name, ["1", 0], ["10", 0]),
+            "12": node("EmptyLatentImage", width=128, height=128, batch_size=1),
+            "13": node("KSampler", model=["1", 0], positive=["10", 0], negative=["10", 0], latent_image=["12", 0],
+                       seed=1, steps=2, cfg=1.0, sampler_name="euler", scheduler="normal", denoise=1.0),
+            "14": node("VAEDecode", vae=["1", 2], samples=["13", 0]),
+            "15": node("SaveImage", images=["14", 0], filename_prefix=name),
+        }  # fmt: skip
+
+    before = comfy.run(drawing("before-training"))
+    comfy.run(training(comfy, "untouched"))
+    entry = comfy.wait(comfy.queue(drawing("after-training")))
+    assert "1" in comfy.cached(entry) and "13" not in comfy.cached(entry)  # the same base, drawn with anew
+    pictures = [Image.open(comfy.file(o["15"]["images"][0])) for o in (before, entry["outputs"])]
+    assert ImageChops.difference(*pictures).getbbox() is None
+    tensors = [load_file(comfy.folder("output") / f"{n}-training.safetensors") for n in ("before", "after")]
+    assert torch.equal(tensors[0]["context"], tensors[1]["context"])
+    assert torch.equal(tensors[0]["prediction"], tensors[1]["prediction"])
+
+
+def test_the_same_training_is_never_done_twice_even_after_a_restart(host: Host):
+    with ComfyServer(host) as comfy:
+        comfy.run(training(comfy, "once"))
+        folder = run_folder(comfy, "once")
+        before = state_of(comfy.base / "output" / "far")
+        # Other sample prompts don't change what is learned, but make the host execute the node again.
+        again = comfy.run(training(comfy, "once", sample_prompt="a ball"))
+        assert "once is trained already" in comfy.log()
+        assert len(again["6"]["images"]) == 3
+        comfy.restart()
+        comfy.run(training(comfy, "once"))
+        assert "once is trained already" in comfy.log()
+        assert state_of(comfy.base / "output" / "far") == before
+        assert steps_of(folder) == [1, 2]
+
+
+def test_a_cancelled_training_goes_on_when_queued_again(comfy: ComfyServer):
+    folder = run_folder(comfy, "cancelled")
+    prompt = training(comfy, "cancelled", steps=25, options={"save_every": 2})
+    entry = cancel_after_a_checkpoint(comfy, prompt, folder)
+    assert [(e.kind, e.node_type) for e in comfy.errors(entry)] == [("interrupted", "FaR_Train")]
+    begun = read_metrics(folder / "metrics.jsonl")
+    assert 2 <= len(begun) < 25
+    # Saved at the step where it stopped, and not only at a multiple of save_every.
+    assert (folder / "checkpoints" / f"checkpoint-{len(begun):08d}.safetensors").exists()
+
+    # A training right after a cancel, before the cancelled one is taken up.
+    comfy.run(training(comfy, "after-cancel", train_seed=3))
+    comfy.run(prompt)
+    assert read_metrics(folder / "metrics.jsonl")[: len(begun)] == begun  # seconds and all: not trained again
+    assert steps_of(folder) == list(range(1, 26))
+    assert not run_folder(comfy, "cancelled-2").exists()
+
+
+def test_another_seed_trains_anew_beside_the_first(comfy: ComfyServer):
+    comfy.run(training(comfy, "seeds"))
+    before = state_of(run_folder(comfy, "seeds"))
+    comfy.run(training(comfy, "seeds", train_seed=1))
+    assert state_of(run_folder(comfy, "seeds")) == before
+    first, second = (FarWeights.load(run_folder(comfy, n) / "weights.safetensors") for n in ("seeds", "seeds-2"))
+    assert any(not torch.equal(first.deltas[k], second.deltas[k]) for k in first.deltas)
+    # Back to the first seed: both are found again.
+    comfy.run(training(comfy, "seeds", sample_prompt="a ball"))
+    assert not run_folder(comfy, "seeds-3").exists()
+
+
+def test_a_time_limit_lets_the_run_rest(comfy: ComfyServer):
+    slow = {"save_every": 1, "time_limit": 0.01}
+    with pytest.raises(ExecutionFailed, match="FaR_Train.*time limit of 0.01 minutes is over; queue the graph again"):
+        comfy.run(training(comfy, "limited", steps=15, options=slow))
+    comfy.run(training(comfy, "limited", steps=15, options={"save_every": 1}))
+    assert steps_of(run_folder(comfy, "limited")) == list(range(1, 16))
+
+
+def test_what_the_graph_does_to_the_base_is_trained_on(comfy: ComfyServer):
+    """A LoRA on MODEL is part of the base, and MODEL's own prediction type is believed."""
+    comfy.run(training(comfy, "patched"))  # makes weights that then change MODEL
+    prompt = training(comfy, "on-patched", model=["8", 0], clip=["7", 1])
+    prompt |= {
+        "7": node("FaR_ApplyWeights", model=["1", 0], clip=["1", 1], weights=["9", 0], strength=4.0),
+        "8": node("ModelSamplingDiscrete", model=["7", 0], sampling="eps", zsnr=False),
+        "9": training(comfy, "patched")["4"],
+        "10": node("FaRTest_SaveBase", model=["1", 0], clip=["1", 1], vae=["1", 2], name="unpatched"),
+    }
+    comfy.run(prompt)
+    about = json.loads((run_folder(comfy, "on-patched") / "run.json").read_text())["base"]
+    assert about["prediction_type"] == "epsilon"
+    base = load_base(comfy.folder("output") / "unpatched.safetensors", config=diffusers_configs())
+    weights = FarWeights.load(run_folder(comfy, "patched") / "weights.safetensors")
+    changed = {k: w + 4 * weights.deltas[k] for k, w in kv_weights(base.unet).items()}
+    assert about["digest"] == kv_digest(changed) != base.digest
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"20": node("FaRTest_ForeignModel", context_width=768)}, "MODEL is Stable Diffusion 1.x; FaR trains"),
+        ({"20": node("FaRTest_ForeignModel", context_width=2048)}, "MODEL is Stable Diffusion XL; FaR trains"),
+        ({"20": node("ModelSamplingDiscrete", model=["1", 0], sampling="lcm", zsnr=False)}, "neither v nor ε"),
+    ],
+)
+def test_a_model_that_cannot_be_trained_is_refused(comfy: ComfyServer, change: dict, message: str):
+    with pytest.raises(ExecutionFailed, match="node 4 .FaR_Train.") as failed:
+        comfy.run(training(comfy, "refused", model=["20", 0]) | change)
+    assert message in str(failed.value)
+    assert not run_folder(comfy, "refused").exists()
+
+
+def test_a_name_stays_in_the_output_folder(comfy: ComfyServer):
+    comfy.run(training(comfy, "../../CON"))
+    assert (run_folder(comfy, "CON-run") / "weights.safetensors").exists()
+
+
+def test_bad_options_are_reported_at_their_node(comfy: ComfyServer):
+    with pytest.raises(ExecutionFailed, match="node 3 .FaR_TrainOptions.*both learning rates are 0"):
+        comfy.run(training(comfy, "options", options={"embedding_lr": 0.0, "kv_lr": 0.0}))
