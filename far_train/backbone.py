@@ -210,7 +210,8 @@ def _from_folder(folder: Path, prediction_type: str | None) -> BaseModel:
     declared = configs["scheduler"].get("prediction_type", "epsilon")
     if prediction_type and prediction_type != declared:
         raise BaseModelError(
-            f"prediction_type: {prediction_type} was asked for but {folder.name}/scheduler says {declared}; leave it unset"
+            f"prediction_type: {prediction_type} was asked for but {folder.name}/scheduler says {declared}; "
+            "leave it unset"
         )
     _check_prediction_type(declared, _measured_prediction_type(states["unet"]), folder.name)
     return _assemble(configs, states, folder.name, declared)

@@ -27,7 +27,8 @@ from .errors import ConfigError, FarError, Interrupted
 class Argument:
     """An input of a command that is no setting: a path, a prompt, a switch.
 
-    ``options`` go to argparse; a settings file may hold a list or mapping where the input is ``structured``.
+    ``options`` go to argparse; a settings file may hold a list or mapping where the input is ``structured``; a ``bare``
+    one may stand without its flag.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Argument:
     required: bool = False
     options: tuple[tuple[str, Any], ...] = ()
     structured: bool = False
+    bare: bool = False
 
     @property
     def flag(self) -> str:
@@ -174,6 +176,21 @@ COMMANDS = (
         ),
     ),
     Command(
+        "queue",
+        "run a workflow on a running ComfyUI and wait for its end",
+        (
+            Argument(
+                "workflow",
+                "API-format JSON, such as those in workflows/api; --workflow may be left out",
+                True,
+                bare=True,
+            ),
+            Argument("host", "the ComfyUI's address (default: http://127.0.0.1:8188)"),
+            Argument("set", "replace an input of the node with this title; repeat", False, _many("TITLE.INPUT=VALUE")),
+            Argument("out", "folder for the pictures that it saves and shows; without it they stay on the host"),
+        ),
+    ),
+    Command(
         "demo",
         "the whole line on sample subjects that the project draws itself",
         (Argument("out", "folder for the results (default: outputs/demo)"), DEVICE),
@@ -192,7 +209,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub = subparsers.add_parser(
             command.name,
             help=command.help,
-            description=command.help.capitalize() + ".",
+            description=command.help[0].upper() + command.help[1:] + ".",
             argument_default=argparse.SUPPRESS,
             allow_abbrev=False,
         )
@@ -203,6 +220,8 @@ def build_parser() -> argparse.ArgumentParser:
                 options.pop("metavar")
             text = argument.help + (" [required]" if argument.required else "")
             sub.add_argument(argument.flag, help=_escape(text), **options)
+            if argument.bare:
+                sub.add_argument(argument.name, nargs="?", help=argparse.SUPPRESS)
         if command.settings:
             group = sub.add_argument_group("settings")
             hints = typing.get_type_hints(command.settings)

@@ -306,7 +306,9 @@ def queue(inputs: Inputs, _config: None) -> None:
     changes = inputs.get("set") or []
     workflow = set_inputs(read_workflow(Path(inputs["workflow"])), [changes] if isinstance(changes, str) else changes)
     out = Path(inputs["out"]) if inputs.get("out") else None
-    files = run_workflow(workflow, RunningHost(inputs.get("host", DEFAULT_HOST)), out, lambda text: print(text, flush=True))
+    files = run_workflow(
+        workflow, RunningHost(inputs.get("host", DEFAULT_HOST)), out, lambda text: print(text, flush=True)
+    )
     if out is not None:
         print(f"{len(files)} files → {out}")
 

@@ -165,7 +165,6 @@ class DatasetFolder:
         ]
         files += [f for p in self._priors for f in (p, p.with_suffix(".txt"))]
         for path in files:
-            digest.update(path.name.encode())
             try:
                 digest.update(hashlib.sha256(path.read_bytes()).digest())
             except OSError as e:

@@ -21,8 +21,11 @@ from .tokens import TokenizedPrompt, Vocabulary
 
 @dataclass(frozen=True)
 class Sample:
-    """``latents`` [C, h, w]; per mention: ``cell_masks`` [N, h, w], ``map_masks`` [N, a, b] at the attention maps' size,
-    ``token_select`` and ``noun_select`` [N, length], rows that average over the tokens of modifier and noun."""
+    """A picture ready for training.
+
+    ``latents`` [C, h, w]; per mention: ``cell_masks`` [N, h, w], ``map_masks`` [N, a, b] at the attention maps' size,
+    ``token_select`` and ``noun_select`` [N, length], rows that average over the tokens of modifier and noun.
+    """
 
     latents: Tensor
     prompt: TokenizedPrompt
@@ -34,7 +37,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples side by side; mentions are padded to the largest count N. ``is_instance`` [B] is False for class pictures."""
+    """Samples side by side, with noise [B, C, h, w] and timesteps [B].
+
+    Mentions are padded to the largest count N; ``is_instance`` [B] is False for class pictures.
+    """
 
     latents: Tensor
     noise: Tensor

@@ -16,6 +16,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,7 +160,8 @@ class RunningHost:
     def submit(self, workflow: Workflow) -> str:
         """Queue a workflow; returns its id. Raises QueueError, with every complaint, if any part of it is invalid."""
         try:
-            answer = json.loads(self.ask("/prompt", {"prompt": workflow}))
+            # What cached nodes show gets into the history only for prompts of a client, even if it isn't listening.
+            answer = json.loads(self.ask("/prompt", {"prompt": workflow, "client_id": uuid.uuid4().hex}))
         except urllib.error.HTTPError as e:
             answer = _json_of(e)
             raise QueueError(f"the host refuses the workflow:\n{_complaints(workflow, answer)}") from e

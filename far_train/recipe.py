@@ -129,13 +129,7 @@ class TrainingRun:
             base.unet.enable_gradient_checkpointing()
             base.unet.train()  # diffusers checkpoints in training mode only; the UNet has no dropout
         samples_per_step = config.batch_size + (config.prior_batch_size if self.pools[1] else 0)
-        deltas = list(self.trainables.deltas.values())
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [self.trainables.rows], "lr": config.embedding_lr, "weight_decay": 0.0},
-                {"params": deltas, "lr": config.kv_lr * samples_per_step, "weight_decay": config.weight_decay},
-            ]
-        )
+        self.optimizer = self.trainables.optimizer(config, samples_per_step)
         self.step = load_checkpoint(self.folder / "checkpoints", self.trainables.named_parameters(), self.optimizer)
         cut_metrics(self.folder / METRICS_FILE, self.step)
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .backbone import BaseModel, kv_layers
+from .config import TrainConfig
 from .tokens import ModifierEmbedding, Vocabulary, initial_rows, norm_limits
 
 
@@ -55,6 +56,17 @@ class Trainables:
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return {"rows": self.rows, **self.deltas}
+
+    def optimizer(self, config: TrainConfig, samples_per_step: int) -> torch.optim.Optimizer:
+        """AdamW over all parameters; K/V learn at a rate per sample of the whole step, embeddings don't decay."""
+        kv_lr = config.kv_lr * samples_per_step
+        deltas = list(self.deltas.values())
+        return torch.optim.AdamW(
+            [
+                {"params": [self.rows], "lr": config.embedding_lr, "weight_decay": 0.0},
+                {"params": deltas, "lr": kv_lr, "weight_decay": config.weight_decay},
+            ]
+        )
 
     @torch.no_grad()
     def cap_norms(self) -> None:

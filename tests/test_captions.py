@@ -145,6 +145,15 @@ def test_generated_captions_are_found_again_for_thousands_of_draws():
                 assert span.noun[0] == span.token[1] + 1
 
 
+@pytest.mark.parametrize("noun", ["photo", "picture", "image", "collage"])
+def test_a_noun_that_templates_hold_is_found_where_the_subject_is(noun):
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        caption = write_caption([Name(noun)], rng, collage=seed % 2 == 0 and noun == "photo")
+        (mention,) = locate_mentions(caption, [Name(noun)])
+        assert mention.noun == (len(caption) - len(noun), len(caption)), caption
+
+
 def test_two_dogs_of_one_caption_have_their_own_spans():
     caption = "a photo of a <chow> dog and a <corgi-dog> dog"
     chow, corgi = locate_mentions(caption, [CHOW, CORGI])

@@ -398,3 +398,19 @@ def test_the_digest_follows_the_index(folder):
     swapped = DatasetFolder(folder).digest()
     (folder / "composites" / "0000.png").unlink()
     assert len({before, swapped, DatasetFolder(folder).digest()}) == 3
+
+
+def test_the_digest_follows_what_a_mention_is_called(folder):
+    """A caption may hold both words; then the index alone says which of them is the noun."""
+    index = json.loads((folder / "dataset.json").read_text())
+    mentions = next(e["mentions"] for e in index["composites"] if any(m["token"] is None for m in e["mentions"]))
+    i = next(i for i, e in enumerate(index["composites"]) if e["mentions"] == mentions)
+    words = [f"{m['token']} cat" if m["token"] else "cat kitten" for m in mentions]
+    (folder / "composites" / f"{i:04d}.txt").write_text(f"a {words[0]} and a {words[1]}")
+    before = DatasetFolder(folder).digest()
+
+    def rename(index):
+        next(m for m in index["composites"][i]["mentions"] if m["token"] is None)["noun"] = "kitten"
+
+    edit_index(folder, rename)
+    assert DatasetFolder(folder).digest() != before

@@ -1,4 +1,4 @@
-"""The whole line on sample subjects that the project draws itself: photos → subjects → composites → training → pictures.
+"""The whole line, photos → subjects → composites → training → pictures, on subjects that the project draws itself.
 
 The model is tiny and its weights are random: the demo shows that every stage works and what it hands on, not how well
 the method learns.

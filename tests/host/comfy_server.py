@@ -282,6 +282,10 @@ class ComfyServer:
         """What this start has printed so far."""
         return self.log_file.read_text(encoding="utf-8", errors="replace") if self.log_file.exists() else ""
 
+    def start_log(self) -> str:
+        """What this start printed until it served: what tests provoke later is not in it."""
+        return self.log().split("Starting server")[0]
+
     def queue(self, prompt: Mapping[str, Any], client_id: str | None = None) -> str:
         """Queue an API-format prompt; returns its id. Raises PromptRejected if any node did not validate.
 

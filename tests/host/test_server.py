@@ -35,8 +35,8 @@ def png_size(data: bytes) -> tuple[int, int]:
 def test_the_test_pack_is_loaded_without_complaint(comfy: ComfyServer):
     info = comfy.object_info()["FaRTest_TinyCheckpoint"]
     assert info["output"] == ["MODEL", "CLIP", "VAE"]
-    assert "IMPORT FAILED" not in comfy.log()
-    assert "Traceback" not in comfy.log()
+    assert "IMPORT FAILED" not in comfy.start_log()
+    assert "Traceback" not in comfy.start_log()
 
 
 @pytest.mark.parametrize("prediction", ["v_prediction", "epsilon"])

@@ -21,6 +21,7 @@ from far_train.weights import FarWeights
 
 from .comfy_server import ComfyServer, ExecutionFailed, Host
 from .graphs import defaults, encoded, node, predicted
+from .listener import NODE_TEXT, PREVIEW, Listener
 from .test_weights import diffusers_configs
 
 QUICK = {"prior_batch_size": 1, "sample_steps": 1, "sample_every": 1000}
@@ -81,6 +82,40 @@ def test_a_training_gives_pictures_and_a_finished_run(comfy: ComfyServer):
     assert kept.provenance == run.provenance
     assert all(torch.equal(kept.deltas[k], run.deltas[k]) for k in run.deltas)
     assert any(d.abs().max() > 0 for d in run.deltas.values())
+
+
+def test_progress_and_pictures_are_seen_while_it_trains(comfy: ComfyServer):
+    with Listener(comfy) as seen:
+        comfy.run(training(comfy, "watched", steps=4, options={"sample_every": 2}))
+    progress = [(d["value"], d["max"]) for kind, d in seen.events if kind == "progress" and d["node"] == "4"]
+    assert {(1, 4), (2, 4), (3, 4), (4, 4), (5, 5)} <= set(progress)  # steps, and before them the pictures encoded
+    assert [kind for kind, _ in seen.binaries].count(PREVIEW) >= 2
+    picture = next(payload for kind, payload in seen.binaries if kind == PREVIEW)
+    assert b"JFIF" in picture[:2000]
+    assert any(kind == NODE_TEXT and b"encoding (5 pictures)" in text for kind, text in seen.binaries)
+
+
+def test_memory_is_given_back_however_a_training_ends(comfy: ComfyServer):
+    def live_models() -> str:
+        return comfy.run({"1": node("FaRTest_LiveModels")})["1"]["text"][0]
+
+    comfy.run(training(comfy, "memory"))
+    assert live_models() == "0"
+    folder = run_folder(comfy, "memory-cancelled")
+    prompt = training(comfy, "memory-cancelled", steps=500, options={"save_every": 1})
+    cancel_after_a_checkpoint(comfy, prompt, folder)
+    assert live_models() == "0"
+    for checkpoint in folder.glob("checkpoints/*.safetensors"):
+        checkpoint.write_bytes(b"damaged")
+    with pytest.raises(ExecutionFailed, match="node 4 .FaR_Train.*checkpoints are damaged"):
+        comfy.run(prompt)
+    assert live_models() == "0"
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "epsilon"])
+def test_the_shapes_of_stable_diffusion_21_are_recognised(comfy: ComfyServer, prediction: str):
+    found = comfy.run({"1": node("FaRTest_FullSize", prediction=prediction)})["1"]["text"][0]
+    assert found == "SD20"
 
 
 def test_the_graph_learns_what_the_library_learns(comfy: ComfyServer, tmp_path: Path):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
+import time
 from pathlib import Path
 
 import comfy.model_base
+import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
@@ -134,4 +137,53 @@ class ForeignModel(io.ComfyNode):
         return io.NodeOutput(comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu")))
 
 
-NODES: list[type[io.ComfyNode]] = [Dataset, SaveBase, Predict, ForeignModel]
+class LiveModels(io.ComfyNode):
+    """How many of diffusers' UNets the host's process holds weights of: 0 once a training has given all back."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(node_id="FaRTest_LiveModels", category="FaR/test", inputs=[], is_output_node=True)
+
+    @classmethod
+    def fingerprint_inputs(cls) -> float:
+        return time.monotonic()
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        from diffusers import UNet2DConditionModel
+
+        models = [o for o in gc.get_objects() if isinstance(o, UNet2DConditionModel)]
+        return io.NodeOutput(ui={"text": (str(sum(not next(m.parameters()).is_meta for m in models)),)})
+
+
+class FullSize(io.ComfyNode):
+    """What the pack makes of Stable Diffusion 2.1's own shapes, as the host detects them; without any weights."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        kinds = [io.Combo.Input("prediction", options=["v_prediction", "epsilon"])]
+        return io.Schema(node_id="FaRTest_FullSize", category="FaR/test", inputs=kinds, is_output_node=True)
+
+    @classmethod
+    def execute(cls, prediction: str) -> io.NodeOutput:
+        backbone, keys = far("far_train.backbone"), far("far_train.keys")
+        expected = backbone.packaged_configs(prediction)
+        parts = {part: module.state_dict() for part, module in backbone.build_parts(expected).items()}
+        text = keys.strip_text_model(parts["text_encoder"])
+        file = keys.diffusers_to_ldm(parts["unet"], parts["vae"], text, expected)
+        config = comfy.model_detection.model_config_from_unet(file, "model.diffusion_model.")
+        vae = {k.removeprefix(keys.VAE_PREFIX): v for k, v in file.items() if k.startswith(keys.VAE_PREFIX)}
+        found = far("nodes.layout").component_configs(
+            config.unet_config, text, vae,
+            prediction_type=prediction, text_heads=16, text_activation="gelu", text_layers=23, scaling_factor=0.18215,
+        )  # fmt: skip
+        wrong = [
+            f"{part}.{k}: {found[part][k]} is not {v}"
+            for part in backbone.PARTS
+            for k, v in expected[part].items()
+            if found[part][k] != v
+        ]
+        return io.NodeOutput(ui={"text": ("\n".join([type(config).__name__, *wrong]),)})
+
+
+NODES: list[type[io.ComfyNode]] = [Dataset, SaveBase, Predict, ForeignModel, LiveModels, FullSize]

@@ -1,0 +1,143 @@
+#!/usr/bin/env python3
+"""Open the workflow templates in a running ComfyUI's front end, check them there, and make their pictures.
+
+    python -m pip install playwright pillow && python -m playwright install chromium
+    python scripts/screenshot.py --host http://127.0.0.1:8188 --out /tmp/pictures
+    python scripts/screenshot.py --host http://127.0.0.1:8188 --thumbnails --results    # writes workflows/*.jpg
+
+Playwright is no requirement of the project; --browser takes an installed Chromium instead of Playwright's own.
+With --results, the nodes show what the host's last successful run of the same template gave, so queue it before.
+Leaves with status 1 if a template opens a dialog (missing nodes or models), or if a node is marked as faulty.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+import tempfile
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows"
+PACK = "ComfyUI-FaR"  # the pack's folder in custom_nodes
+FLAGS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
+LEFT, TOP, MARGIN = 70, 110, 24  # what the front end's bars cover, and the space around the graph, in pixels
+THUMBNAIL_WIDTH, THUMBNAIL_BYTES = 1200, 150_000
+
+# The front end's furniture that would stand before the graph.
+SETTINGS = {"Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasInfo": False, "Comfy.Graph.CanvasMenu": False}
+
+BOUNDS = """() => {
+    const boxes = [...app.graph._nodes.map(n => [n.pos[0], n.pos[1] - 30, n.size[0], n.size[1] + 30]),
+                   ...app.graph._groups.map(g => [...g._bounding])];
+    const left = Math.min(...boxes.map(b => b[0])), top = Math.min(...boxes.map(b => b[1]));
+    return [left, top, Math.max(...boxes.map(b => b[0] + b[2])) - left, Math.max(...boxes.map(b => b[1] + b[3])) - top];
+}"""
+LOOK_AT = """([x, y, scale]) => {
+    app.canvas.ds.scale = scale;
+    app.canvas.ds.offset[0] = x;
+    app.canvas.ds.offset[1] = y;
+    app.canvas.setDirty(true, true);
+}"""
+FAULTS = """() => [
+    ...[...document.querySelectorAll('.p-dialog')].map(d => 'a dialog: ' + d.innerText.slice(0, 200)),
+    ...app.graph._nodes.filter(n => n.has_errors || !LiteGraph.registered_node_types[n.type])
+        .map(n => `node ${n.id} (${n.title}) is marked as faulty`)]"""
+SHOW_RESULT = """([node, output]) => app.api.dispatchCustomEvent(
+    'executed', {node, display_node: node, output, prompt_id: 'shown'})"""
+
+
+def get_json(url: str) -> Any:
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=30) as answer:
+        return json.load(answer)
+
+
+def last_results(host: str, graph: dict[str, Any]) -> dict[str, Any]:
+    """Node id → what it showed in the last successful run of a workflow whose nodes have the same ids and titles."""
+    titles = {str(node["id"]): node.get("title") for node in graph["nodes"]}
+    for entry in reversed(list(get_json(f"{host}/history").values())):
+        prompt = entry["prompt"][2]
+        if entry["status"]["status_str"] == "success" and all(
+            titles.get(node_id) == node.get("_meta", {}).get("title") for node_id, node in prompt.items()
+        ):
+            return entry["outputs"]
+    return {}
+
+
+def photograph(page: Any, host: str, name: str, scale: float, with_results: bool) -> tuple[bytes, list[str]]:
+    """Open a template as the template browser does; returns a PNG of the graph and what is wrong with it."""
+    graph = get_json(f"{host}/api/workflow_templates/{PACK}/{urllib.parse.quote(name)}.json")
+    page.evaluate("([graph, name]) => app.loadGraphData(graph, true, true, name)", [graph, name])
+    page.wait_for_timeout(2000)
+    faults = page.evaluate(FAULTS)
+    if with_results:
+        for node_id, output in last_results(host, graph).items():
+            page.evaluate(SHOW_RESULT, [node_id, output])
+    left, top, width, height = page.evaluate(BOUNDS)
+    size = {"width": round(width * scale) + 2 * MARGIN, "height": round(height * scale) + 2 * MARGIN}
+    page.set_viewport_size({"width": size["width"] + LEFT, "height": size["height"] + TOP})
+    page.wait_for_timeout(1000)
+    page.evaluate(LOOK_AT, [(LEFT + MARGIN) / scale - left, (TOP + MARGIN) / scale - top, scale])
+    page.wait_for_timeout(4000)  # pictures arrive one by one, and text fields follow the canvas
+    return page.screenshot(clip={"x": LEFT, "y": TOP, **size}), faults
+
+
+def thumbnail(png: bytes, width: int = THUMBNAIL_WIDTH, most: int = THUMBNAIL_BYTES) -> bytes:
+    """A JPEG of a screenshot, at most ``most`` bytes."""
+    from PIL import Image
+
+    picture = Image.open(io.BytesIO(png)).convert("RGB")
+    picture.thumbnail((width, width), Image.Resampling.LANCZOS)
+    for quality in range(90, 20, -5):
+        written = io.BytesIO()
+        picture.save(written, "JPEG", quality=quality, optimize=True, progressive=True)
+        if written.tell() <= most:
+            break
+    return written.getvalue()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--host", default="http://127.0.0.1:8188", help="a running ComfyUI with this pack")
+    parser.add_argument("--out", type=Path, help="folder for PNG files of the whole graphs")
+    parser.add_argument("--thumbnails", action="store_true", help="write workflows/NAME.jpg")
+    parser.add_argument("--results", action="store_true", help="show the results of the last run of each template")
+    parser.add_argument("--scale", type=float, default=1.0, help="zoom of the pictures (default 1)")
+    parser.add_argument("--browser", help="path of a Chromium")
+    arguments = parser.parse_args()
+    from playwright.sync_api import sync_playwright
+
+    host, faulty = arguments.host.rstrip("/"), False
+    with sync_playwright() as play, tempfile.TemporaryDirectory() as profile:
+        browser = play.chromium.launch_persistent_context(
+            profile, executable_path=arguments.browser, args=list(FLAGS), viewport={"width": 1600, "height": 1000}
+        )
+        page = browser.pages[0]
+        crashes: list[str] = []
+        page.on("pageerror", lambda error: crashes.append(f"an error in the page: {error}"))
+        page.goto(host, wait_until="domcontentloaded", timeout=120_000)
+        page.wait_for_function("() => window.app?.graph && window.app.extensionManager?.setting", timeout=120_000)
+        page.wait_for_timeout(5000)  # extensions and the host's node types are set up after the graph exists
+        for setting, value in SETTINGS.items():
+            page.evaluate("([id, value]) => app.extensionManager.setting.set(id, value)", [setting, value])
+        for path in sorted(WORKFLOWS.glob("*.json")):
+            png, faults = photograph(page, host, path.stem, arguments.scale, arguments.results)
+            if arguments.out:
+                arguments.out.mkdir(parents=True, exist_ok=True)
+                (arguments.out / f"{path.stem}.png").write_bytes(png)
+            if arguments.thumbnails:
+                path.with_suffix(".jpg").write_bytes(thumbnail(png))
+            faults += crashes
+            crashes.clear()
+            faulty |= bool(faults)
+            print(f"{path.stem}: {'; '.join(faults) or 'in order'}")
+        browser.close()
+    return int(faulty)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

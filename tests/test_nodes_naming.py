@@ -1,0 +1,86 @@
+"""File names from what users type, and sizes of a base that a graph shows no config of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from far_train.files import write_tensors
+from far_train.mini.tiny import random_states, tiny_configs
+
+from .nodes_pack import pack_module
+
+naming = pack_module("nodes.naming")
+layout = pack_module("nodes.layout")
+errors = pack_module("far_train.errors")
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        ("two dogs", "two dogs"),
+        (" ../../etc/passwd ", "etc-passwd"),
+        ("C:\\Users\\me", "C-Users-me"),
+        ("", "run"),
+        ("...", "run"),
+        ("aux", "aux-run"),
+        ("Con.txt", "Con.txt-run"),
+        ("Möpse & Hunde?", "Möpse - Hunde"),
+        ("a" * 300, "a" * 80),
+        ("name. ", "name"),
+    ],
+)
+def test_names_are_made_safe(typed: str, name: str):
+    assert naming.file_name(typed, "run") == name
+
+
+def test_place_never_overwrites_and_never_doubles(tmp_path: Path):
+    def made(value: float) -> Path:
+        path = tmp_path / "made" / "weights.safetensors"
+        write_tensors(path, {"x": torch.full((2,), value)}, {"a": "1", "b": "2"})
+        return path
+
+    folder = tmp_path / "models"
+    assert naming.place(made(1), folder, "w").name == "w.safetensors"
+    assert naming.place(made(2), folder, "w").name == "w-2.safetensors"
+    assert naming.place(made(1), folder, "w").name == "w.safetensors"
+    (folder / "w-3.safetensors").write_bytes(b"damaged")
+    assert naming.place(made(3), folder, "w").name == "w-4.safetensors"
+
+
+@pytest.mark.parametrize(("index", "count"), [(None, 24), (-1, 24), (-2, 23), (0, 1), (22, 23), (-25, 24)])
+def test_text_layers_are_counted_as_the_host_counts_them(index: int | None, count: int):
+    text = {f"encoder.layers.{i}.mlp.fc1.weight": torch.zeros(1) for i in range(24)}
+    assert layout.text_layer_count(text, index) == count
+
+
+@pytest.mark.parametrize(
+    ("unet", "text", "message"),
+    [
+        ({"context_dim": 768}, "clip_l", "MODEL is Stable Diffusion 1.x"),
+        ({"context_dim": 2048}, "clip_l", "MODEL is Stable Diffusion XL"),
+        ({"adm_in_channels": 2048}, "clip_h", "inputs of its own"),
+        ({"in_channels": 9}, "clip_h", "inputs of its own"),
+        ({"context_dim": None}, "clip_h", "MODEL is Kind"),
+        ({}, "clip_l", "CLIP is not Stable Diffusion 2.1's .it has clip_l, not clip_h"),
+        ({}, None, "no known text encoder"),
+    ],
+)
+def test_other_families_are_named(unet: dict, text: str | None, message: str):
+    known = {"context_dim": 1024, "transformer_depth": [1], "channel_mult": [1], "in_channels": 4}
+    layout.check_family(known, "Kind", "clip_h", "clip_h")
+    with pytest.raises(errors.BaseModelError, match=message):
+        layout.check_family(known | unet, "Kind", text, "clip_h")
+
+
+def test_a_vae_of_another_kind_is_refused():
+    configs = tiny_configs()
+    states = random_states(configs)
+    text = {k.removeprefix("text_model."): v for k, v in states["text_encoder"].items()}
+    unet = {"model_channels": 32, "channel_mult": [1, 2], "num_res_blocks": 1, "transformer_depth": [1, 0],
+            "num_head_channels": 16, "context_dim": 32, "in_channels": 4, "out_channels": 4}  # fmt: skip
+    about = {"prediction_type": "epsilon", "text_heads": 2, "text_activation": "gelu", "text_layers": 2}
+    with pytest.raises(errors.BaseModelError, match="VAE is not Stable Diffusion's"):
+        layout.component_configs(unet, text, {"decoder.x": torch.zeros(1)}, scaling_factor=0.18215, **about)
