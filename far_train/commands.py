@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from .backbone import BaseModel, load_base
@@ -261,13 +262,25 @@ def generate(inputs: Inputs, config: SampleConfig) -> None:
     base.to(device, dtype)
     make_folder(out)  # now, since a place that can't be written should not show after an hour of drawing
     texts = [str(p) for p in prompts for _ in range(count)]
+    first = 1 + max((int(p.stem) for p in out.glob("*.png") if p.stem.isdecimal()), default=-1)
+    shown: list[Tensor] = []
     with progress_bars() as bars:
-        pictures = draw_pictures(base, vocabulary, texts, config, on_progress=bars.phase("drawing"))
-    for i, (picture, text) in enumerate(zip(pictures, texts)):
-        save_picture(out / f"{i:04d}.png", picture)
-        write_text(out / f"{i:04d}.txt", text + "\n")
+        starts = range(0, len(texts), config.sample_batch)
+        for number, start in enumerate(starts):  # saved batch by batch, so that Ctrl-C loses little
+            batch = texts[start : start + config.sample_batch]
+            pictures = draw_pictures(
+                base,
+                vocabulary,
+                batch,
+                config.replace(sample_seed=config.sample_seed + start),
+                on_progress=lambda done, steps, n=number: bars("drawing", n * steps + done, len(starts) * steps),
+            )
+            for i, (picture, text) in enumerate(zip(pictures, batch), first + start):
+                write_text(out / f"{i:04d}.txt", text + "\n")
+                save_picture(out / f"{i:04d}.png", picture)
+            shown += list(pictures)[: SHOWN - len(shown)]
     grid = _beside(out, "grid.jpg")
-    save_sheet(grid, picture_grid(pictures[:SHOWN], texts[:SHOWN]))
+    save_sheet(grid, picture_grid(shown, texts[: len(shown)]))
     print(f"{len(texts)} pictures → {out}; look at {grid}")
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from .backbone import BaseModel
 from .concepts import Composite, TrainingSet
+from .errors import CaptionError
 from .tokens import TokenizedPrompt, Vocabulary
 
 
@@ -83,22 +84,26 @@ def encode_pool(
     for i in range(total):
         on_progress(i, total)
         picture = training_set.composite(i) if i < composites else training_set.prior(i - composites)
+        try:
+            prompt = vocabulary.tokenize(picture.caption)
+        except CaptionError as e:
+            which = f"composite {i}" if i < composites else f"class picture {i - composites}"
+            raise CaptionError(f"{which} of the dataset: {e}") from e
         generator = torch.Generator().manual_seed(derive_seed(seed, "latents", i))
-        pools[i >= composites].append(_encode(picture, base, vocabulary, map_stride, generator))
+        pools[i >= composites].append(_encode(picture, prompt, base, map_stride, generator))
     on_progress(total, total)
     return pools
 
 
 @torch.no_grad()
 def _encode(
-    picture: Composite, base: BaseModel, vocabulary: Vocabulary, map_stride: int, generator: torch.Generator
+    picture: Composite, prompt: TokenizedPrompt, base: BaseModel, map_stride: int, generator: torch.Generator
 ) -> Sample:
     vae = base.vae
     pixels = picture.image.permute(2, 0, 1)[None].to(vae.device, vae.dtype) * 2 - 1
     posterior = vae.encode(pixels).latent_dist
     drawn = posterior.mean.cpu() + posterior.std.cpu() * torch.randn(posterior.mean.shape, generator=generator)
     latents = (drawn * vae.config.scaling_factor)[0].float()
-    prompt = vocabulary.tokenize(picture.caption)
     mentions = picture.mentions
     masks = torch.stack([m.mask for m in mentions]) if mentions else torch.zeros(0, *picture.image.shape[:2])
     cells = tuple(latents.shape[-2:])

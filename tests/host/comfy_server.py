@@ -132,8 +132,15 @@ class ComfyServer:
     start_timeout: seconds until the host must serve; a cold start reads gigabytes of libraries.
     """
 
-    def __init__(self, host: Host, packs: Mapping[str, Path] | None = None, base: Path | None = None,
-                 args: Iterable[str] = (), env: Mapping[str, str] | None = None, start_timeout: float = 240):
+    def __init__(
+        self,
+        host: Host,
+        packs: Mapping[str, Path] | None = None,
+        base: Path | None = None,
+        args: Iterable[str] = (),
+        env: Mapping[str, str] | None = None,
+        start_timeout: float = 240,
+    ):
         self.host = host
         self.packs = dict(default_packs() if packs is None else packs)
         self.args = list(args)
@@ -182,18 +189,37 @@ class ComfyServer:
         self._prepare_base()
         self._starts += 1
         self.port = _free_port()
-        command = [str(self.host.python), "main.py", "--cpu", "--base-directory", str(self.base),
-                   "--listen", "127.0.0.1", "--port", str(self.port), "--disable-auto-launch",
-                   # The database would otherwise be written into the host's own folder, which may be read-only.
-                   "--database-url", f"sqlite:///{(self.base / 'user' / 'comfyui.db').as_posix()}",
-                   # Paid online nodes: slow to import, and with them the front end calls the internet.
-                   "--disable-api-nodes", *self.args]
+        command = [
+            str(self.host.python),
+            "main.py",
+            "--cpu",
+            "--base-directory",
+            str(self.base),
+            "--listen",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--disable-auto-launch",
+            # The database would otherwise be written into the host's own folder, which may be read-only.
+            "--database-url",
+            f"sqlite:///{(self.base / 'user' / 'comfyui.db').as_posix()}",
+            # Paid online nodes: slow to import, and with them the front end calls the internet.
+            "--disable-api-nodes",
+            *self.args,
+        ]
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "PYTHONPATH"))}
         # One thread: on tensors this small more of them only wait for each other, ten times as long on a busy machine.
         environment |= {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **self.env}
         with self.log_file.open("wb") as log:
-            self._process = subprocess.Popen(command, cwd=self.host.path, env=environment, stdin=subprocess.DEVNULL,
-                                             stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            self._process = subprocess.Popen(
+                command,
+                cwd=self.host.path,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         self._until("serve", self.start_timeout, self._serves)
         return self
 
@@ -313,9 +339,11 @@ class ComfyServer:
 
     def wait_running(self, prompt_id: str, timeout: float = 60) -> None:
         """Wait until a prompt has left the queue and is being executed (or has ended)."""
+
         def running() -> bool:
             state = self.get("/queue")
             return all(item[1] != prompt_id for item in state["queue_pending"])
+
         self._until(f"begin prompt {prompt_id}", timeout, running)
 
     def run(self, prompt: Mapping[str, Any], timeout: float = 300) -> dict[str, Any]:
@@ -346,12 +374,22 @@ class ComfyServer:
     @classmethod
     def errors(cls, entry: Mapping[str, Any]) -> list[NodeError]:
         """Every complaint in an answer of POST /prompt (`node_errors`) or in a history entry (execution messages)."""
-        found = [NodeError(str(node_id), report.get("class_type", "?"), error["type"],
-                           f"{error['message']} ({error['details']})" if error.get("details") else error["message"])
-                 for node_id, report in (entry.get("node_errors") or {}).items() for error in report["errors"]]
+        found = [
+            NodeError(
+                str(node_id),
+                report.get("class_type", "?"),
+                error["type"],
+                f"{error['message']} ({error['details']})" if error.get("details") else error["message"],
+            )
+            for node_id, report in (entry.get("node_errors") or {}).items()
+            for error in report["errors"]
+        ]
         for data in cls.messages(entry, "execution_error"):
-            found.append(NodeError(str(data["node_id"]), data["node_type"], data["exception_type"],
-                                   data["exception_message"].strip()))
+            found.append(
+                NodeError(
+                    str(data["node_id"]), data["node_type"], data["exception_type"], data["exception_message"].strip()
+                )
+            )
         for data in cls.messages(entry, "execution_interrupted"):
             found.append(NodeError(str(data["node_id"]), data["node_type"], "interrupted", "the run was cancelled"))
         return found

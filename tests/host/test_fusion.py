@@ -27,11 +27,20 @@ def fusing(comfy: ComfyServer, folders: dict[str, str], noun: str = "disc", size
     for i, (token, folder) in enumerate(folders.items()):
         photos, concept = str(10 + i), str(20 + i)
         prompt[photos] = node("FaR_LoadPhotos", folder=folder, max_side=1024)
-        prompt[concept] = node("FaR_Concept", images=[photos, 0], masks=[photos, 1], token=token, noun=noun,
-                               invert_mask=False, **({"concepts": [before, 0]} if before else {}))
+        prompt[concept] = node(
+            "FaR_Concept",
+            images=[photos, 0],
+            masks=[photos, 1],
+            token=token,
+            noun=noun,
+            invert_mask=False,
+            **({"concepts": [before, 0]} if before else {}),
+        )
         before = concept
-    prompt["50"] = node("FaR_ConceptFusion", **{"concepts": [before, 0], "size": size, "count": 6, "fusion_seed": 3,
-                        "flip": 0.5} | AUTOMATIC | changes)
+    prompt["50"] = node(
+        "FaR_ConceptFusion",
+        **{"concepts": [before, 0], "size": size, "count": 6, "fusion_seed": 3, "flip": 0.5} | AUTOMATIC | changes,
+    )
     return prompt
 
 
@@ -77,8 +86,9 @@ def test_priors_and_backgrounds_with_their_words(comfy: ComfyServer, folders: di
     scenes.mkdir(exist_ok=True)
     for i, size in enumerate(((200, 120), (100, 160))):
         Image.new("RGB", size, (40 * i, 90, 200)).save(scenes / f"{i}.png")
-    prompt = fusing(comfy, folders, prior=["31", 0], backgrounds=["32", 0], background_captions="by the sea\n",
-                    count=30) | {
+    prompt = fusing(
+        comfy, folders, prior=["31", 0], backgrounds=["32", 0], background_captions="by the sea\n", count=30
+    ) | {
         "30": node("FaR_LoadPhotos", folder="fuse_prior", max_side=1024),
         "31": node("FaR_PriorFromImages", images=["30", 0], masks=["30", 1], noun=" Disc", invert_mask=False),
         "32": node("FaR_LoadPhotos", folder="fuse_scenes", max_side=1024),
@@ -125,9 +135,11 @@ def test_a_dataset_survives_saving_and_loading(comfy: ComfyServer, folders: dict
     assert [n.token for n in dataset.names] == list(folders)
     assert (folder / "contact-sheet.jpg").is_file()
 
-    load = {"1": node("FaR_LoadDataset", folder="round"),
-            "2": node("SaveImage", images=["1", 1], filename_prefix="loaded"),
-            "3": node("FaR_SaveDataset", dataset=["1", 0], name="copy")}
+    load = {
+        "1": node("FaR_LoadDataset", folder="round"),
+        "2": node("SaveImage", images=["1", 1], filename_prefix="loaded"),
+        "3": node("FaR_SaveDataset", dataset=["1", 0], name="copy"),
+    }
     outputs = comfy.run(load)
     assert len(outputs["2"]["images"]) == 6 and "6 pictures of 128 px" in report(outputs, "1")
     copied = DatasetFolder(comfy.folder("output") / "far" / "datasets" / "copy")
@@ -183,8 +195,21 @@ def drawing_priors(comfy: ComfyServer, count: int = 2, steps: int = 2, seed: int
     prompt = fusing(comfy, {"<disc-one>": "fuse_one"}, prior=["40", 0])
     return prompt | {
         "1": node("FaRTest_TinyCheckpoint", weights_seed=0, prediction="v_prediction"),
-        "40": node("FaR_ClassPrior", **{"model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "concepts": ["20", 0],
-                   "count": count, "prior_seed": seed, "steps": steps, "guidance": 5.0, "size": 64} | changes),
+        "40": node(
+            "FaR_ClassPrior",
+            **{
+                "model": ["1", 0],
+                "clip": ["1", 1],
+                "vae": ["1", 2],
+                "concepts": ["20", 0],
+                "count": count,
+                "prior_seed": seed,
+                "steps": steps,
+                "guidance": 5.0,
+                "size": 64,
+            }
+            | changes,
+        ),
         "41": node("PreviewImage", images=["40", 1]),
     }
 
@@ -260,8 +285,14 @@ def test_two_dogs(comfy: ComfyServer):
         link.parent.mkdir(exist_ok=True)
         if not link.exists():
             shutil.copytree(DATA / name, link)
-    prompt = fusing(comfy, {"<corgi-dog>": "two_dogs/corgi", "<chow-dog>": "two_dogs/chow"}, noun="dog", size=256,
-                    prior=["31", 0], count=8) | {
+    prompt = fusing(
+        comfy,
+        {"<corgi-dog>": "two_dogs/corgi", "<chow-dog>": "two_dogs/chow"},
+        noun="dog",
+        size=256,
+        prior=["31", 0],
+        count=8,
+    ) | {
         "30": node("FaR_LoadPhotos", folder="two_dogs/class_prior", max_side=512),
         "31": node("FaR_PriorFromImages", images=["30", 0], masks=["30", 1], noun="dog", invert_mask=False),
         "60": node("FaR_SaveDataset", dataset=["50", 0], name="two_dogs"),

@@ -20,13 +20,32 @@ from far_train.subjects import SubjectExtractor
 from .comfy_server import ComfyServer, ExecutionFailed, PromptRejected
 
 NODES = (
-    "FaR_LoadPhotos", "FaR_LoadSAM", "FaR_ExtractSubject", "FaR_Concept", "FaR_ClassPrior", "FaR_PriorFromImages",
-    "FaR_ConceptFusion", "FaR_SaveDataset", "FaR_LoadDataset",
+    "FaR_LoadPhotos",
+    "FaR_LoadSAM",
+    "FaR_ExtractSubject",
+    "FaR_Concept",
+    "FaR_ClassPrior",
+    "FaR_PriorFromImages",
+    "FaR_ConceptFusion",
+    "FaR_SaveDataset",
+    "FaR_LoadDataset",
 )
 TINY_SAM = {
-    "embed_dim": 24, "depth": 3, "num_heads": 3, "global_attn_indexes": [1], "image_size": 64, "window_size": 3,
-    "patch_size": 8, "mlp_dim": 40, "prompt_dim": 32, "mask_channels": 8, "decoder_depth": 1, "decoder_heads": 4,
-    "decoder_mlp_dim": 48, "iou_depth": 2, "iou_dim": 20,
+    "embed_dim": 24,
+    "depth": 3,
+    "num_heads": 3,
+    "global_attn_indexes": [1],
+    "image_size": 64,
+    "window_size": 3,
+    "patch_size": 8,
+    "mlp_dim": 40,
+    "prompt_dim": 32,
+    "mask_channels": 8,
+    "decoder_depth": 1,
+    "decoder_heads": 4,
+    "decoder_mlp_dim": 48,
+    "iou_depth": 2,
+    "iou_dim": 20,
 }
 SIZES = {"a": (120, 160), "b": (160, 100), "c": (96, 96)}  # height, width
 
@@ -91,14 +110,27 @@ def refusal(comfy: ComfyServer, prompt: dict) -> tuple[str, str]:
 
 
 def concept(images: list, masks: list, **changes) -> dict:
-    return node("FaR_Concept", **{"images": images, "masks": masks, "token": "<red-disc>", "noun": "disc",
-                                  "invert_mask": False} | changes)
+    return node(
+        "FaR_Concept",
+        **{"images": images, "masks": masks, "token": "<red-disc>", "noun": "disc", "invert_mask": False} | changes,
+    )
 
 
 def preview_of(node_id: str = "2") -> dict:
     """An output node that makes the host run the concept of ``node_id``."""
-    return node("FaR_ConceptFusion", concepts=[node_id, 0], size=64, count=2, fusion_seed=0, flip=0.5, original=1.0,
-                solo=0.0, pair=0.0, triple=0.0, beside_prior=0.0)
+    return node(
+        "FaR_ConceptFusion",
+        concepts=[node_id, 0],
+        size=64,
+        count=2,
+        fusion_seed=0,
+        flip=0.5,
+        original=1.0,
+        solo=0.0,
+        pair=0.0,
+        triple=0.0,
+        beside_prior=0.0,
+    )
 
 
 # The nodes
@@ -144,8 +176,11 @@ def test_photos_of_mixed_sizes_come_as_lists_upright_with_their_masks(comfy: Com
     (folder / "f10.png").write_bytes((folder / "c.png").read_bytes())
     (folder / "f9.png").write_bytes((folder / "c.png").read_bytes())
 
-    prompt = {"1": node("FaR_LoadPhotos", folder="mixed", max_side=1024), **saved(["1", 0], ["1", 1]),
-              "3": node("PreviewAny", source=["1", 2])}
+    prompt = {
+        "1": node("FaR_LoadPhotos", folder="mixed", max_side=1024),
+        **saved(["1", 0], ["1", 1]),
+        "3": node("PreviewAny", source=["1", 2]),
+    }
     outputs = comfy.run(prompt)
     images, masks = pictures(comfy, outputs["90"]), pictures(comfy, outputs["92"])
     sizes = [SIZES["a"], SIZES["b"], SIZES["c"], (80, 50), SIZES["c"], SIZES["c"]]
@@ -208,8 +243,18 @@ def extraction(folder: str, min_area: float = 0.03, points: str = "", **changes)
     return {
         "1": node("FaR_LoadPhotos", folder=folder, max_side=1024),
         "2": node("FaR_LoadSAM", model_name="tiny.safetensors"),
-        "3": node("FaR_ExtractSubject", **{"images": ["1", 0], "names": ["1", 2], "sam_model": ["2", 0],
-                  "box_format": "x0, y0, x1, y1", "points": points, "min_area": min_area} | changes),
+        "3": node(
+            "FaR_ExtractSubject",
+            **{
+                "images": ["1", 0],
+                "names": ["1", 2],
+                "sam_model": ["2", 0],
+                "box_format": "x0, y0, x1, y1",
+                "points": points,
+                "min_area": min_area,
+            }
+            | changes,
+        ),
         **saved(["3", 0], ["3", 1]),
         "4": node("PreviewAny", source=["3", 2]),
         "5": node("PreviewImage", images=["3", 3]),
@@ -342,8 +387,11 @@ def test_masks_of_stock_nodes(comfy: ComfyServer, loaded: None):
 def test_photos_without_masks_are_left_out_by_number(comfy: ComfyServer):
     folder = photo_folder(comfy, "one_missing")
     (folder / "b.mask.png").unlink()
-    prompt = {"1": node("FaR_LoadPhotos", folder="one_missing", max_side=1024), "2": concept(["1", 0], ["1", 1]),
-              "3": preview_of()}
+    prompt = {
+        "1": node("FaR_LoadPhotos", folder="one_missing", max_side=1024),
+        "2": concept(["1", 0], ["1", 1]),
+        "3": preview_of(),
+    }
     outputs = comfy.run(prompt)
     assert outputs["2"]["text"] == ["<red-disc> disc: 2 photos; left out, since their masks are empty: photo 2"]
 
@@ -367,8 +415,11 @@ def test_batches_meet_batches(comfy: ComfyServer, loaded: None):
 
 
 def test_bad_names_are_refused_with_a_suggestion(comfy: ComfyServer, loaded: None):
-    prompt = {"1": node("LoadImage", image="cut_out.png"), "3": preview_of(),
-              "2": concept(["1", 0], ["1", 1], token="Red Disc", invert_mask=True)}
+    prompt = {
+        "1": node("LoadImage", image="cut_out.png"),
+        "3": preview_of(),
+        "2": concept(["1", 0], ["1", 1], token="Red Disc", invert_mask=True),
+    }
     with pytest.raises(PromptRejected, match="write it as <red-disc>"):
         comfy.queue(prompt)
     prompt["2"] = concept(["1", 0], ["1", 1], noun="<disc>", invert_mask=True)

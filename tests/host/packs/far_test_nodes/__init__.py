@@ -30,14 +30,28 @@ PREDICTIONS = {
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 TEXT_CONFIG = {
-    "hidden_size": TEXT_WIDTH, "intermediate_size": 4 * TEXT_WIDTH, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "hidden_act": "gelu", "max_position_embeddings": 77, "eos_token_id": 49407, "projection_dim": TEXT_WIDTH,
+    "hidden_size": TEXT_WIDTH,
+    "intermediate_size": 4 * TEXT_WIDTH,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "hidden_act": "gelu",
+    "max_position_embeddings": 77,
+    "eos_token_id": 49407,
+    "projection_dim": TEXT_WIDTH,
     "vocab_size": 49408,
 }
 # Four levels, since the VAE class assumes a factor of 8; GroupNorm(32) wants multiples of 32 channels.
 VAE_CONFIG = {
-    "double_z": True, "z_channels": 4, "resolution": 128, "in_channels": 3, "out_ch": 3, "ch": 32,
-    "ch_mult": [1, 1, 2, 2], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0,
+    "double_z": True,
+    "z_channels": 4,
+    "resolution": 128,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 32,
+    "ch_mult": [1, 1, 2, 2],
+    "num_res_blocks": 1,
+    "attn_resolutions": [],
+    "dropout": 0.0,
 }
 
 
@@ -48,13 +62,23 @@ def unet_config(res_blocks: int) -> dict:
     residual blocks per level, as in SD 2.1, its names are SD 2.1's exactly (16 cross-attentions); one (10) is faster.
     """
     return {
-        "use_checkpoint": False, "image_size": 32, "use_spatial_transformer": True, "legacy": False,
-        "adm_in_channels": None, "in_channels": 4, "out_channels": 4, "model_channels": 32,
-        "num_res_blocks": [res_blocks] * 4, "channel_mult": [1, 2, 4, 4],
+        "use_checkpoint": False,
+        "image_size": 32,
+        "use_spatial_transformer": True,
+        "legacy": False,
+        "adm_in_channels": None,
+        "in_channels": 4,
+        "out_channels": 4,
+        "model_channels": 32,
+        "num_res_blocks": [res_blocks] * 4,
+        "channel_mult": [1, 2, 4, 4],
         "transformer_depth": [1] * (3 * res_blocks) + [0] * res_blocks,
         "transformer_depth_output": [1] * (3 * (res_blocks + 1)) + [0] * (res_blocks + 1),
-        "transformer_depth_middle": 1, "use_linear_in_transformer": True, "context_dim": TEXT_WIDTH,
-        "use_temporal_resblock": False, "use_temporal_attention": False,
+        "transformer_depth_middle": 1,
+        "use_linear_in_transformer": True,
+        "context_dim": TEXT_WIDTH,
+        "use_temporal_resblock": False,
+        "use_temporal_attention": False,
     }
 
 
@@ -68,32 +92,55 @@ class TinyTextModel(comfy.sd1_clip.SDClipModel):
     """SD 2.x's text encoder: the penultimate layer, padded with token 0."""
 
     def __init__(self, device="cpu", dtype=None, model_options=None):
-        super().__init__(device=device, dtype=dtype, layer="hidden", layer_idx=-2, textmodel_json_config=TEXT_CONFIG,
-                         special_tokens={"start": 49406, "end": 49407, "pad": 0}, model_options=model_options or {})
+        super().__init__(
+            device=device,
+            dtype=dtype,
+            layer="hidden",
+            layer_idx=-2,
+            textmodel_json_config=TEXT_CONFIG,
+            special_tokens={"start": 49406, "end": 49407, "pad": 0},
+            model_options=model_options or {},
+        )
 
 
 class TinyTokenizer(comfy.sd1_clip.SDTokenizer):
     """SD 2.x's tokenizer, which tells the embedding loader the tiny encoder's width."""
 
     def __init__(self, tokenizer_path=None, embedding_directory=None, tokenizer_data=None):
-        super().__init__(tokenizer_path, pad_with_end=False, embedding_directory=embedding_directory,
-                         embedding_size=TEXT_WIDTH, embedding_key="clip_h", tokenizer_data=tokenizer_data or {})
+        super().__init__(
+            tokenizer_path,
+            pad_with_end=False,
+            embedding_directory=embedding_directory,
+            embedding_size=TEXT_WIDTH,
+            embedding_key="clip_h",
+            tokenizer_data=tokenizer_data or {},
+        )
 
 
 class TinyClipModel(comfy.sd1_clip.SD1ClipModel):
     """The wrapper that names the encoder `clip_h`, as SD 2.x does."""
 
     def __init__(self, device="cpu", dtype=None, model_options=None, **kwargs):
-        super().__init__(device=device, dtype=dtype, model_options=model_options or {}, clip_name="h",
-                         clip_model=TinyTextModel, **kwargs)
+        super().__init__(
+            device=device,
+            dtype=dtype,
+            model_options=model_options or {},
+            clip_name="h",
+            clip_model=TinyTextModel,
+            **kwargs,
+        )
 
 
 class TinyClipTokenizer(comfy.sd1_clip.SD1Tokenizer):
     """The wrapper that names the tokenizer `clip_h`."""
 
     def __init__(self, embedding_directory=None, tokenizer_data=None):
-        super().__init__(embedding_directory=embedding_directory, tokenizer_data=tokenizer_data or {}, clip_name="h",
-                         tokenizer=TinyTokenizer)
+        super().__init__(
+            embedding_directory=embedding_directory,
+            tokenizer_data=tokenizer_data or {},
+            clip_name="h",
+            tokenizer=TinyTokenizer,
+        )
 
 
 def randomize(module: torch.nn.Module, seed: int) -> None:
@@ -126,14 +173,16 @@ def tiny_model(seed: int, prediction: str, res_blocks: int, dtype: torch.dtype) 
     model = comfy.model_base.BaseModel(config, model_type=PREDICTIONS[prediction], device=offload)
     randomize(model.diffusion_model, seed)
     return comfy.model_patcher.ModelPatcher(
-        model, load_device=comfy.model_management.get_torch_device(), offload_device=offload)
+        model, load_device=comfy.model_management.get_torch_device(), offload_device=offload
+    )
 
 
 def tiny_clip(seed: int, dtype: torch.dtype) -> comfy.sd.CLIP:
     """A CLIP with the host's own SD 2.x vocabulary."""
     target = comfy.supported_models_base.ClipTarget(TinyClipTokenizer, TinyClipModel)
-    clip = comfy.sd.CLIP(target, embedding_directory=folder_paths.get_folder_paths("embeddings"),
-                         model_options={"dtype": dtype})
+    clip = comfy.sd.CLIP(
+        target, embedding_directory=folder_paths.get_folder_paths("embeddings"), model_options={"dtype": dtype}
+    )
     randomize(clip.cond_stage_model, seed)
     return clip
 
@@ -166,8 +215,11 @@ class TinyCheckpoint(io.ComfyNode):
 
     @classmethod
     def execute(cls, weights_seed: int, prediction: str, res_blocks: int = 1, dtype: str = "fp32") -> io.NodeOutput:
-        return io.NodeOutput(tiny_model(weights_seed, prediction, res_blocks, DTYPES[dtype]),
-                             tiny_clip(weights_seed, DTYPES[dtype]), tiny_vae(weights_seed))
+        return io.NodeOutput(
+            tiny_model(weights_seed, prediction, res_blocks, DTYPES[dtype]),
+            tiny_clip(weights_seed, DTYPES[dtype]),
+            tiny_vae(weights_seed),
+        )
 
 
 class TestExtension(ComfyExtension):
