@@ -18,6 +18,7 @@ from ..far_train.errors import ConfigError, WeightsError
 from ..far_train.weights import FarWeights, describe
 from . import host, sockets
 from .naming import file_name, place
+from .prompt_graph import unpatched_prompts
 
 log = logging.getLogger(__name__)
 
@@ -159,6 +160,7 @@ class ApplyWeights(io.ComfyNode):
                 sockets.Model.Output(tooltip="For the sampler."),
                 sockets.Clip.Output(tooltip="For prompts with your tokens."),
             ],
+            hidden=[io.Hidden.prompt],
         )
 
     @classmethod
@@ -166,6 +168,11 @@ class ApplyWeights(io.ComfyNode):
         cls, model: Any, clip: Any, weights: FarWeights, strength: float, concept_strength: str = ""
     ) -> io.NodeOutput:
         strengths = parse_strengths(concept_strength, weights)
+        for node_id, tokens in unpatched_prompts(cls.hidden.prompt or {}, list(weights.embeddings)).items():
+            host.tell(
+                f"{' and '.join(tokens)} will be read as plain text here: connect the CLIP of FaR Apply Weights",
+                node_id,
+            )
         with host.no_inference_mode(), torch.no_grad():
             check_fits(weights, model, clip)
             rows = {t: _between(clip, weights, t, strengths.get(t, 1.0)) for t in weights.embeddings}

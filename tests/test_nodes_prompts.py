@@ -15,13 +15,22 @@ CORNERS, SIZED = prompts.BOX_FORMATS
 BOX = (10.0, 20.0, 40.0, 60.0)
 
 
-@pytest.mark.parametrize("value, box_format", [
-    ((10, 20, 40, 60), CORNERS), ([10, 20, 30, 40], SIZED), ([[10, 20, 40, 60]], CORNERS),
-    (torch.tensor([[10, 20, 40, 60]]), CORNERS), (np.array([10, 20, 30, 40]), SIZED),
-    ({"x": 10, "y": 20, "width": 30, "height": 40}, CORNERS), ({"x": 10, "y": 20, "w": 30, "h": 40}, CORNERS),
-    ({"startX": 10, "startY": 20, "endX": 40, "endY": 60}, SIZED), ({"x1": 10, "y1": 20, "x2": 40, "y2": 60}, SIZED),
-    ("[10, 20, 40, 60]", CORNERS), ([np.int64(10), np.float32(20), 40, 60], CORNERS),
-])
+@pytest.mark.parametrize(
+    "value, box_format",
+    [
+        ((10, 20, 40, 60), CORNERS),
+        ([10, 20, 30, 40], SIZED),
+        ([[10, 20, 40, 60]], CORNERS),
+        (torch.tensor([[10, 20, 40, 60]]), CORNERS),
+        (np.array([10, 20, 30, 40]), SIZED),
+        ({"x": 10, "y": 20, "width": 30, "height": 40}, CORNERS),
+        ({"x": 10, "y": 20, "w": 30, "h": 40}, CORNERS),
+        ({"startX": 10, "startY": 20, "endX": 40, "endY": 60}, SIZED),
+        ({"x1": 10, "y1": 20, "x2": 40, "y2": 60}, SIZED),
+        ("[10, 20, 40, 60]", CORNERS),
+        ([np.int64(10), np.float32(20), 40, 60], CORNERS),
+    ],
+)
 def test_boxes_in_all_forms(value, box_format):
     assert prompts.read_boxes([value], box_format) == [BOX]
 
@@ -32,9 +41,16 @@ def test_lists_of_boxes_keep_their_order():
     assert prompts.read_boxes([None, [], ""]) == []
 
 
-@pytest.mark.parametrize("value", [
-    [1, 2, 3], 5, [1, 2, 3, 4, 5], {"x": 1, "y": 2}, {"x0": "a", "y0": 1, "x1": 2, "y1": 3},
-])
+@pytest.mark.parametrize(
+    "value",
+    [
+        [1, 2, 3],
+        5,
+        [1, 2, 3, 4, 5],
+        {"x": 1, "y": 2},
+        {"x0": "a", "y0": 1, "x1": 2, "y1": 3},
+    ],
+)
 def test_what_is_no_box_is_refused(value):
     with pytest.raises(ConfigError, match="box: "):
         prompts.read_boxes([value])
@@ -52,10 +68,16 @@ def test_one_box_serves_all_photos_and_several_one_each():
         prompts.read_prompts(3, [BOX, other], CORNERS, [""])
 
 
-@pytest.mark.parametrize("text, points", [
-    ("[[5, 6]]", ((5, 6, 1),)), ("[5, 6]", ((5, 6, 1),)), ("[[5, 6, 1], [7, 8, 0]]", ((5, 6, 1), (7, 8, 0))),
-    ('[{"x": 5, "y": 6}, {"x": 7, "y": 8, "label": 0}]', ((5, 6, 1), (7, 8, 0))), ("[]", ()),
-])
+@pytest.mark.parametrize(
+    "text, points",
+    [
+        ("[[5, 6]]", ((5, 6, 1),)),
+        ("[5, 6]", ((5, 6, 1),)),
+        ("[[5, 6, 1], [7, 8, 0]]", ((5, 6, 1), (7, 8, 0))),
+        ('[{"x": 5, "y": 6}, {"x": 7, "y": 8, "label": 0}]', ((5, 6, 1), (7, 8, 0))),
+        ("[]", ()),
+    ],
+)
 def test_points_in_all_forms(text, points):
     assert prompts.read_prompts(2, [], CORNERS, [text]) == [Prompt(None, points)] * 2
 
@@ -71,10 +93,17 @@ def test_photos_by_number_or_name():
     assert found == [Prompt(BOX), Prompt(BOX, ((5, 6, 1),)), Prompt((1, 2, 3, 4), ((2, 3, 1),))]
 
 
-@pytest.mark.parametrize("text, reason", [
-    ("5, 6", "is not JSON"), ("7", "no list of points"), ('[["a", 2]]', "is no point"), ("[[1]]", "is no point"),
-    ('{"4": [[1, 2]]}', "there is no photo '4'; use the numbers 1 to 3"), ('{"1": {"bx": 1}}', "unknown key"),
-])
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("5, 6", "is not JSON"),
+        ("7", "no list of points"),
+        ('[["a", 2]]', "is no point"),
+        ("[[1]]", "is no point"),
+        ('{"4": [[1, 2]]}', "there is no photo '4'; use the numbers 1 to 3"),
+        ('{"1": {"bx": 1}}', "unknown key"),
+    ],
+)
 def test_bad_points_are_refused_with_an_example(text: str, reason: str):
     with pytest.raises(ConfigError, match=reason):
         prompts.read_prompts(3, [], CORNERS, [text])

@@ -128,12 +128,15 @@ def test_12_bit_grey_tiff(tmp_path):
     assert (image - torch.from_numpy(values / 4095)).abs().max() <= 0.5 / 255 + 1e-6
 
 
-@pytest.mark.parametrize("values", [
-    np.full((HEIGHT, WIDTH), 0.5, np.float32),
-    np.full((HEIGHT, WIDTH), 1_000_000, np.int32),
-    np.full((HEIGHT, WIDTH), 200, np.int32),
-    np.full((HEIGHT, WIDTH), -5, np.int32),
-])
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.full((HEIGHT, WIDTH), 0.5, np.float32),
+        np.full((HEIGHT, WIDTH), 1_000_000, np.int32),
+        np.full((HEIGHT, WIDTH), 200, np.int32),
+        np.full((HEIGHT, WIDTH), -5, np.int32),
+    ],
+)
 def test_pixels_without_a_known_white_level_are_refused(tmp_path, values):
     Image.fromarray(values).save(tmp_path / "a.tif")
     with pytest.raises(PhotoError, match=r"a\.tif.*white level"):
@@ -191,10 +194,20 @@ def test_transparent_parts_of_a_mask_picture_are_background(tmp_path):
 
 
 @pytest.mark.parametrize("others_allow_truncated", [False, True])
-@pytest.mark.parametrize(("suffix", "how"), [
-    ("png", {}), ("jpg", {}), ("jpg", {"progressive": True}), ("webp", {"lossless": True}), ("webp", {}), ("bmp", {}),
-    ("tif", {}), ("tif", {"compression": "tiff_lzw"}), ("tif", {"compression": "jpeg"}),
-])
+@pytest.mark.parametrize(
+    ("suffix", "how"),
+    [
+        ("png", {}),
+        ("jpg", {}),
+        ("jpg", {"progressive": True}),
+        ("webp", {"lossless": True}),
+        ("webp", {}),
+        ("bmp", {}),
+        ("tif", {}),
+        ("tif", {"compression": "tiff_lzw"}),
+        ("tif", {"compression": "jpeg"}),
+    ],
+)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_truncated_files_are_refused_whatever_others_set(tmp_path, monkeypatch, suffix, how, others_allow_truncated):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", others_allow_truncated)

@@ -29,9 +29,21 @@ from far_train.subjects import (
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "two_dogs"
 TINY = {
-    "embed_dim": 24, "depth": 3, "num_heads": 3, "global_attn_indexes": [1], "image_size": 64, "window_size": 3,
-    "patch_size": 8, "mlp_dim": 40, "prompt_dim": 32, "mask_channels": 8, "decoder_depth": 1, "decoder_heads": 4,
-    "decoder_mlp_dim": 48, "iou_depth": 2, "iou_dim": 20,
+    "embed_dim": 24,
+    "depth": 3,
+    "num_heads": 3,
+    "global_attn_indexes": [1],
+    "image_size": 64,
+    "window_size": 3,
+    "patch_size": 8,
+    "mlp_dim": 40,
+    "prompt_dim": 32,
+    "mask_channels": 8,
+    "decoder_depth": 1,
+    "decoder_heads": 4,
+    "decoder_mlp_dim": 48,
+    "iou_depth": 2,
+    "iou_dim": 20,
 }
 
 
@@ -72,21 +84,38 @@ class Scripted(SubjectExtractor):
 # Prompts
 
 
-@pytest.mark.parametrize("fields", [
-    {"box": (10, 0, 5, 20)}, {"box": (0, 20, 5, 20)}, {"box": (0, 0, 5)}, {"box": (0, 0, float("nan"), 5)},
-    {"box": (0, 0, "5", 5)}, {"box": 5},
-    {"points": ((1, 2, 3),)}, {"points": ((1, 2),)}, {"points": (1, 2, 1)}, {"points": ((float("inf"), 2, 1),)},
-    {"points": ((1, 2, 0),)},
-])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"box": (10, 0, 5, 20)},
+        {"box": (0, 20, 5, 20)},
+        {"box": (0, 0, 5)},
+        {"box": (0, 0, float("nan"), 5)},
+        {"box": (0, 0, "5", 5)},
+        {"box": 5},
+        {"points": ((1, 2, 3),)},
+        {"points": ((1, 2),)},
+        {"points": (1, 2, 1)},
+        {"points": ((float("inf"), 2, 1),)},
+        {"points": ((1, 2, 0),)},
+    ],
+)
 def test_malformed_prompts_are_refused_by_name(fields):
     with pytest.raises(SubjectError, match=rf"^{next(iter(fields))}: "):
         Prompt(**fields)
 
 
-@pytest.mark.parametrize("prompt", [
-    Prompt(box=(0, 0, 61, 40)), Prompt(box=(-1, 0, 60, 40)), Prompt(box=(0, 0, 60, 40.5)),
-    Prompt(points=((61, 5, 1),)), Prompt(points=((5, -1, 1),)), Prompt(points=((5, 5, 1), (5, 41, 0))),
-])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        Prompt(box=(0, 0, 61, 40)),
+        Prompt(box=(-1, 0, 60, 40)),
+        Prompt(box=(0, 0, 60, 40.5)),
+        Prompt(points=((61, 5, 1),)),
+        Prompt(points=((5, -1, 1),)),
+        Prompt(points=((5, 5, 1), (5, 41, 0))),
+    ],
+)
 def test_prompts_outside_the_photo_are_refused(prompt):
     with pytest.raises(SubjectError, match=r"a\.jpg: (box|points): .*outside the photo, which is 60x40 px"):
         SubjectExtractor(tiny_sam()).extract(photo(), prompt)
@@ -369,7 +398,11 @@ def test_a_folder_becomes_pairs_and_bad_photos_are_named(folder, tmp_path):
     for _ in range(2):  # the folder may exist
         report = extract_folder(folder, out, extractor, progress=lambda done, total: calls.append((done, total)))
     assert [(line.photo, line.status) for line in report] == [
-        ("1.jpg", "ok"), ("2.png", "ok"), ("10.png", "ok"), ("broken.jpg", "skipped"), ("cut.png", "ok"),
+        ("1.jpg", "ok"),
+        ("2.png", "ok"),
+        ("10.png", "ok"),
+        ("broken.jpg", "skipped"),
+        ("cut.png", "ok"),
         ("masked.jpg", "ok"),
     ]
     assert report[0].detail == pytest.approx(0.8) and report[4].detail == report[5].detail == "own mask"

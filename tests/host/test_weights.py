@@ -19,6 +19,7 @@ from far_train.weights import FarWeights, Provenance
 
 from .comfy_server import ComfyServer, ExecutionFailed, PromptRejected
 from .graphs import encoded, node, predicted, tiny_base
+from .listener import NODE_TEXT, Listener
 
 PROMPT = "a photo of a <red-ball> ball, and a <Blue-Ball> ball on a beach"
 TOLERANCE = 1e-3
@@ -262,6 +263,17 @@ def test_unknown_tokens_are_warned_of_once(comfy, weights, saved):
     prompt |= {"7": predicted("other", ["3", 0], ["6", 0])}
     comfy.run(prompt)
     assert comfy.log()[logged:].count("The prompt holds <corgi-dog>") == 1
+
+
+def test_prompts_with_an_unpatched_clip_are_told_so(comfy, weights, saved):
+    """The stock prompt node can't know; the node that has the tokens looks over the graph and says it there."""
+    prompt = applied(saved(weights), text="a <red-ball> ball")
+    prompt |= {"6": encoded("a <red-ball> ball", ["1", 1]), "7": predicted("unpatched", ["3", 0], ["6", 0])}
+    with Listener(comfy) as listener:
+        comfy.run(prompt)
+    told = [payload for kind, payload in listener.binaries if kind == NODE_TEXT]
+    assert sum(b"<red-ball> will be read as plain text here" in payload for payload in told) == 1
+    assert all(payload[4:5] == b"6" for payload in told if b"plain text" in payload)
 
 
 def test_concept_strength_zero_is_the_noun(comfy, base, weights, saved):
