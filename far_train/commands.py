@@ -323,7 +323,7 @@ def queue(inputs: Inputs, _config: None) -> None:
         workflow, RunningHost(inputs.get("host", DEFAULT_HOST)), out, lambda text: print(text, flush=True)
     )
     if out is not None:
-        print(f"{len(files)} files → {out}")
+        print(f"{len(files)} {'file' if len(files) == 1 else 'files'} → {out}")
 
 
 def demo(inputs: Inputs, _config: None) -> None:
