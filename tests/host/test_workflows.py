@@ -1,0 +1,253 @@
+"""The workflow templates in the real host: they match its nodes, validate, and run to the end on photos of two dogs."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from far_train.queueing import RunningHost, run_workflow, set_inputs
+from far_train.sam import build_sam
+
+from .comfy_server import REPO, ComfyServer, Host
+from .graphs import tiny_base
+from .test_photos import TINY_SAM
+
+WORKFLOWS = {path.stem[0]: path for path in sorted((REPO / "workflows").glob("*.json"))}
+PREPARE, TRAIN, DRAW = (WORKFLOWS[number] for number in "123")
+PHOTOS = REPO.parent / "shared" / "data" / "two_dogs"
+CHECKPOINT, SAM = "v2-1_768-ema-pruned.safetensors", "sam_vit_b_01ec64.pth"
+SIZE = 128
+
+specification = importlib.util.spec_from_file_location("api_twins", REPO / "scripts" / "api_twins.py")
+api_twins = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(api_twins)
+
+
+def twin(path: Path) -> dict:
+    return json.loads((path.parent / "api" / path.name).read_text(encoding="utf-8"))
+
+
+def with_tiny_base(workflow: dict) -> dict:
+    """The workflow with the tiny base in the place of the checkpoint, which the host couldn't recognise."""
+    workflow = copy.deepcopy(workflow)
+    for node in workflow.values():
+        if node["class_type"] == "CheckpointLoaderSimple":
+            node.update(tiny_base())
+    return workflow
+
+
+def by_title(workflow: dict, title: str) -> str:
+    (found,) = (node_id for node_id, node in workflow.items() if node["_meta"]["title"] == title)
+    return found
+
+
+# ---- the files
+
+
+@pytest.mark.parametrize("path", WORKFLOWS.values(), ids=lambda p: p.stem)
+def test_twins_are_up_to_date(comfy: ComfyServer, path: Path):
+    """A twin that can be made has known node types and as many widgets as their schemas (see scripts/api_twins.py)."""
+    made = api_twins.twin_text(path, comfy.object_info())
+    assert json.loads(made) == twin(path), "run scripts/api_twins.py"
+
+
+@pytest.mark.parametrize("path", WORKFLOWS.values(), ids=lambda p: p.stem)
+def test_sockets_are_the_schemas(comfy: ComfyServer, path: Path):
+    schemas = comfy.object_info()
+    for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
+        if node["type"] in api_twins.NOTES:
+            continue
+        schema = schemas[node["type"]]
+        declared, widgets = api_twins.inputs_of(schema), api_twins.widget_names(schema)
+        expected = {name: None if name in widgets else kind for name, (kind, _) in declared.items()}
+        assert {i["name"]: None if "widget" in i else i["type"] for i in node["inputs"]} == expected, node["title"]
+        assert [(o["name"], o["type"]) for o in node["outputs"]] == list(zip(schema["output_name"], schema["output"]))
+
+
+def test_the_template_browser_lists_them(comfy: ComfyServer):
+    assert set(comfy.get("/workflow_templates")["ComfyUI-FaR"]) == {path.stem for path in WORKFLOWS.values()}
+
+
+def test_a_bad_graph_is_refused_in_words(comfy: ComfyServer):
+    graph = json.loads(TRAIN.read_text(encoding="utf-8"))
+    schemas = comfy.object_info()
+    graph["nodes"][-1]["widgets_values"] = [1, 2, 3]
+    with pytest.raises(api_twins.TwinError, match="Sample pictures.*3 widget values"):
+        api_twins.to_api(graph, schemas)
+    graph["nodes"][-1]["type"] = "NoSuchNode"
+    with pytest.raises(api_twins.TwinError, match="no node type NoSuchNode"):
+        api_twins.to_api(graph, schemas)
+
+
+# ---- validation: files of the right names are enough
+
+
+@pytest.fixture(scope="module")
+def files(comfy: ComfyServer) -> Iterator[None]:
+    """Whatever the templates name, as empty files and folders: enough to validate."""
+    models = {"checkpoints": CHECKPOINT, "sams": SAM, "far": "two-dogs.safetensors"}
+    made = [comfy.folder(f"models/{folder}") / name for folder, name in models.items()]
+    made.append(comfy.folder("output/far/datasets/two-dogs") / "dataset.json")
+    folders = [comfy.folder(f"input/{name}") for name in ("corgi", "chow")] + [made[-1].parent]
+    for path in made:
+        path.touch()
+    yield
+    for path in made:  # other tests share this host
+        path.unlink()
+    for folder in folders:
+        folder.rmdir()
+
+
+@pytest.mark.parametrize("path", WORKFLOWS.values(), ids=lambda p: p.stem)
+def test_templates_validate(comfy: ComfyServer, files, path: Path):
+    prompt_id = comfy.queue(twin(path))  # raises if any node did not validate
+    RunningHost(comfy.url).cancel(prompt_id)
+    deadline = time.monotonic() + 60
+    while any(comfy.get("/queue").values()) and time.monotonic() < deadline:
+        time.sleep(0.1)  # it may have begun, to fail on the empty files: nothing may run beside the next test
+    assert not any(comfy.get("/queue").values())
+
+
+def test_templates_open_in_the_front_end(comfy: ComfyServer, files, tmp_path):
+    """In a browser: no dialog about missing nodes or models, no node marked as faulty (see scripts/screenshot.py)."""
+    pythons = [Path(sys.executable), comfy.host.python]
+    has_playwright = [
+        p for p in pythons if not subprocess.run([p, "-c", "import playwright"], capture_output=True).returncode
+    ]
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not has_playwright or not browser:
+        pytest.skip("no Chromium, or no playwright in the Python of the tests or of the host (pip install playwright)")
+    command = [has_playwright[0], REPO / "scripts" / "screenshot.py", "--host", comfy.url, "--out", tmp_path]
+    done = subprocess.run([*command, "--browser", browser], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("in order") == 3
+    assert all(Image.open(tmp_path / f"{path.stem}.png").width > 1000 for path in WORKFLOWS.values())
+
+
+# ---- the whole line
+
+
+@pytest.fixture(scope="module")
+def dogs(host: Host) -> Iterator[ComfyServer]:
+    """A host with the photos and their masks in its input folder, and a small random SAM for the class pictures."""
+    if not PHOTOS.is_dir():
+        pytest.skip(f"the photos of two dogs are not there ({PHOTOS})")
+    with ComfyServer(host) as server:
+        for name in ("corgi", "chow"):
+            shutil.copytree(PHOTOS / name, server.folder("input") / name)
+        torch.manual_seed(3)
+        sam = build_sam(TINY_SAM)
+        heads = {"far_sam": json.dumps({"decoder_heads": TINY_SAM["decoder_heads"]})}
+        save_file(sam.state_dict(), server.folder("models/sams") / "tiny.safetensors", heads)
+        yield server
+
+
+def queue(server: ComfyServer, workflow: dict, out: Path, *changes: str) -> list[Path]:
+    return run_workflow(set_inputs(with_tiny_base(workflow), changes), RunningHost(server.url), out)
+
+
+@pytest.fixture(scope="module")
+def prepared(dogs: ComfyServer, tmp_path_factory) -> list[Path]:
+    return queue(
+        dogs,
+        twin(PREPARE),
+        tmp_path_factory.mktemp("prepare"),
+        "Segment Anything.model_name=tiny.safetensors",
+        "Photos of the corgi.max_side=256",
+        "Photos of the chow.max_side=256",
+        "Class pictures.count=2",
+        "Class pictures.steps=2",
+        f"Class pictures.size={SIZE}",
+        f"Training pictures.size={SIZE}",
+        "Training pictures.count=6",
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(dogs: ComfyServer, prepared, tmp_path_factory) -> list[Path]:
+    workflow = twin(TRAIN)
+    options = api_twins.inputs_of(dogs.object_info()["FaR_TrainOptions"])
+    defaults = {name: spec.get("default", (spec.get("options") or [None])[0]) for name, (_, spec) in options.items()}
+    changes = {"sample_steps": 2, "prior_batch_size": 1, "attention_cells": 8}
+    workflow["99"] = {
+        "class_type": "FaR_TrainOptions",
+        "inputs": defaults | changes,
+        "_meta": {"title": "Options"},
+    }
+    workflow[by_title(workflow, "Learn the dogs")]["inputs"]["options"] = ["99", 0]
+    out = tmp_path_factory.mktemp("train")
+    return queue(dogs, workflow, out, "Learn the dogs.steps=3", "Learn the dogs.batch_size=1")
+
+
+def test_prepare_runs_to_the_end(dogs: ComfyServer, prepared):
+    shown = {path.stem for path in prepared}
+    assert {"Cut out the corgi", "Cut out the chow", "Name the chow", "Class pictures", "Training pictures"} <= shown
+    dataset = dogs.base / "output/far/datasets/two-dogs"
+    about = json.loads((dataset / "dataset.json").read_text(encoding="utf-8"))
+    assert about["size"] == SIZE and "<corgi-dog>" in json.dumps(about) and "<chow-dog>" in json.dumps(about)
+    assert (dataset / "contact-sheet.jpg").stat().st_size > 1000
+
+
+def test_train_runs_to_the_end_and_saves(dogs: ComfyServer, trained):
+    with safe_open(dogs.base / "models/far/two-dogs.safetensors", "pt") as weights:
+        assert len(list(weights.keys())) == 2 + 32  # one embedding for each dog, K and V of 16 layers
+    pictures = [path for path in trained if path.stem.startswith("Sample pictures")]
+    assert len(pictures) == 3 and all(Image.open(p).size == (SIZE, SIZE) for p in pictures)
+    assert [p.stem for p in trained if "Loss" in p.stem] == ["Loss curve"]
+    assert (dogs.base / "output/far/two-dogs/metrics.jsonl").read_text(encoding="utf-8").count("\n") == 3
+
+
+def test_draw_with_the_command_and_the_weights(dogs: ComfyServer, trained, tmp_path):
+    """The documented command on the template, and what the weights change in its pictures."""
+    file, out = tmp_path / "draw.json", tmp_path / "pictures"
+    file.write_text(json.dumps(with_tiny_base(twin(DRAW))), encoding="utf-8")
+    small = [f"Four pictures of 768 px.{name}={SIZE}" for name in ("width", "height")]
+    settings = [part for change in (*small, "Draw.steps=2") for part in ("--set", change)]
+    command = [sys.executable, "-m", "far_train", "queue", str(file), "--host", dogs.url, "--out", str(out), *settings]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    pictures = sorted(out.glob("two-dogs_*.png"))
+    assert len(pictures) == 4 and all(Image.open(p).size == (SIZE, SIZE) for p in pictures)
+    assert all(p.stat().st_size > 5000 for p in pictures)  # a constant picture (NaNs decode to black) is far smaller
+    assert len({p.read_bytes() for p in pictures}) == 4
+    without = [*command, "--set", "Teach it to the model.strength=0", "--set", "Pictures.filename_prefix=plain"]
+    done = subprocess.run(without, cwd=REPO, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    plain = Image.open(sorted(out.glob("plain_*.png"))[0]).convert("RGB")
+    assert plain.tobytes() != Image.open(pictures[0]).convert("RGB").tobytes()
+    wrong = [*command, "--set", "What was learned.file=cats.safetensors"]
+    done = subprocess.run(wrong, cwd=REPO, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert "'What was learned', file:" in done.stderr and "models/far holds no file 'cats.safetensors'" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends Ctrl-C to the whole console")
+def test_ctrl_c_stops_the_run_on_the_host(dogs: ComfyServer, trained, tmp_path):
+    file = tmp_path / "draw.json"
+    file.write_text(json.dumps(with_tiny_base(twin(DRAW))), encoding="utf-8")
+    small = ["--set", f"Four pictures of 768 px.width={SIZE}", "--set", "Draw.steps=9000", "--set", "Draw.seed=5"]
+    command = [sys.executable, "-u", "-m", "far_train", "queue", str(file), "--host", dogs.url, *small]
+    with subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("queued as"):
+                prompt_id = line.split()[-1]
+            if line.startswith("running"):
+                break
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130 and "asked to stop" in errors
+    assert [error.kind for error in dogs.errors(dogs.get(f"/history/{prompt_id}")[prompt_id])] == ["interrupted"]

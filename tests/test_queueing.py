@@ -1,0 +1,275 @@
+"""Queueing a workflow on a running host: inputs by title, complaints in words, results on disk; the host is faked."""
+
+from __future__ import annotations
+
+import json
+import threading
+import urllib.parse
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from far_train import queueing
+from far_train.cli import main
+from far_train.errors import Interrupted, QueueError
+from far_train.queueing import RunningHost, read_workflow, run_workflow, save, set_inputs
+
+
+def node(kind: str, title: str, **inputs) -> dict:
+    return {"class_type": kind, "inputs": inputs, "_meta": {"title": title}}
+
+
+WORKFLOW = {
+    "1": node("CheckpointLoaderSimple", "Stable Diffusion 2.1", ckpt_name="a.safetensors"),
+    "2": node("FaR_Train", "Learn", steps=100, name="dogs", points="", model=["1", 0], fine=True),
+    "3": node("SaveImage", "Pictures", images=["2", 0]),
+    "4": node("SaveImage", "pictures", images=["2", 1]),
+}
+
+
+class FakeHost(ThreadingHTTPServer):
+    """The host's routes that queueing uses; ``turns`` counts how often its queue is asked for before the end."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answer: tuple[int, dict] = (200, {"prompt_id": "p", "node_errors": {}})
+        self.entry: dict = {"status": {"status_str": "success", "messages": []}, "outputs": {}}
+        self.turns = 2
+        self.running = True
+        self.posts: list[tuple[str, dict]] = []
+        self.viewed: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: FakeHost
+
+    def log_message(self, *_):
+        pass
+
+    def reply(self, body: bytes, status: int = 200) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self):
+        host = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        host.posts.append((self.path, body))
+        if self.path == "/prompt":
+            self.reply(json.dumps(host.answer[1]).encode(), host.answer[0])
+            return
+        if self.path == "/interrupt" or body == {"delete": ["p"]} and not host.running:
+            host.turns = 0
+        self.reply(b"")
+
+    def do_GET(self):
+        host, path = self.server, urllib.parse.urlsplit(self.path)
+        if path.path == "/queue":
+            host.turns -= 1
+            mine = [[7, "p", {}, {}, []]] if host.turns >= 0 else []
+            others = [[1, "x", {}, {}, []]]
+            state = {"queue_running": mine if host.running else others, "queue_pending": [] if host.running else mine}
+            self.reply(json.dumps(state).encode())
+        elif path.path == "/history/p":
+            self.reply(json.dumps({"p": host.entry} if host.turns < 0 and host.entry else {}).encode())
+        elif path.path == "/view":
+            query = dict(urllib.parse.parse_qsl(path.query))
+            host.viewed.append(query["filename"])
+            self.reply(f"content of {query['filename']}".encode())
+        else:
+            self.reply(b"", 404)
+
+
+@pytest.fixture
+def fake(monkeypatch) -> Iterator[FakeHost]:
+    monkeypatch.setattr(queueing, "POLL_SECONDS", 0.01)
+    host = FakeHost()
+    threading.Thread(target=host.serve_forever, daemon=True).start()
+    yield host
+    host.shutdown()
+    host.server_close()
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    path = tmp_path / "workflow.json"
+    path.write_text(json.dumps(WORKFLOW), encoding="utf-8")
+    return path
+
+
+# ---- inputs
+
+
+@pytest.mark.parametrize(
+    ("assignment", "where", "value"),
+    [
+        ("Learn.steps=5", ("2", "steps"), 5),
+        ("learn . steps = 7", ("2", "steps"), 7),
+        ("2.fine=false", ("2", "fine"), False),
+        ("Learn.name=2024", ("2", "name"), "2024"),
+        ('Learn.name="two dogs"', ("2", "name"), "two dogs"),
+        ("Learn.name=a=b", ("2", "name"), "a=b"),
+        ("Learn.points=[[1, 2]]", ("2", "points"), "[[1, 2]]"),
+        ("Stable Diffusion 2.1.ckpt_name=b.safetensors", ("1", "ckpt_name"), "b.safetensors"),
+        ('Learn.model=["3", 0]', ("2", "model"), ["3", 0]),
+    ],
+)
+def test_inputs_are_set_by_title(assignment, where, value):
+    changed = set_inputs(WORKFLOW, [assignment])
+    assert changed[where[0]]["inputs"][where[1]] == value
+    changed[where[0]]["inputs"][where[1]] = WORKFLOW[where[0]]["inputs"][where[1]]
+    assert changed == WORKFLOW
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        ("steps=5", ["TITLE.input=value"]),
+        ("Learn.steps", ["TITLE.input=value"]),
+        ("Lern.steps=5", ["no node 'Lern'", "did you mean 'Learn'?"]),
+        ("zzz.steps=5", ["the workflow has: Stable Diffusion 2.1, Learn"]),
+        ("Learn.stepps=5", ["'Learn' has no input 'stepps'", "did you mean 'steps'?"]),
+        ("Learn.zzz=5", ["it has: steps, name"]),
+        ("Pictures.images=5", ["several nodes", "3, 4"]),
+        ("Learn.model=5", ["linked to 'Stable Diffusion 2.1'"]),
+    ],
+)
+def test_wrong_assignments_are_explained(assignment, words):
+    with pytest.raises(QueueError) as refused:
+        set_inputs(WORKFLOW, [assignment])
+    assert all(w in str(refused.value) for w in words)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "can't be read"),
+        ("[]", "no workflow"),
+        ("{}", "no workflow"),
+        ('{"1": {"class_type": "A"}}', "no workflow"),
+        ('{"nodes": [], "links": []}', "workflows/api"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, content, words):
+    path = tmp_path / "w.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(QueueError, match=words):
+        read_workflow(path)
+
+
+# ---- runs
+
+
+def test_results_are_fetched(fake, tmp_path):
+    fake.entry["outputs"] = {
+        "3": {"images": [{"filename": "dogs_1.png", "subfolder": "a", "type": "output"}], "animated": [False]},
+        "2": {
+            "images": [{"filename": "tmp_xyz.png", "subfolder": "", "type": "temp"}],
+            "text": ["trained"],
+        },
+    }
+    told = []
+    files = run_workflow(WORKFLOW, RunningHost(fake.url), tmp_path / "out", told.append)
+    assert [f.name for f in files] == ["Learn.png", "dogs_1.png"]  # previews are named by their node
+    assert (tmp_path / "out" / "dogs_1.png").read_text() == "content of dogs_1.png"
+    assert any("running" in t for t in told) and "Learn: trained" in told
+    path, body = fake.posts[0]
+    assert path == "/prompt" and body["prompt"] == WORKFLOW and body["client_id"]
+
+
+def test_a_file_of_the_same_name_is_kept(tmp_path):
+    assert save(b"1", tmp_path, "a.png") == save(b"1", tmp_path, "../x/a.png") == tmp_path / "a.png"
+    assert save(b"2", tmp_path, "..\\a.png") == tmp_path / "a-2.png"
+    assert (tmp_path / "a.png").read_bytes() == b"1"
+
+
+COMPLAINT = {
+    "2": {
+        "class_type": "FaR_Train",
+        "errors": [
+            {
+                "type": "value_smaller_than_min",
+                "message": "Value is smaller than min",
+                "details": "steps: -1",
+                "extra_info": {"input_name": "steps"},
+            }
+        ],
+    }
+}
+
+
+def test_a_refused_workflow_is_explained(fake):
+    fake.answer = (400, {"error": {"message": "outputs failed"}, "node_errors": COMPLAINT})
+    with pytest.raises(QueueError, match=r"'Learn', steps: Value is smaller than min \(steps: -1\)"):
+        run_workflow(WORKFLOW, RunningHost(fake.url))
+    fake.answer = (400, {"error": {"message": "Prompt has no outputs", "details": ""}, "node_errors": {}})
+    with pytest.raises(QueueError, match="Prompt has no outputs"):
+        run_workflow(WORKFLOW, RunningHost(fake.url))
+
+
+def test_a_workflow_that_is_valid_in_part_is_taken_back(fake):
+    fake.answer = (200, {"prompt_id": "p", "node_errors": COMPLAINT})
+    with pytest.raises(QueueError, match="a part of the workflow is invalid:\n'Learn', steps"):
+        run_workflow(WORKFLOW, RunningHost(fake.url))
+    assert ("/queue", {"delete": ["p"]}) in fake.posts and ("/interrupt", {"prompt_id": "p"}) in fake.posts
+
+
+def test_a_failing_node_is_named(fake):
+    message = {"node_id": "2", "node_type": "FaR_Train", "exception_message": "too few photos\n"}
+    fake.entry["status"] = {"status_str": "error", "messages": [["execution_error", message]]}
+    with pytest.raises(QueueError, match="'Learn' failed: too few photos$"):
+        run_workflow(WORKFLOW, RunningHost(fake.url))
+    fake.entry["status"]["messages"] = [["execution_interrupted", {"node_id": "2"}]]
+    with pytest.raises(Interrupted, match="'Learn'"):
+        run_workflow(WORKFLOW, RunningHost(fake.url))
+
+
+def test_a_vanished_workflow_ends_the_wait(fake):
+    fake.entry = {}
+    with pytest.raises(QueueError, match="knows this workflow no more"):
+        run_workflow(WORKFLOW, RunningHost(fake.url))
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_ctrl_c_stops_it_on_the_host(fake, monkeypatch, running):
+    fake.turns, fake.running = 10_000, running
+    if not running:
+        fake.entry = {}
+    presses = iter([KeyboardInterrupt])
+
+    def say(text: str) -> None:
+        if text.startswith(("running", "waiting")) and (press := next(presses, None)):
+            raise press
+
+    with pytest.raises(Interrupted):
+        run_workflow(WORKFLOW, RunningHost(fake.url), None, say)
+    assert ("/queue", {"delete": ["p"]}) in fake.posts
+    assert (("/interrupt", {"prompt_id": "p"}) in fake.posts) == running  # others' runs are left alone
+
+
+def test_no_host(tmp_path):
+    with pytest.raises(QueueError, match="no ComfyUI answers at http://127.0.0.1:9 "):
+        run_workflow(WORKFLOW, RunningHost("127.0.0.1:9"))
+    with pytest.raises(QueueError, match="is no address"):
+        RunningHost("ftp://x")
+
+
+def test_the_command(fake, file, tmp_path, capsys):
+    fake.entry["outputs"] = {"3": {"images": [{"filename": "a.png", "subfolder": "", "type": "output"}]}}
+    argv = ["queue", str(file), "--host", fake.url, "--set", "Learn.steps=5", "--set", "1.ckpt_name=b"]
+    assert main([*argv, "--out", str(tmp_path / "out")]) == 0
+    sent = fake.posts[0][1]["prompt"]
+    assert sent["2"]["inputs"]["steps"] == 5 and sent["1"]["inputs"]["ckpt_name"] == "b"
+    assert (tmp_path / "out" / "a.png").exists() and "1 file →" in capsys.readouterr().out
+    assert main(["queue", "--workflow", str(file), "--host", fake.url, "--set", "Learn.stps=5"]) == 2
+    assert "did you mean 'steps'?" in capsys.readouterr().err
+    fake.turns = 2
+    fake.entry["status"] = {"status_str": "error", "messages": [["execution_interrupted", {"node_id": "2"}]]}
+    assert main(["queue", str(file), "--host", fake.url]) == 130
