@@ -23,8 +23,16 @@ from .photos import Photo, list_photos, load_photo, mask_path, save_pair, to_uin
 from .sam import build_sam, load_sam, segment_anything
 
 __all__ = [
-    "Extracted", "Prompt", "Subject", "SubjectExtractor", "build_sam", "choose_mask", "clean_mask", "extract_folder",
-    "load_sam", "subject_from_mask",
+    "Extracted",
+    "Prompt",
+    "Subject",
+    "SubjectExtractor",
+    "build_sam",
+    "choose_mask",
+    "clean_mask",
+    "extract_folder",
+    "load_sam",
+    "subject_from_mask",
 ]
 
 # A cross of foreground points around the centre, as fractions of width and height: one point alone often asks for
