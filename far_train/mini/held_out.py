@@ -22,9 +22,7 @@ def all_identities() -> list[Identity]:
     return [
         Identity(noun, body, second, pattern, accessory, shape)
         for noun in NOUNS
-        for body, second, pattern, accessory, shape in product(
-            COLOURS, COLOURS, PATTERNS, ACCESSORIES, SHAPES[noun][1]
-        )
+        for body, second, pattern, accessory, shape in product(COLOURS, COLOURS, PATTERNS, ACCESSORIES, SHAPES[noun][1])
         if body != second
     ]
 
