@@ -67,6 +67,11 @@ class Config:
         """A mapping of JSON types."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
+    def result_shaping(self) -> dict[str, Any]:
+        """The settings that decide what is learned: a resumed run must have the same."""
+        names = {f.name for f in fields(self) if f.metadata["shapes_result"]}
+        return {k: v for k, v in self.to_dict().items() if k in names}
+
     @classmethod
     def from_dict(cls: type[C], values: dict[str, Any], where: str = "settings", other_names: Sequence[str] = ()) -> C:
         """Build from a mapping. An unknown name is refused with the nearest one known, here or in ``other_names``."""
@@ -252,11 +257,6 @@ class TrainConfig(Config):
     def steps_for(self, concepts: int) -> int:
         """Steps of a run: 500 per concept unless set, at most 2,500."""
         return self.steps if self.steps is not None else min(500 * concepts, 2500)
-
-    def result_shaping(self) -> dict[str, Any]:
-        """The settings that decide what is learned: a resumed run must have the same."""
-        names = {f.name for f in fields(self) if f.metadata["shapes_result"]}
-        return {k: v for k, v in self.to_dict().items() if k in names}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,189 @@
+"""The small autoencoder: diffusers' AutoencoderKL with four latent channels and stride 8, trained from scratch.
+
+No adversary and no perceptual network: the world's flat shapes are held by plain errors on several scales and on
+gradients.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..backbone import packaged_configs
+from ..errors import BaseModelError
+from ..files import write_json
+from .learning import (
+    LearnConfig,
+    OnStep,
+    draw_rows,
+    fit,
+    load_first_weights,
+    seeded,
+    step_generator,
+    write_figures,
+    write_module,
+)
+from .scene_pool import ScenePool
+from .world import render_scene
+
+BLOCKS = (32, 64, 96, 96)  # four levels make stride 8; multiples of 32, the number of groups that norms have
+KL_WEIGHT = 1e-3
+CODED = 2048  # pictures from which the latents' spread is measured
+EVAL_SEED = 3  # a series of scenes that no training uses
+PSNR_GATE = 27.0
+
+
+def autoencoder_config(size: int = 128, blocks: Sequence[int] = BLOCKS) -> dict[str, Any]:
+    """SD 2.1's autoencoder config with fewer channels and layers."""
+    config = packaged_configs("v_prediction")["vae"]
+    return config | {"block_out_channels": list(blocks), "layers_per_block": 1, "sample_size": size}
+
+
+def build_autoencoder(config: dict[str, Any]) -> Any:
+    """An AutoencoderKL with random weights."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL.from_config(config)
+
+
+def picture_loss(drawn: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """Errors between pictures [B, 3, H, W], each a mean over everything.
+
+    ``l1``, ``l2``; ``gradient``: L1 between neighbours' differences, which keeps edges where they are; ``scales``: L1
+    after pooling by 2, 4 and 8, which keeps colours true over areas.
+    """
+    gap = drawn.float() - target.float()
+    gradient = (gap[..., 1:] - gap[..., :-1]).abs().mean() + (gap[..., 1:, :] - gap[..., :-1, :]).abs().mean()
+    scales = sum(F.avg_pool2d(gap, k).abs().mean() for k in (2, 4, 8)) / 3
+    return {"l1": gap.abs().mean(), "l2": gap.square().mean(), "gradient": gradient, "scales": scales}
+
+
+def kl_term(mean: Tensor, logvar: Tensor) -> Tensor:
+    """KL divergence from the unit Gaussian, in nats per latent number (Kingma & Welling 2014, arXiv 1312.6114)."""
+    mean, logvar = mean.float(), logvar.float()
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+
+
+def learn_autoencoder(
+    pool: ScenePool,
+    folder: Path,
+    config: LearnConfig,
+    *,
+    blocks: Sequence[int] = BLOCKS,
+    crop: int = 0,
+    kl_weight: float = KL_WEIGHT,
+    start: Path | None = None,
+    on_step: OnStep = lambda step, metrics: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Any:
+    """Train on a pool's pictures, or go on with it; writes ``folder``/vae when done and returns that autoencoder.
+
+    ``crop``: train on windows of this many pixels (0: whole pictures), for machines that would wait long. ``start``: a
+    folder of an AutoencoderKL to begin with.
+    """
+    size = pool.config.picture_size
+    shape = autoencoder_config(size, blocks)
+    vae = seeded(config.learn_seed, lambda: build_autoencoder(shape))
+    if start:
+        load_first_weights(vae, load_file(start / "diffusion_pytorch_model.safetensors"), start)
+
+    def step_loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        device = next(vae.parameters()).device
+        pictures = pool.hold(device).pictures(draw_rows(config.learn_seed, step, config.batch_size, len(pool)))
+        choices = torch.Generator().manual_seed(step)
+        if crop and crop < size:
+            top, left = torch.randint(size - crop + 1, (2,), generator=choices).tolist()
+            pictures = pictures[..., top : top + crop, left : left + crop]
+        if torch.rand((), generator=choices) < 0.5:
+            pictures = pictures.flip(-1)
+        posterior = vae.encode(pictures).latent_dist
+        noise = torch.randn(
+            posterior.mean.shape, generator=step_generator(config.learn_seed, step, device), device=device
+        )
+        drawn = vae.decode(posterior.mean + posterior.std * noise).sample
+        errors = picture_loss(drawn, pictures)
+        kl = kl_term(posterior.mean, posterior.logvar)
+        loss = errors["l1"] + 2 * errors["l2"] + errors["gradient"] + errors["scales"] + kl_weight * kl
+        return loss, {**errors, "kl": kl}
+
+    about = {"model": "autoencoder", "blocks": list(blocks), "crop": crop, "kl_weight": kl_weight}
+    about |= {"pool_seed": pool.config.pool_seed, "start": str(start) if start else None}
+    vae = fit(vae, step_loss, config, folder, about, on_step=on_step, should_stop=should_stop)
+    # Latents of unit spread are what the noise schedule is made for.
+    latents = encode_pool_means(vae, pool, min(CODED, len(pool)))
+    shape["scaling_factor"] = round(1 / float(latents.float().std()), 5)
+    vae.register_to_config(scaling_factor=shape["scaling_factor"])
+    write_module(folder / "vae" / "diffusion_pytorch_model.safetensors", vae)
+    write_json(folder / "vae" / "config.json", shape)
+    return vae
+
+
+def load_autoencoder(folder: Path, device: torch.device | str = "cpu") -> tuple[Any, dict[str, Any]]:
+    """The autoencoder that :func:`learn_autoencoder` wrote, frozen, and its config. Raises BaseModelError."""
+    try:
+        shape = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+        state = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
+    except (OSError, ValueError) as e:
+        raise BaseModelError(f"{folder}: holds no finished autoencoder ({e}); train it first") from e
+    vae = build_autoencoder(shape)
+    load_first_weights(vae, state, folder)
+    return vae.eval().requires_grad_(False).to(device), shape
+
+
+@torch.no_grad()
+def encode_pool_means(vae: nn.Module, pool: ScenePool, count: int | None = None, batch: int = 128) -> Tensor:
+    """Unscaled latent means [N, 4, h, w] of a pool's first scenes, in fp16 on the autoencoder's device."""
+    device, total = next(vae.parameters()).device, count or len(pool)
+    pool.hold(device)
+    parts = []
+    for start in range(0, total, batch):
+        pictures = pool.pictures(torch.arange(start, min(start + batch, total)))
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            parts.append(vae.encode(pictures).latent_dist.mean.half())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def round_trip(vae: nn.Module, pictures: Tensor, latent_noise: Tensor | None = None) -> Tensor:
+    """Pictures [B, 3, H, W] (-1..1) encoded and decoded; ``latent_noise`` [B, 4, h, w] is added between, in units of
+    the latents' spread."""
+    latents = vae.encode(pictures).latent_dist.mean
+    if latent_noise is not None:
+        latents = latents + latent_noise / vae.config.scaling_factor
+    return vae.decode(latents).sample.float().clamp(-1, 1)
+
+
+def scene_pictures(first: int, count: int, size: int, seed: int = EVAL_SEED) -> Tensor:
+    """Held-out scenes as pictures [count, 3, S, S] from -1 to 1."""
+    images = [render_scene(seed, i, size).image for i in range(first, first + count)]
+    return torch.stack(images).permute(0, 3, 1, 2) * 2 - 1
+
+
+def measure_autoencoder(vae: nn.Module, folder: Path | None, size: int, count: int = 512) -> dict[str, Any]:
+    """Reconstruction of held-out scenes: mean PSNR of whole pictures, in dB, and the worst of them."""
+    device = next(vae.parameters()).device
+    values = []
+    for start in range(0, count, 64):
+        pictures = scene_pictures(start, min(64, count - start), size).to(device)
+        error = ((round_trip(vae, pictures) - pictures) / 2).square().mean((1, 2, 3))
+        values.append(-10 * error.clamp(min=1e-10).log10().cpu())
+    psnr = torch.cat(values)
+    figures = {
+        "scenes": count,
+        "psnr": round(float(psnr.mean()), 2),
+        "psnr_worst": round(float(psnr.min()), 2),
+        "psnr_gate": PSNR_GATE,
+        "reached": float(psnr.mean()) >= PSNR_GATE,
+        "scaling_factor": vae.config.scaling_factor,
+        "parameters": sum(p.numel() for p in vae.parameters()),
+    }
+    if folder:
+        write_figures(folder, figures)
+    return figures

@@ -1,0 +1,176 @@
+"""The small base model: SD 2.1's UNet and text encoder with few channels, trained together from scratch.
+
+v-prediction on SD 2.1's noise schedule, in the latents of the small autoencoder; the text model is causal and hands on
+its last layer behind the final norm, as the 23 layers do that SD 2.1 keeps of its encoder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..backbone import build_parts, packaged_configs
+from ..keys import strip_text_model
+from ..losses import add_noise, denoising_loss, min_snr_weight
+from .autoencoder import encode_pool_means, load_autoencoder
+from .learning import LearnConfig, OnStep, draw_rows, fit, load_first_weights, seeded, step_generator
+from .scene_pool import CAPTIONS, ScenePool
+from .tiny import write_folder
+from .words import LENGTH, vocabulary, write_tokenizer
+
+BLOCKS = (96, 128, 128, 64)
+HEAD_WIDTH = 32
+TEXT_WIDTH, TEXT_LAYERS = 192, 3
+MIN_SNR_GAMMA = 5.0
+CAPTION_DROPOUT = 0.1  # share of empty prompts, which classifier-free guidance needs (arXiv 2207.12598)
+
+
+def diffusion_configs(
+    autoencoder: dict[str, Any],
+    tokenizer: Path,
+    *,
+    blocks: Sequence[int] = BLOCKS,
+    text_width: int = TEXT_WIDTH,
+    text_layers: int = TEXT_LAYERS,
+) -> dict[str, Any]:
+    """Component configs of a base around an autoencoder's config and a tokenizer folder.
+
+    ``blocks``: UNet channels per level, multiples of 32, the last without cross-attention. Every attention head of the
+    UNet has 32 channels, so that a host can state them as one number.
+    """
+    configs = packaged_configs("v_prediction")
+    configs["vae"] = autoencoder
+    configs["tokenizer"] = tokenizer
+    configs["unet"] |= {
+        "block_out_channels": list(blocks),
+        "layers_per_block": 1,
+        "attention_head_dim": [c // HEAD_WIDTH for c in blocks],  # diffusers' name for the number of heads
+        "cross_attention_dim": text_width,
+        "sample_size": autoencoder["sample_size"] // 8,
+    }
+    configs["text_encoder"] |= {
+        "hidden_size": text_width,
+        "intermediate_size": 4 * text_width,
+        "num_hidden_layers": text_layers,
+        "num_attention_heads": text_width // HEAD_WIDTH,
+        "projection_dim": text_width,
+        "vocab_size": len(vocabulary()),
+    }
+    return configs
+
+
+def token_table(captions: Sequence[Sequence[str]], tokenizer: Any) -> Tensor:
+    """Ids of all captions, padded as prompts are: int16 [scenes, captions, 77]."""
+    texts = [text for options in captions for text in options]
+    parts = []
+    for start in range(0, len(texts), 50_000):
+        ids = tokenizer(texts[start : start + 50_000], padding="max_length", truncation=True, max_length=LENGTH)
+        parts.append(torch.tensor(ids["input_ids"], dtype=torch.int16))
+    return torch.cat(parts).unflatten(0, (len(captions), -1))
+
+
+def learn_diffusion(
+    autoencoder: Path,
+    pool: ScenePool,
+    folder: Path,
+    config: LearnConfig,
+    *,
+    blocks: Sequence[int] = BLOCKS,
+    text_width: int = TEXT_WIDTH,
+    text_layers: int = TEXT_LAYERS,
+    start: Path | None = None,
+    on_step: OnStep = lambda step, metrics: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Path:
+    """Train UNet and text encoder, or go on with it; writes the base in diffusers' layout to ``folder``/base.
+
+    ``autoencoder``: what :func:`learn_autoencoder` filled; ``start``: a base's folder to begin with. Returns the
+    base's folder. All latents are kept on the device: 2 kB a scene of 128 px.
+    """
+    from diffusers import DDIMScheduler
+    from transformers import CLIPTokenizerFast
+
+    vae, vae_config = load_autoencoder(autoencoder)
+    tokenizer_folder = write_tokenizer(folder / "tokenizer")
+    sizes = {"blocks": blocks, "text_width": text_width, "text_layers": text_layers}
+    configs = diffusion_configs(vae_config, tokenizer_folder, **sizes)
+    parts = seeded(config.learn_seed, lambda: build_parts(configs, device="cpu"))
+    model = nn.ModuleDict({"unet": parts["unet"], "text_encoder": parts["text_encoder"]})
+    if start:
+        _start_from(model, start)
+    tokenizer = CLIPTokenizerFast.from_pretrained(str(tokenizer_folder), local_files_only=True)
+    empty = token_table([[""]], tokenizer)[0, 0]
+    alphas_cumprod = DDIMScheduler.from_config(configs["scheduler"]).alphas_cumprod
+    data: dict[str, Tensor] = {}
+
+    def prepare(device: torch.device) -> None:
+        nonlocal alphas_cumprod, empty
+        data["latents"] = encode_pool_means(vae.to(device), pool) * vae_config["scaling_factor"]
+        data["ids"] = token_table(pool.captions(), tokenizer).to(device)
+        alphas_cumprod, empty = alphas_cumprod.to(device), empty.to(device)
+
+    def step_loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        device = next(model.parameters()).device
+        if not data:
+            prepare(device)
+        rows = draw_rows(config.learn_seed, step, config.batch_size, len(pool)).to(device)
+        noise_of = step_generator(config.learn_seed, step, device)
+
+        def random(draw: Callable[..., Tensor], *size: Any) -> Tensor:
+            return draw(*size, generator=noise_of, device=device)
+
+        latents = data["latents"][rows].float()
+        ids = data["ids"][rows, random(torch.randint, CAPTIONS, (len(rows),))]
+        ids = torch.where(random(torch.rand, (len(rows), 1)) < CAPTION_DROPOUT, empty, ids).long()
+        timesteps = random(torch.randint, len(alphas_cumprod), (len(rows),))
+        alphas = alphas_cumprod[timesteps]
+        noisy, target = add_noise(latents, random(torch.randn, latents.shape), alphas, "v_prediction")
+        context = model["text_encoder"](ids).last_hidden_state
+        error = denoising_loss(model["unet"](noisy, timesteps, context).sample, target)
+        weighted = (min_snr_weight(alphas, "v_prediction", MIN_SNR_GAMMA) * error).mean()
+        return weighted, {"error": error.mean()}
+
+    about = {"model": "diffusion", **sizes, "blocks": list(blocks), "autoencoder": _digest(vae)}
+    about |= {"pool_seed": pool.config.pool_seed, "start": str(start) if start else None}
+    model = fit(model, step_loss, config, folder, about, on_step=on_step, should_stop=should_stop)
+    states = {"unet": model["unet"].state_dict(), "vae": vae.state_dict()}
+    states["text_encoder"] = model["text_encoder"].state_dict()
+    return write_base(folder / "base", configs, states)
+
+
+def write_base(
+    folder: Path, configs: dict[str, Any], states: dict[str, dict[str, Tensor]], *, half: bool = False
+) -> Path:
+    """Write a base in diffusers' folder layout, in fp16 if ``half``."""
+
+    def convert(tensor: Tensor) -> Tensor:
+        return tensor.detach().cpu().to(torch.float16 if half else torch.float32).contiguous()
+
+    plain = {
+        part: {k: convert(v) for k, v in state.items() if "position_ids" not in k} for part, state in states.items()
+    }
+    plain["text_encoder"] = strip_text_model(plain["text_encoder"])
+    return write_folder(folder, configs, plain)
+
+
+def _start_from(model: nn.ModuleDict, base: Path) -> None:
+    load_first_weights(model["unet"], load_file(base / "unet" / "diffusion_pytorch_model.safetensors"), base)
+    text = load_file(base / "text_encoder" / "model.safetensors")
+    if any(k.startswith("text_model.") for k in model["text_encoder"].state_dict()):  # transformers before 5.6
+        text = {f"text_model.{k}": v for k, v in text.items()}
+    load_first_weights(model["text_encoder"], text, base)
+
+
+def _digest(module: nn.Module) -> str:
+    """Hex digest of a module's weights: latents of another autoencoder are other data."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

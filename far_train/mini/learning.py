@@ -1,0 +1,264 @@
+"""What the four trainings of the small models share: the loop, averaged weights, checkpoints, metrics.
+
+Every random choice of a step is derived from the seed and the step's number, so a run that was stopped, or killed, goes
+on from its last checkpoint and ends, on the CPU, in the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..config import Config, setting
+from ..devices import choose_device
+from ..errors import BaseModelError, CheckpointError, Interrupted, TrainingDiverged
+from ..files import make_folder, write_json, write_tensors
+from ..pool import derive_seed
+from ..runs import METRICS_FILE, cut_metrics, open_run
+from ..state import load_checkpoint, save_checkpoint
+
+log = logging.getLogger(__name__)
+
+SESSIONS_FILE = "sessions.jsonl"
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class LearnConfig(Config):
+    """Settings of one training. ``steps`` may differ when a run goes on: it is extended, or brought to its end."""
+
+    steps: int = setting(20_000, "optimizer steps in all", low=1, shapes_result=False)
+    batch_size: int = setting(64, "samples per step", low=1, high=65536)
+    lr: float = setting(1e-3, "learning rate of AdamW at its highest", low=0, high=1)
+    warmup: int = setting(500, "steps over which the rate rises; then it falls as a cosine", low=0)
+    weight_decay: float = setting(0.01, "AdamW decay of matrices and kernels", low=0, high=1)
+    grad_clip: float = setting(1.0, "largest norm of the gradient", low=1e-6, high=1e6)
+    ema_decay: float = setting(0.999, "decay of the averaged weights, which are the result", low=0, high=1)
+    learn_seed: int = setting(0, "seed of the first weights and of every step's choices", low=0, high=2**31)
+    precision: str = setting("auto", "bf16 (autocast) or fp32; auto: bf16 on CUDA", choices=("auto", "fp32", "bf16"))
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1 …", shapes_result=False)
+    minutes: float | None = setting(None, "rest, resumable, after so many minutes", low=0, shapes_result=False)
+    save_every: int = setting(1000, "steps between checkpoints", low=1, shapes_result=False)
+    keep_checkpoints: int = setting(2, "checkpoints kept on disk", low=1, shapes_result=False)
+    log_every: int = setting(50, "steps between lines of metrics", low=1, shapes_result=False)
+
+
+# Asked for a step's number; returns the loss to descend and further figures, all scalars on the device.
+StepLoss = Callable[[int], tuple[Tensor, dict[str, Tensor]]]
+OnStep = Callable[[int, dict[str, float]], None]
+
+
+def learning_rate(config: LearnConfig, step: int) -> float:
+    """Linear warm-up, then half a cosine down to 0 at the last step."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    progress = min((step - config.warmup) / max(config.steps - config.warmup, 1), 1.0)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def draw_rows(seed: int, step: int, count: int, total: int) -> Tensor:
+    """Rows of a step's samples among ``total``, int64 [count]."""
+    rng = np.random.default_rng([derive_seed(seed, "rows", step)])
+    return torch.from_numpy(rng.integers(total, size=count))
+
+
+def step_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
+    """The source of a step's noise."""
+    return torch.Generator(device).manual_seed(derive_seed(seed, "noise", step))
+
+
+def seeded(seed: int, build: Callable[[], M]) -> M:
+    """Build a module whose first weights depend on ``seed`` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
+
+
+def fit(
+    module: M,
+    step_loss: StepLoss,
+    config: LearnConfig,
+    folder: Path,
+    about: Mapping[str, Any],
+    *,
+    on_step: OnStep = lambda step, metrics: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> M:
+    """Train ``module`` (moved to the config's device, all parameters that require a gradient), or go on with it.
+
+    ``about`` names what else decides the result (architecture, data), in JSON types; a run of another kind in the
+    same ``folder`` is refused. ``on_step(step, metrics)`` is called at each line of metrics.
+    Returns a copy with the averaged weights, in eval mode. Raises Interrupted after saving, when ``should_stop`` says
+    so or the minutes are over, TrainingDiverged, CheckpointError, OutputError.
+    """
+    device, dtype = choose_device(config.device, config.precision)
+    open_run(folder, json.loads(json.dumps({"config": config.result_shaping(), **about})), resume=True)
+    module.to(device).train()
+    parameters = {k: p for k, p in module.named_parameters() if p.requires_grad}
+    average = {k: nn.Parameter(p.detach().clone(), requires_grad=False) for k, p in parameters.items()}
+    optimizer = _optimizer(module, parameters, config)
+    saved = {f"model/{k}": p for k, p in parameters.items()} | {f"average/{k}": p for k, p in average.items()}
+    first = step = load_checkpoint(folder / "checkpoints", saved, optimizer)
+    cut_metrics(folder / METRICS_FILE, step)
+    started, kept = time.monotonic(), step
+    window, since = [], started
+
+    def save() -> None:
+        nonlocal kept
+        if step != kept:
+            save_checkpoint(folder / "checkpoints", step, saved, optimizer, config.keep_checkpoints)
+            kept = step
+
+    try:
+        with open(folder / METRICS_FILE, "a", encoding="utf-8") as metrics_file:
+            while step < config.steps:
+                late = config.minutes is not None and time.monotonic() - started > 60 * config.minutes
+                if late or should_stop():
+                    save()
+                    raise Interrupted(f"stopped at step {step} of {config.steps}, which is saved; start again to go on")
+                window.append(_take_step(parameters, average, step_loss, optimizer, config, step, device, dtype))
+                step += 1
+                ends = step == config.steps or step % config.save_every == 0
+                if ends or step % config.log_every == 0:
+                    figures = _mean_figures(window, step)  # waits for the device, and refuses what isn't finite
+                    now = time.monotonic()
+                    speed = len(window) * config.batch_size / max(now - since, 1e-9)
+                    window, since = [], now
+                    metrics = {**figures, "lr": learning_rate(config, step - 1), "samples_per_second": round(speed, 1)}
+                    metrics_file.write(json.dumps({"step": step, **metrics}) + "\n")
+                    metrics_file.flush()
+                    on_step(step, metrics)
+                if ends:
+                    save()
+    finally:
+        _note_session(folder, config, device, first, kept, time.monotonic() - started)
+    return _averaged(module, average)
+
+
+def _optimizer(module: nn.Module, parameters: Mapping[str, nn.Parameter], config: LearnConfig) -> torch.optim.AdamW:
+    tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    decayed = [p for p in parameters.values() if p.dim() >= 2 and id(p) not in tables]
+    # Rows of rare words get no gradient: decay would only wear them away.
+    others = [p for p in parameters.values() if p.dim() < 2 or id(p) in tables]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99))
+
+
+def _take_step(
+    parameters: Mapping[str, nn.Parameter],
+    average: Mapping[str, nn.Parameter],
+    step_loss: StepLoss,
+    optimizer: torch.optim.Optimizer,
+    config: LearnConfig,
+    step: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, step)
+    optimizer.zero_grad(set_to_none=True)
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
+        loss, figures = step_loss(step)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.grad_clip)
+    optimizer.step()
+    decay = min(config.ema_decay, (1 + step) / (10 + step))  # the first weights shall not linger
+    torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], 1 - decay)
+    return {"loss": loss.detach(), **{k: v.detach() for k, v in figures.items()}, "grad_norm": norm.detach()}
+
+
+def _mean_figures(window: list[dict[str, Tensor]], step: int) -> dict[str, float]:
+    """Means over the steps since the last line. Raises TrainingDiverged."""
+    stacked = torch.stack([torch.stack([v.float() for v in figures.values()]) for figures in window])
+    means = dict(zip(window[0], stacked.mean(0).tolist()))
+    if not math.isfinite(means["loss"]) or not math.isfinite(means["grad_norm"]):
+        raise TrainingDiverged(
+            f"the loss or its gradient was not finite up to step {step}; the last checkpoint is kept. Lower lr, or use "
+            "precision fp32"
+        )
+    return {k: round(v, 6) for k, v in means.items()}
+
+
+def _averaged(module: M, average: Mapping[str, Tensor]) -> M:
+    copy = deepcopy(module)
+    with torch.no_grad():
+        for name, parameter in copy.named_parameters():
+            if name in average:
+                parameter.copy_(average[name])
+    return copy.eval().requires_grad_(False)
+
+
+def load_averaged(module: M, folder: Path) -> tuple[M, int]:
+    """A copy of ``module`` with the averaged weights of a run's newest checkpoint, and its step.
+
+    Raises CheckpointError if there is none.
+    """
+    average = {k: nn.Parameter(p.detach().clone(), requires_grad=False) for k, p in module.named_parameters()}
+    optimizer = torch.optim.AdamW(module.parameters())
+    step = load_checkpoint(folder / "checkpoints", {f"average/{k}": p for k, p in average.items()}, optimizer)
+    if not step:
+        raise CheckpointError(f"{folder}: holds no checkpoint; train this model first")
+    return _averaged(module, average), step
+
+
+def load_first_weights(module: nn.Module, state: Mapping[str, Tensor], where: Path) -> None:
+    """Start from the weights of an earlier, exported model instead of random ones. Raises BaseModelError."""
+    state = {k: v.float() for k, v in state.items()}
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as e:
+        raise BaseModelError(f"{where}: these weights are of another model ({str(e)[:200]})") from e
+
+
+def write_module(
+    path: Path, module: nn.Module, metadata: Mapping[str, str] | None = None, *, half: bool = False
+) -> None:
+    """Write a module's weights, in fp16 if ``half``."""
+    dtype = torch.float16 if half else torch.float32
+    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in module.state_dict().items()}
+    write_tensors(path, state, metadata or {})
+
+
+def write_figures(folder: Path, figures: Mapping[str, Any]) -> None:
+    """Keep what was measured of a model beside it, for its card."""
+    write_json(make_folder(folder) / "figures.json", figures)
+
+
+def device_name(device: torch.device) -> str:
+    """The machine in words, for a model's card."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def _note_session(
+    folder: Path, config: LearnConfig, device: torch.device, first: int, last: int, seconds: float
+) -> None:
+    """One line for every time that a training ran: what a model's card reports."""
+    if last == first:
+        return
+    line = {
+        "command": shlex.join(["python", "-m", "far_train.mini.learn", *sys.argv[1:]]),
+        "seed": config.learn_seed,
+        "machine": device_name(device),
+        "from_step": first,
+        "to_step": last,
+        "seconds": round(seconds, 1),
+        "torch": torch.__version__,
+    }
+    with open(folder / SESSIONS_FILE, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")

@@ -1,0 +1,215 @@
+"""Scenes rendered once, on all cores, and read many times: an accelerator eats faster than the world is drawn.
+
+A pool is a folder of safetensors files, each a chunk of scenes, written atomically: filling goes on where it stopped,
+and scene i depends on (pool_seed, i) alone.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..captions import TEMPLATES, Name, join_phrases
+from ..config import Config, setting
+from ..errors import DatasetError, Interrupted
+from ..files import write_json, write_tensors
+from .held_out import held_out_identities
+from .identity import ACCESSORIES, COLOURS, NOUNS, PATTERNS, SHAPES, Identity
+from .scenery import BACKGROUNDS, PLACES
+from .world import Scene, caption_for, render_scene
+
+CAPTIONS = 6  # drawn per scene, so that a picture isn't tied to one wording
+MOST_SPRITES = 3
+ABSENT = -1
+FIELDS = ("noun", "body", "second", "pattern", "accessory", "shape")
+
+
+@dataclass(frozen=True)
+class PoolConfig(Config):
+    """Which scenes a pool holds."""
+
+    count: int = setting(120_000, "scenes in the pool; more can be added later", low=1, shapes_result=False)
+    pool_seed: int = setting(1, "series of scenes; another series holds other scenes", low=0, high=2**31)
+    picture_size: int = setting(128, "side of the pictures in pixels", low=64, high=512)
+    chunk: int = setting(500, "scenes in each of the pool's files", low=1)
+    hold_out: bool = setting(True, "leave out the identities that benchmarks take their subjects from")
+
+
+def identity_codes(identity: Identity) -> list[int]:
+    """The six fields as indices into the world's tables; the shape's is within its class."""
+    tables = (NOUNS, list(COLOURS), list(COLOURS), PATTERNS, ACCESSORIES, SHAPES[identity.noun][1])
+    return [table.index(getattr(identity, name)) for name, table in zip(FIELDS, tables)]
+
+
+def identity_from_codes(codes: list[int]) -> Identity:
+    """The inverse of :func:`identity_codes`."""
+    noun, colours = NOUNS[codes[0]], list(COLOURS)
+    _, body, second, pattern, accessory, shape = codes
+    return Identity(
+        noun, colours[body], colours[second], PATTERNS[pattern], ACCESSORIES[accessory], SHAPES[noun][1][shape]
+    )
+
+
+def label_map(scene: Scene) -> Tensor:
+    """Which sprite owns each pixel: uint8 [H, W], 0 for none, i + 1 for sprite i."""
+    labels = torch.zeros(scene.image.shape[:2], dtype=torch.uint8)
+    for i, mask in enumerate(scene.masks):
+        labels[mask > 0.5] = i + 1  # masks sum to 1 at most, so no pixel is claimed twice
+    return labels
+
+
+def training_caption(scene: Scene, rng: np.random.Generator) -> str:
+    """A caption in the world's words, or in the form in which FaR writes its own ("a photo of …, in a meadow")."""
+    cast = [s.identity for s in scene.sprites]
+    text, style = caption_for(cast, scene.background, rng), rng.random()
+    if style < 0.4 or not cast:
+        return text
+    place = PLACES[scene.background][0]
+    if style < 0.8:
+        said = text.removeprefix("a picture of ")
+        subjects = said.removesuffix(f" {place}")
+        named = subjects != said
+    else:
+        coloured = rng.random() < 0.7
+        order = rng.permutation(len(cast))
+        names = [Name(f"{cast[i].body} {cast[i].noun}" if coloured else cast[i].noun) for i in order]
+        subjects, named = join_phrases(names), rng.random() < 0.85
+    caption = TEMPLATES[rng.integers(len(TEMPLATES))].format(subjects)
+    return f"{caption}, {place}" if named else caption
+
+
+def render_chunk(folder: Path, number: int, config: PoolConfig) -> None:
+    """Render the scenes of one chunk and write its file."""
+    held_out = held_out_identities() if config.hold_out else frozenset()
+    images, labels, subjects, places, captions = [], [], [], [], []
+    for index in range(number * config.chunk, (number + 1) * config.chunk):
+        scene = render_scene(config.pool_seed, index, config.picture_size, held_out=held_out)
+        images.append((scene.image * 255).round().to(torch.uint8))
+        labels.append(label_map(scene))
+        codes = [identity_codes(s.identity) for s in scene.sprites]
+        subjects.append(codes + [[ABSENT] * len(FIELDS)] * (MOST_SPRITES - len(codes)))
+        places.append(BACKGROUNDS.index(scene.background))
+        rng = np.random.default_rng([config.pool_seed, index, 0xCA])
+        captions.append([training_caption(scene, rng) for _ in range(CAPTIONS)])
+    tensors = {
+        "images": torch.stack(images),
+        "labels": torch.stack(labels),
+        "subjects": torch.tensor(subjects, dtype=torch.int8),
+        "places": torch.tensor(places, dtype=torch.int8),
+    }
+    write_tensors(_chunk_path(folder, number), tensors, {"captions": json.dumps(captions)})
+
+
+def _chunk_path(folder: Path, number: int) -> Path:
+    return folder / f"scenes-{number:05d}.safetensors"
+
+
+def fill_pool(
+    folder: Path,
+    config: PoolConfig,
+    workers: int = 0,
+    *,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> ScenePool:
+    """Render what is missing of a pool, on ``workers`` processes (0: in this one), and open it.
+
+    ``on_progress(done, total)`` counts scenes. Raises Interrupted when ``should_stop`` says so, DatasetError if the
+    folder holds other scenes.
+    """
+    _check_description(folder, config)
+    chunks = -(-config.count // config.chunk)
+    missing = [n for n in range(chunks) if not _chunk_path(folder, n).exists()]
+    done = chunks - len(missing)
+
+    def count() -> None:
+        on_progress(done * config.chunk, chunks * config.chunk)
+        if should_stop():
+            raise Interrupted(f"stopped after {done * config.chunk} scenes, which are saved; start again to go on")
+
+    if not workers:
+        for number in missing:
+            render_chunk(folder, number, config)
+            done += 1
+            count()
+    elif missing:
+        context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads and an open accelerator
+        with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as executor:
+            jobs = [executor.submit(render_chunk, folder, number, config) for number in missing]
+            try:
+                for job in as_completed(jobs):
+                    job.result()
+                    done += 1
+                    count()
+            finally:
+                executor.shutdown(wait=False, cancel_futures=True)
+    return ScenePool(folder, config)
+
+
+def _check_description(folder: Path, config: PoolConfig) -> None:
+    path, wanted = folder / "pool.json", {**config.to_dict(), "captions": CAPTIONS}
+    wanted.pop("count")
+    if not path.exists():
+        write_json(path, wanted)
+    elif json.loads(path.read_text(encoding="utf-8")) != wanted:
+        raise DatasetError(f"{folder}: holds scenes of other settings; choose another folder or delete it")
+
+
+class ScenePool:
+    """The scenes of a filled pool. Raises DatasetError if chunks are missing or damaged.
+
+    Fields of :meth:`take`, n rows: ``images`` uint8 [n, S, S, 3]; ``labels`` uint8 [n, S, S] (see :func:`label_map`);
+    ``subjects`` int8 [n, 3, 6] (codes, -1 where there is no sprite); ``places`` int8 [n].
+    """
+
+    def __init__(self, folder: Path, config: PoolConfig):
+        self.folder, self.config, self.device = folder, config, torch.device("cpu")
+        self.chunks: list[dict[str, Tensor]] = []
+        self.held: dict[str, Tensor] = {}
+        for number in range(-(-config.count // config.chunk)):
+            path = _chunk_path(folder, number)
+            try:
+                with safe_open(path, "pt") as file:  # the tensors stay on disk until they are read
+                    self.chunks.append({name: file.get_tensor(name) for name in file.keys()})
+            except (OSError, SafetensorError) as e:
+                raise DatasetError(f"{path}: can't be read ({e}); delete it and fill the pool again") from e
+
+    def __len__(self) -> int:
+        return self.config.count
+
+    def captions(self) -> list[list[str]]:
+        """The captions of all scenes, ``CAPTIONS`` of each."""
+        texts: list[list[str]] = []
+        for number in range(len(self.chunks)):
+            with safe_open(_chunk_path(self.folder, number), "pt") as file:
+                texts += json.loads(file.metadata()["captions"])
+        return texts[: len(self)]
+
+    def hold(self, device: torch.device) -> ScenePool:
+        """Give rows on ``device`` from now on, and keep all scenes there if they fit well within a card's memory."""
+        if device != self.device:
+            self.device, self.held = device, {}
+            size = sum(t.numel() for chunk in self.chunks for t in chunk.values())
+            if device.type == "cuda" and 3 * size < torch.cuda.mem_get_info(device)[0]:
+                self.held = {k: torch.cat([c[k].to(device) for c in self.chunks]) for k in self.chunks[0]}
+        return self
+
+    def take(self, field: str, rows: Tensor) -> Tensor:
+        """One field of the scenes ``rows`` [n]."""
+        if self.held:
+            return self.held[field][rows.to(self.device)]
+        chunk = self.config.chunk
+        return torch.stack([self.chunks[r // chunk][field][r % chunk] for r in rows.tolist()]).to(self.device)
+
+    def pictures(self, rows: Tensor) -> Tensor:
+        """Pictures as an autoencoder takes them: float [n, 3, S, S] from -1 to 1."""
+        return self.take("images", rows).permute(0, 3, 1, 2).float() / 127.5 - 1
