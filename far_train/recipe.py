@@ -265,8 +265,7 @@ class TrainingRun:
     def _sample(self) -> None:
         prompts = self.config.sample_prompts or default_prompts(self.training_set.names)
         settings = SampleConfig(sampling_steps=self.config.sample_steps, sample_batch=1)
-        size = (self.training_set.size, self.training_set.size)
-        pictures = draw_pictures(self.base, self.vocabulary, prompts, settings, size=size)
+        pictures = draw_pictures(self.base, self.vocabulary, prompts, settings, size=(self.training_set.size,) * 2)
         for i, picture in enumerate(pictures):
             save_picture(self.folder / "samples" / f"step-{self.step:06d}-{i}.png", picture)
         self.callbacks.on_samples(self.step, prompts, pictures)
