@@ -1,8 +1,9 @@
-"""Backgrounds of the small world: ten places, each with its own seeded variation of light and positions.
+"""Backgrounds of the small world: ten places, each seen in one of a few views and in its own light.
 
 They are paler and less saturated than any sprite, so that subjects stand out, and each keeps its own colours in sky
-and ground, so that it is known from a part of it. All lengths are fractions of the canvas, and every random number is
-drawn in an order that doesn't depend on its size: one seed is one scene, at any size.
+and ground, so that it is known from a part of it. Views are few, so that small models spend what they have on the
+subjects. All lengths are fractions of the canvas, and every random number is drawn in an order that doesn't depend on
+its size: one seed is one scene, at any size.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ PLACES: dict[str, tuple[str, str]] = {
     "mountains": ("in the mountains at sunset", "the empty mountains at sunset"),
 }
 BACKGROUNDS: tuple[str, ...] = tuple(PLACES)
+VIEWS = 6  # of each place
 
 
 class _Canvas:
@@ -331,8 +333,9 @@ def draw_background(name: str, seed: int | tuple[int, ...], size: int = 128) -> 
     """
     if name not in _DRAW:
         raise ValueError(f"draw_background: {name!r} is not one of {', '.join(BACKGROUNDS)}")
-    c = _Canvas(size * 2, np.random.default_rng(seed))
-    light, warmth = c.u(0.94, 1.05), c.u(-0.03, 0.03)
+    rng = np.random.default_rng(seed)
+    light, warmth, view = rng.uniform(0.94, 1.05), rng.uniform(-0.03, 0.03), int(rng.integers(VIEWS))
+    c = _Canvas(size * 2, np.random.default_rng([BACKGROUNDS.index(name), view]))
     _DRAW[name](c)
     gains = [light * (1 + warmth), light, light * (1 - warmth)]
     return np.asarray(c.image.reduce(2).point([min(255, round(v * g)) for g in gains for v in range(256)]))

@@ -34,7 +34,6 @@ POSES: dict[str, Pose] = {
     "standing": Pose(0.0, (1.0, 1.0), 0.0, 0.0),
     "leaping": Pose(12.0, (1.0, 1.0), 0.07, 0.09),
     "crouching": Pose(0.0, (1.05, 0.88), 0.0, -0.05),
-    "leaning": Pose(-6.0, (0.97, 1.02), 0.0, 0.04),
 }
 
 # Seats of the accessories: top of the head (x, y), scale and tilt of headgear; the scarf's path, its tail's x, y.

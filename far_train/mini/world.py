@@ -75,8 +75,8 @@ REACH: dict[str, tuple[float, float, float, float]] = {
     "tree": (0.48, 1.36, 1.11, 0.05),
 }
 # Nominal longest side, as a fraction of the canvas, by the number of sprites in the picture.
-SIZES: dict[int, tuple[float, float]] = {1: (0.46, 0.60), 2: (0.42, 0.50), 3: (0.36, 0.42)}
-GROUND = (0.66, 0.95)  # where sprites stand, from the back to the front
+SIZES: dict[int, tuple[float, float]] = {1: (0.54, 0.64), 2: (0.44, 0.50), 3: (0.36, 0.42)}
+GROUND = (0.74, 0.95)  # where sprites stand, from the back to the front
 SIDES = ("on the left", "in the middle", "on the right")
 COUNTS = {2: "two", 3: "three"}
 
@@ -139,7 +139,7 @@ def _pose(identity: Identity, rng: np.random.Generator, sizes: tuple[float, floa
         float(rng.uniform(*sizes)),
         _pick(rng, list(POSES)),
         bool(rng.random() < 0.5),
-        float(rng.uniform(-5, 5)),
+        float(rng.uniform(-3, 3)),
     )
 
 
@@ -297,7 +297,7 @@ def render_scene(
     if background is not None and background not in PLACES:
         raise ValueError(f"render_scene: background {background!r} is not one of {', '.join(BACKGROUNDS)}")
     rng = np.random.default_rng([seed, index])
-    drawn_count, drawn_place = int(rng.choice(4, p=(0.06, 0.42, 0.40, 0.12))), _pick(rng, BACKGROUNDS)
+    drawn_count, drawn_place = int(rng.choice(4, p=(0.04, 0.44, 0.44, 0.08))), _pick(rng, BACKGROUNDS)
     count = len(identities) if identities is not None else drawn_count if sprites is None else sprites
     if not 0 <= count <= 3:
         raise ValueError(f"render_scene: sprites must be from 0 to 3, got {count}")
