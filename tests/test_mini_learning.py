@@ -365,7 +365,7 @@ def test_perfect_maps_are_read_back_exactly():
         target = cell_targets(label_map(scene)[None])
         inside, centres = target["inside"][0], target["centres"][0]
         owner = inside.argmax(0)
-        y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+        y, x = torch.meshgrid(*(torch.arange(float(n)) for n in owner.shape), indexing="ij")
         maps = {"subject": inside.sum(0) - 0.5, "centre": 20 * (target["spot"][0] - 0.4), "place": torch.arange(10.0)}
         maps["offset"] = torch.stack([centres[owner][..., 0] - x, centres[owner][..., 1] - y])
         codes = torch.tensor([identity_codes(s.identity) for s in scene.sprites] or [[0] * 6])

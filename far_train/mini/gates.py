@@ -118,19 +118,28 @@ def measure_oracle(
 # ---- the base
 
 
-def matching_fields(wanted: Sequence[Identity], found: Sequence[Identity]) -> list[set[str]]:
-    """For each wanted subject the fields in which its counterpart agrees; counterparts are chosen for the most
-    agreement, classes first. Empty for a subject without one. A shape agrees only within its class."""
-    agreed = [
-        [{f for f in FIELDS if getattr(w, f) == getattr(g, f) and (f != "shape" or w.noun == g.noun)} for g in found]
-        for w in wanted
-    ]
-    out: list[set[str]] = [set() for _ in wanted]
+def agreed_fields(wanted: Identity, found: Identity) -> set[str]:
+    """The fields in which two identities agree. A shape agrees only within its class."""
+    return {
+        f for f in FIELDS if getattr(wanted, f) == getattr(found, f) and (f != "shape" or wanted.noun == found.noun)
+    }
+
+
+def match_identities(wanted: Sequence[Identity], found: Sequence[Identity]) -> list[int | None]:
+    """For each wanted subject the index of its counterpart, chosen for the most agreement in all, classes first."""
+    out: list[int | None] = [None] * len(wanted)
     if found:
+        agreed = [[agreed_fields(w, f) for f in found] for w in wanted]
         score = np.array([[len(s) + 10 * ("noun" in s) for s in row] for row in agreed])
         for i, j in zip(*linear_sum_assignment(-score)):
-            out[i] = agreed[i][j]
+            out[i] = int(j)
     return out
+
+
+def matching_fields(wanted: Sequence[Identity], found: Sequence[Identity]) -> list[set[str]]:
+    """For each wanted subject the fields in which its counterpart agrees; empty for a subject without one."""
+    matches = match_identities(wanted, found)
+    return [set() if j is None else agreed_fields(w, found[j]) for w, j in zip(wanted, matches)]
 
 
 def base_prompts(kind: str, count: int, seed: int = 0) -> list[tuple[str, tuple[Identity, ...], str]]:

@@ -23,7 +23,7 @@ import torch
 
 from ..backbone import load_base, read_configs
 from ..commands import progress_bars, stop_on_interrupt
-from ..config import Config, SampleConfig
+from ..config import Config
 from ..devices import choose_device
 from ..errors import CheckpointError, FarError, Interrupted, OutputError
 from ..files import write_json, write_text
@@ -35,6 +35,7 @@ from .learning import SESSIONS_FILE, LearnConfig
 from .oracle import FILE as ORACLE_FILE
 from .oracle import learn_oracle, load_oracle, write_oracle
 from .scene_pool import PoolConfig, ScenePool, fill_pool
+from .shipped import DRAWING
 from .small_sam import FILE as SAM_FILE
 from .small_sam import SPEC, learn_sam, measure_sam, write_sam
 
@@ -48,7 +49,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "oracle": {"steps": 12_000, "batch_size": 128, "lr": 1e-3},
 }
 # The oracle knows every identity: its verdict must not depend on which ones the base never saw.
-ORACLE_POOL_SEED, ORACLE_POOL_SHARE = 2, 4
+ORACLE_POOL_SEED = 2
 MOST_BYTES = 30_000_000
 LICENCE = "MIT, as the rest of this repository. Trained only on pictures that the repository draws itself."
 TITLES = {
@@ -84,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=0, help="processes that render scenes; 0: none beside this one")
     parser.add_argument("--start", type=Path, help="begin with the weights of this export instead of random ones")
     parser.add_argument("--crop", type=int, default=0, help="autoencoder: train on windows of this many pixels")
+    parser.add_argument("--compile", action="store_true", help="autoencoder: through torch.compile (a C++ compiler)")
     parser.add_argument("--pictures", type=int, default=512, help="gates: pictures of the base for each gate")
     parser.add_argument("--only", choices=TRAININGS, help="gates: measure this model alone")
     for config in (LearnConfig, PoolConfig):
@@ -122,8 +124,7 @@ def _pools_of(stage: str) -> tuple[bool, ...]:
 def _pool(out: Path, flags: dict[str, Any], of_oracle: bool, bars: Any, should_stop: Any) -> ScenePool:
     config = _config(PoolConfig, flags, {})
     if of_oracle:
-        count = max(config.count // ORACLE_POOL_SHARE, 1)
-        config = config.replace(pool_seed=ORACLE_POOL_SEED, hold_out=False, count=count)
+        config = config.replace(pool_seed=ORACLE_POOL_SEED, hold_out=False)
     folder = out / ("pool-oracle" if of_oracle else "pool")
     return fill_pool(folder, config, flags["workers"], on_progress=bars.phase("rendering"), should_stop=should_stop)
 
@@ -139,7 +140,7 @@ def train(stage: str, out: Path, flags: dict[str, Any], pool: ScenePool, bars: A
     options: dict[str, Any] = {"on_step": on_step, "should_stop": should_stop}
     start = flags.get("start")
     if stage == "autoencoder":
-        options |= {"start": start and start / "base" / "vae", "crop": flags["crop"]}
+        options |= {"start": start and start / "base" / "vae", "crop": flags["crop"], "compiled": flags["compile"]}
         learn_autoencoder(pool, out / stage, config, **options)
     elif stage == "diffusion":
         learn_diffusion(out / "autoencoder", pool, out / stage, config, start=start and start / "base", **options)
@@ -184,7 +185,7 @@ def measure(out: Path, flags: dict[str, Any]) -> dict[str, Any]:
                 figures[stage] = measure_oracle(oracle, vae, folder, on_progress=progress)
             else:
                 base = load_base(folder / "base").to(device)
-                settings = SampleConfig(sample_batch=64 if device.type == "cuda" else 8)
+                settings = DRAWING.replace(sample_batch=64 if device.type == "cuda" else 8)
                 figures[stage] = measure_base(
                     base, oracle, folder, count=flags["pictures"], config=settings, on_progress=progress
                 )

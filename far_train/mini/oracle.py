@@ -25,9 +25,10 @@ from .learning import LearnConfig, OnStep, draw_rows, fit, load_first_weights, s
 from .scene_pool import MOST_SPRITES, ScenePool, identity_from_codes
 from .scenery import BACKGROUNDS
 
-WIDTHS = (48, 64, 96, 112)
-STRIDE = 2
+WIDTHS = (48, 80, 112, 112)
+STRIDE = 4
 FILE = "oracle.safetensors"
+ROUND_TRIPS = 3000  # scenes that are decoded once for its training
 # Logits for each field of an identity, in the order of its codes. Shapes are named by class, two to each: their logits
 # are per class, so that "round" of a cup and "round" of a car need not look alike.
 HEADS = {
@@ -38,8 +39,8 @@ HEADS = {
     "accessory": len(ACCESSORIES),
     "shape": 2 * len(NOUNS),
 }
-CENTRE_SPREAD = 2.0  # cells: standard deviation of a centre's spot
-LEAST_CELLS = 24  # a smaller patch is a speck and no subject
+CENTRE_SPREAD = 1.2  # cells: standard deviation of a centre's spot
+LEAST_CELLS = 8  # a smaller patch is a speck and no subject
 LEAST_CENTRE = 0.3
 
 
@@ -82,12 +83,16 @@ class Residual(nn.Module):
 
 
 class Oracle(nn.Module):
-    """Pictures [B, 3, S, S] (-1..1) → cell maps at stride 2 and logits of the place."""
+    """Pictures [B, 3, S, S] (-1..1) → cell maps at stride 4 and logits of the place."""
 
     def __init__(self, widths: Sequence[int] = WIDTHS):
         super().__init__()
         self.widths = tuple(widths)
-        self.stem = nn.Conv2d(3, widths[0], 4, stride=STRIDE, padding=1)
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, widths[0] // 2, 4, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(widths[0] // 2, widths[0], 4, stride=2, padding=1),
+        )
         inward = (widths[0], *widths[:-1])
         self.down = nn.ModuleList(Residual(a, b) for a, b in zip(inward, widths))
         self.middle = nn.Sequential(Residual(widths[-1], widths[-1]), Residual(widths[-1], widths[-1]))
@@ -111,8 +116,8 @@ class Oracle(nn.Module):
             x = block(torch.cat([F.interpolate(x, scale_factor=2, mode="nearest"), skip], 1))
         subject, centre, offset, fields = self.cells(x).float().split([1, 1, 2, sum(HEADS.values())], 1)
         named = dict(zip(HEADS, fields.split(list(HEADS.values()), 1)))
-        # Offsets are learned in units of eight cells, where they are about 1.
-        return {"subject": subject[:, 0], "centre": centre[:, 0], "offset": 8 * offset, "place": place.float(), **named}
+        # Offsets are learned in units of four cells, where they are about 1.
+        return {"subject": subject[:, 0], "centre": centre[:, 0], "offset": 4 * offset, "place": place.float(), **named}
 
 
 def cell_targets(labels: Tensor) -> dict[str, Tensor]:
@@ -151,7 +156,7 @@ def oracle_losses(found: dict[str, Tensor], labels: Tensor, subjects: Tensor, pl
     y, x = torch.meshgrid(*(torch.arange(n, device=labels.device).float() for n in ground.shape[-2:]), indexing="ij")
     here = torch.stack([x, y])
     wanted = target["centres"][..., None, None] - here  # [B, 3, 2, h, w]
-    gap = (found["offset"][:, None] - wanted).abs().sum(2) / 8
+    gap = (found["offset"][:, None] - wanted).abs().sum(2) / 4
     offset = (gap * inside).sum() / inside.sum().clamp(min=1)
     losses = {"subject": subject, "centre": centre, "offset": offset}
     losses["place"] = F.cross_entropy(found["place"], places.long())
@@ -172,6 +177,7 @@ def learn_oracle(
     config: LearnConfig,
     *,
     autoencoder: Any = None,
+    round_trips: int = ROUND_TRIPS,
     widths: Sequence[int] = WIDTHS,
     start: Path | None = None,
     on_step: OnStep = lambda step, metrics: None,
@@ -179,24 +185,29 @@ def learn_oracle(
 ) -> Oracle:
     """Train on a pool of all identities, or go on with it; writes ``folder``/oracle.safetensors when done.
 
-    ``autoencoder``: half of each batch goes through it before it is shown, half of that with a little noise on the
-    latents: what the oracle will judge are decoded pictures.
+    ``autoencoder``: the pool's first ``round_trips`` scenes go through it once, every other one with a little noise on
+    its latents, and make half of each batch: what the oracle will judge are decoded pictures.
     """
     oracle = seeded(config.learn_seed, lambda: Oracle(widths))
     if start:
         load_first_weights(oracle, _read(start)[1], start)
+    decoded: list[Tensor] = []
 
     def step_loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         device = oracle.place.weight.device
         rows = draw_rows(config.learn_seed, step, config.batch_size, len(pool))
+        half = len(rows) // 2 if autoencoder is not None else 0
+        if half:
+            if not decoded:
+                decoded.append(decode_scenes(autoencoder.to(device), pool.hold(device), round_trips))
+            rows[:half] %= len(decoded[0])
         pictures = pool.hold(device).pictures(rows)
-        if autoencoder is not None:
-            half = len(rows) // 2
-            with torch.no_grad():
-                noise = _latent_noise(autoencoder.to(device), pictures[:half], config.learn_seed, step)
-                pictures = torch.cat([round_trip(autoencoder, pictures[:half], noise), pictures[half:]])
-        fields = (pool.take(name, rows) for name in ("labels", "subjects", "places"))
-        losses = oracle_losses(oracle(pictures), *fields)
+        if half:
+            pictures[:half] = decoded[0][rows[:half].to(device)].float() / 127.5 - 1
+        labels, subjects, places = (pool.take(name, rows) for name in ("labels", "subjects", "places"))
+        if int(draw_rows(config.learn_seed + 1, step, 1, 2)):
+            pictures, labels = pictures.flip(-1), labels.flip(-1)
+        losses = oracle_losses(oracle(pictures), labels, subjects, places)
         return sum(losses.values()), losses
 
     about = {"model": "oracle", "widths": list(widths), "round_trips": autoencoder is not None}
@@ -206,13 +217,23 @@ def learn_oracle(
     return oracle
 
 
-def _latent_noise(autoencoder: nn.Module, pictures: Tensor, seed: int, step: int) -> Tensor:
-    """Noise for the latents of ``pictures``: up to a fifth of their spread on every other one."""
-    cells = (len(pictures), 4, pictures.shape[-2] // 8, pictures.shape[-1] // 8)
-    generator = step_generator(seed, step, pictures.device)
-    strength = 0.2 * torch.rand(len(pictures), 1, 1, 1, generator=generator, device=pictures.device)
-    strength[::2] = 0
-    return strength * torch.randn(cells, generator=generator, device=pictures.device)
+@torch.no_grad()
+def decode_scenes(autoencoder: nn.Module, pool: ScenePool, count: int, batch: int = 16) -> Tensor:
+    """A pool's first scenes after a round trip, uint8 [n, 3, S, S]; on every other one its latents had noise of up to a
+    fifth of their spread."""
+    device, parts = next(autoencoder.parameters()).device, []
+    with torch.autocast(device.type, enabled=False):
+        for start in range(0, min(count, len(pool)), batch):
+            pictures = pool.pictures(torch.arange(start, min(start + batch, count, len(pool))))
+            cells = (len(pictures), 4, pictures.shape[-2] // 8, pictures.shape[-1] // 8)
+            generator = step_generator(pool.config.pool_seed, start, device)
+            strength = 0.2 * torch.rand(len(pictures), 1, 1, 1, generator=generator, device=device)
+            strength[::2] = 0
+            noise = strength * torch.randn(cells, generator=generator, device=device)
+            with torch.autocast(device.type, torch.bfloat16):
+                drawn = round_trip(autoencoder, pictures, noise)
+            parts.append(((drawn + 1) * 127.5).round().to(torch.uint8))
+    return torch.cat(parts)
 
 
 def write_oracle(path: Path, oracle: Oracle, *, half: bool = False) -> None:
@@ -250,7 +271,7 @@ def read_pictures(oracle: Oracle, pictures: Tensor, batch: int = 64) -> list[Rea
 
 def _read_one(found: dict[str, Tensor]) -> Reading:
     ground, spot = found["subject"] > 0, found["centre"].sigmoid()
-    peaks = (spot == F.max_pool2d(spot[None], 7, 1, 3)[0]) & (spot > LEAST_CENTRE)
+    peaks = (spot == F.max_pool2d(spot[None], 5, 1, 2)[0]) & (spot > LEAST_CENTRE)
     centres = peaks.nonzero().flip(1).float()  # (x, y)
     place = found["place"].softmax(0)
     subjects = []

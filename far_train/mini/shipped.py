@@ -1,0 +1,67 @@
+"""What the package ships of the small world: trained weights, and subjects that look alike, to try everything on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..backbone import BaseModel, load_base
+from ..captions import Name
+from ..config import SampleConfig
+from ..errors import BaseModelError
+from ..photos import Photo
+from ..sam import load_sam
+from .identity import Identity
+from .oracle import FILE as ORACLE_FILE
+from .oracle import Oracle, load_oracle
+from .small_sam import FILE as SAM_FILE
+from .world import reference_photos
+
+WEIGHTS = Path(__file__).parent / "weights"
+BASE = WEIGHTS / "base"
+SAM = WEIGHTS / "sam" / SAM_FILE
+ORACLE = WEIGHTS / "oracle" / ORACLE_FILE
+SIZE = 128  # pixels, the small base's native side
+DRAWING = SampleConfig(sampling_steps=25, guidance=5.0, sample_batch=8)  # what suits the small base
+
+# Two pairs that differ in their second colour and one more attribute. The base has seen none of the four.
+SUBJECTS: dict[str, tuple[Name, Identity]] = {
+    "rex": (Name("dog", "<rex-dog>"), Identity("dog", "white", "green", "banded", "scarf", "floppy")),
+    "max": (Name("dog", "<max-dog>"), Identity("dog", "white", "purple", "banded", "none", "floppy")),
+    "bolt": (Name("robot", "<bolt-robot>"), Identity("robot", "yellow", "red", "spotted", "scarf", "round")),
+    "dot": (Name("robot", "<dot-robot>"), Identity("robot", "yellow", "purple", "spotted", "none", "round")),
+}
+
+
+def small_base() -> BaseModel:
+    """The small base model, fp32 on the CPU. Raises BaseModelError."""
+    return load_base(_present(BASE))
+
+
+def small_sam(device: str | torch.device = "cpu") -> Any:
+    """The small segment-anything model. Raises BaseModelError, SubjectError."""
+    return load_sam(_present(SAM), device)
+
+
+def small_oracle() -> Oracle:
+    """The oracle, for measurement. Raises BaseModelError."""
+    return load_oracle(_present(ORACLE))
+
+
+def sample_photos(subject: str, count: int = 5, size: int = SIZE) -> list[Photo]:
+    """Photos of one of ``SUBJECTS`` without masks: several poses, always in the same two places, as people's photos
+    are. Raises KeyError."""
+    _, identity = SUBJECTS[subject]
+    pictures = reference_photos(identity, seed=list(SUBJECTS).index(subject), count=count, size=size)
+    return [Photo(f"{subject}-{i}", image, None, Path(f"{subject}-{i}")) for i, (image, _) in enumerate(pictures)]
+
+
+def _present(path: Path) -> Path:
+    if not path.exists():
+        raise BaseModelError(
+            f"{path}: the small models' weights are not there; get the whole repository, or train them: "
+            "python -m far_train.mini.learn --help"
+        )
+    return path

@@ -1,0 +1,75 @@
+"""What the small base is asked to say of every cell, against scenes whose content is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from far_train.backbone import build_parts
+from far_train.mini.content import FIELDS, NONE, ContentReadout, content_codes, content_loss
+from far_train.mini.identity import NOUNS
+from far_train.mini.scene_pool import PoolConfig, ScenePool, fill_pool, identity_codes
+from far_train.mini.scenery import BACKGROUNDS
+from far_train.mini.tiny import tiny_configs
+from far_train.mini.world import render_scene
+
+CELLS = 16
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory) -> ScenePool:
+    return fill_pool(tmp_path_factory.mktemp("pool"), PoolConfig(count=8, chunk=8, hold_out=False))
+
+
+@pytest.fixture(scope="module")
+def codes(pool) -> torch.Tensor:
+    return content_codes(pool, CELLS)
+
+
+def test_every_cell_names_the_sprite_on_it(codes):
+    assert codes.shape == (8, len(FIELDS), CELLS, CELLS)
+    for i in range(8):
+        scene = render_scene(1, i)
+        subject, noun, body, *_, place = codes[i]
+        assert bool((place == BACKGROUNDS.index(scene.background)).all())
+        assert torch.equal(subject == 0, noun == NONE)
+        for sprite, mask in zip(scene.sprites, scene.masks):
+            share = nn.functional.adaptive_avg_pool2d(mask[None], CELLS)[0]
+            row, column = divmod(int(share.argmax()), CELLS)
+            wanted = identity_codes(sprite.identity)
+            assert (int(subject[row, column]), int(noun[row, column]), int(body[row, column])) == (1, *wanted[:2])
+
+
+def test_shapes_are_told_apart_by_class(codes):
+    noun, shape = codes[:, 1].long(), codes[:, 6].long()
+    known = noun != NONE
+    assert torch.equal(shape[known] // 2, noun[known]) and int(shape.max()) < 2 * len(NOUNS)
+
+
+def test_loss_is_zero_for_the_truth_and_log_n_for_no_idea(codes):
+    truth = {
+        name: 50.0 * nn.functional.one_hot(codes[:, i].long().clamp(min=0), n).permute(0, 3, 1, 2).float()
+        for i, (name, n) in enumerate(FIELDS.items())
+    }
+    assert float(content_loss(truth, codes)) < 1e-6
+    nothing = {name: torch.zeros_like(logits) for name, logits in truth.items()}
+    expected = torch.tensor([float(n) for n in FIELDS.values()]).log().mean()
+    assert float(content_loss(nothing, codes)) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_batch_without_sprites_has_a_finite_loss(codes):
+    empty = codes.clone()
+    empty[:, 0], empty[:, 1:-1] = 0, NONE
+    nothing = {name: torch.zeros(8, n, CELLS, CELLS) for name, n in FIELDS.items()}
+    assert torch.isfinite(content_loss(nothing, empty))
+
+
+def test_the_readout_sees_the_unet():
+    unet = build_parts(tiny_configs(), device="cpu")["unet"]
+    readout = ContentReadout(unet)
+    latents, context = torch.zeros(2, 4, CELLS, CELLS), torch.zeros(2, 77, unet.config.cross_attention_dim)
+    with readout.reading(unet):
+        unet(latents, torch.tensor([10, 500]), context)
+        logits = readout()
+    assert {name: v.shape for name, v in logits.items()} == {n: (2, k, CELLS, CELLS) for n, k in FIELDS.items()}
