@@ -108,7 +108,7 @@ def _encode(
     masks = torch.stack([m.mask for m in mentions]) if mentions else torch.zeros(0, *picture.image.shape[:2])
     cells = tuple(latents.shape[-2:])
     maps = tuple(-(-side // map_stride) for side in cells)
-    select = [(_average(prompt, m.spans.token), _average(prompt, m.spans.noun)) for m in mentions]
+    select = [(average_tokens(prompt, m.spans.token), average_tokens(prompt, m.spans.noun)) for m in mentions]
     empty = torch.zeros(0, len(prompt.ids))
     return Sample(
         latents,
@@ -120,7 +120,7 @@ def _encode(
     )
 
 
-def _average(prompt: TokenizedPrompt, span: tuple[int, int] | None) -> Tensor:
+def average_tokens(prompt: TokenizedPrompt, span: tuple[int, int] | None) -> Tensor:
     """A row [length] that averages over the tokens under ``span``; zeros without one."""
     row = torch.zeros(len(prompt.ids))
     if span is not None:

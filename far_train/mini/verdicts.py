@@ -1,0 +1,83 @@
+"""Did the pictures show who was asked for? Learned subjects are judged by their identities, which this world knows.
+
+The rule is that of Detect-and-Compare (MuDI, Jang et al. 2024, arXiv 2404.04243) with exact attributes in the place of
+similarities: the subjects found are matched to those wanted one to one, and compared with the right one and the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from .gates import ENOUGH_ATTRIBUTES, agreed_fields, match_identities
+from .identity import ATTRIBUTES, Identity
+from .oracle import Reading
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a picture shows of the subjects that were asked for.
+
+    ``right``: exactly these subjects, each by class, at least four attributes of five, and all attributes by which the
+    subjects differ, on the right background. ``subjects_right``: the same whatever the background. ``missing`` and
+    ``extra`` count subjects. ``own``, ``leaked``, ``drifted``: of the attributes by which the subjects differ, in those
+    found, how many have their own value, another subject's, or some third one.
+    """
+
+    right: bool
+    subjects_right: bool
+    background: bool
+    missing: int
+    extra: int
+    own: int
+    leaked: int
+    drifted: int
+
+    @property
+    def words(self) -> str:
+        """The verdict in a few words, for below a picture."""
+        if self.right:
+            return "right"
+        said = []
+        if self.missing or self.extra:
+            said += [f"{n} {what}" for n, what in ((self.missing, "missing"), (self.extra, "too many")) if n]
+        if self.leaked:
+            said.append(f"mixed ({self.leaked})")
+        if self.drifted:
+            said.append(f"off ({self.drifted})")
+        if self.subjects_right:
+            said.append("other place")
+        return ", ".join(said) or "other looks"
+
+
+def differing(wanted: Sequence[Identity]) -> set[str]:
+    """Attributes in which any two of the subjects differ; all, for one subject alone."""
+    pairs = list(combinations(wanted, 2))
+    return {f for a, b in pairs for f in a.differs(b) if f != "noun"} if pairs else set(ATTRIBUTES)
+
+
+def judge_subjects(wanted: Sequence[Identity], place: str | None, reading: Reading) -> Verdict:
+    """Compare what the oracle read with the subjects ``wanted``; ``place`` None: any background is right."""
+    found = [s.identity for s in reading.subjects]
+    telling = differing(wanted)
+    own = leaked = drifted = missing = 0
+    each_right = []
+    for subject, match in zip(wanted, match_identities(wanted, found)):
+        if match is None:
+            missing += 1
+            each_right.append(False)
+            continue
+        seen = found[match]
+        agreed = agreed_fields(subject, seen)
+        each_right.append("noun" in agreed and len(agreed) > ENOUGH_ATTRIBUTES and telling <= agreed)
+        for attribute in telling:
+            others = {getattr(o, attribute) for o in wanted} - {getattr(subject, attribute)}
+            value = getattr(seen, attribute)
+            own += value == getattr(subject, attribute)
+            leaked += value in others
+            drifted += value != getattr(subject, attribute) and value not in others
+    extra = max(len(found) - len(wanted), 0)
+    subjects_right = all(each_right) and not extra
+    background = place is None or reading.background == place
+    return Verdict(subjects_right and background, subjects_right, background, missing, extra, own, leaked, drifted)
