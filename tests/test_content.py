@@ -1,4 +1,4 @@
-"""What the small base is asked to say of every cell, against scenes whose content is known."""
+"""What the small base learns from: the content of every cell, and latents that are encoded once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from far_train.backbone import build_parts
+from far_train.mini.autoencoder import autoencoder_config, build_autoencoder, encode_pool_means
 from far_train.mini.content import FIELDS, NONE, ContentReadout, content_codes, content_loss
+from far_train.mini.diffusion import kept_latents
 from far_train.mini.identity import NOUNS
 from far_train.mini.scene_pool import PoolConfig, ScenePool, fill_pool, identity_codes
 from far_train.mini.scenery import BACKGROUNDS
@@ -73,3 +75,21 @@ def test_the_readout_sees_the_unet():
         unet(latents, torch.tensor([10, 500]), context)
         logits = readout()
     assert {name: v.shape for name, v in logits.items()} == {n: (2, k, CELLS, CELLS) for n, k in FIELDS.items()}
+
+
+def test_latents_are_encoded_once(pool, tmp_path, monkeypatch):
+    vae = build_autoencoder(autoencoder_config(128, (32, 32, 32, 32))).eval()
+    path = tmp_path / "latents.safetensors"
+    first = kept_latents(vae, "a", pool, path)
+    assert first.shape == (8, 4, CELLS, CELLS) and torch.equal(first, encode_pool_means(vae, pool))
+
+    def encode(*_):
+        raise AssertionError("encoded anew")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(vae, "encode", encode)
+        assert torch.equal(kept_latents(vae, "a", pool, path), first)
+        with pytest.raises(AssertionError, match="anew"):  # another autoencoder: these latents aren't its own
+            kept_latents(vae, "b", pool, path)
+    path.write_bytes(b"damaged")
+    assert torch.equal(kept_latents(vae, "a", pool, path), first)

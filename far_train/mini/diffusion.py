@@ -11,15 +11,18 @@ world the content itself is known. The readout is thrown away with the training.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..backbone import build_parts, packaged_configs
+from ..files import write_tensors
 from ..keys import strip_text_model
 from ..losses import add_noise, denoising_loss
 from .autoencoder import encode_pool_means, load_autoencoder
@@ -133,10 +136,12 @@ def learn_diffusion(
     empty = token_table([[""]], tokenizer)[0, 0]
     alphas_cumprod = DDIMScheduler.from_config(configs["scheduler"]).alphas_cumprod
     data: dict[str, Tensor] = {}
+    digest = _digest(vae)
 
     def prepare(device: torch.device) -> None:
         nonlocal alphas_cumprod, empty
-        data["latents"] = encode_pool_means(vae.to(device), pool) * vae_config["scaling_factor"]
+        latents = kept_latents(vae.to(device), digest, pool, folder / "latents.safetensors")
+        data["latents"] = latents * vae_config["scaling_factor"]
         data["ids"] = token_table(pool.captions(), tokenizer).to(device)
         data["content"] = content_codes(pool, vae_config["sample_size"] // 8).to(device)
         alphas_cumprod, empty = alphas_cumprod.to(device), empty.to(device)
@@ -164,13 +169,30 @@ def learn_diffusion(
             content = content_loss(readout(), data["content"][rows])
         return error + CONTENT_WEIGHT * content, {"error": error, "content": content}
 
-    about = {"model": "diffusion", **sizes, "blocks": list(blocks), "autoencoder": _digest(vae)}
+    about = {"model": "diffusion", **sizes, "blocks": list(blocks), "autoencoder": digest}
     about |= {"content_weight": CONTENT_WEIGHT}
     about |= {"pool_seed": pool.config.pool_seed, "start": str(start) if start else None}
     model = fit(model, step_loss, config, folder, about, on_step=on_step, should_stop=should_stop)
     states = {"unet": model["unet"].state_dict(), "vae": vae.state_dict()}
     states["text_encoder"] = model["text_encoder"].state_dict()
     return write_base(folder / "base", configs, states)
+
+
+def kept_latents(vae: nn.Module, digest: str, pool: ScenePool, path: Path) -> Tensor:
+    """:func:`encode_pool_means` of all scenes, kept in a file: a training that goes on shall not encode them anew.
+
+    ``digest`` names the autoencoder; latents of another one, or of other scenes, are replaced.
+    """
+    about = {"far_latents": json.dumps({"autoencoder": digest, "count": len(pool), **pool.config.result_shaping()})}
+    try:
+        with safe_open(path, "pt") as file:
+            if file.metadata() == about:
+                return file.get_tensor("latents").to(next(vae.parameters()).device)
+    except (OSError, SafetensorError):
+        pass  # there is none yet
+    latents = encode_pool_means(vae, pool)
+    write_tensors(path, {"latents": latents.cpu()}, about)
+    return latents
 
 
 def write_base(
