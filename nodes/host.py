@@ -1,6 +1,6 @@
 """The host's internals: progress, interrupts, memory, folders, state dicts, tokenizers, patches.
 
-The only file that touches them. When the host changes, one file changes.
+With :mod:`.host_base` the only file that touches them. When the host changes, little else does.
 """
 
 from __future__ import annotations
@@ -224,6 +224,9 @@ def read_base(model: Any, clip: Any, vae: Any) -> BaseModel:
         text_layers=layout.text_layer_count(text, _text_layer(clip, encoder)),
         scaling_factor=model.model.latent_format.scale_factor,
     )
+    tokenizer = _inner_tokenizer(clip).tokenizer
+    if len(tokenizer.get_vocab()) != layout.CLIP_VOCABULARY:
+        configs["tokenizer"] = Path(tokenizer.name_or_path)  # a small base's own words
     state = {f"model.{k}": v for k, v in unet.items()}
     state |= {f"first_stage_model.{k}": v for k, v in pixels.items()}
     state |= {f"cond_stage_model.transformer.text_model.{k}": v for k, v in text.items()}

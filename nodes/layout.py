@@ -15,6 +15,8 @@ from torch import Tensor
 from ..far_train.backbone import FOREIGN, packaged_configs
 from ..far_train.errors import BaseModelError
 
+NATIVE_SIZE = "far_native_size"  # side in pixels: an entry of unet_config in the MODELs that the pack makes itself
+CLIP_VOCABULARY = 49408  # entries of CLIP's vocabulary, and rows of the host's token table whatever the vocabulary
 _VAE_BLOCK = re.compile(r"encoder\.down\.(\d+)\.block\.(\d+)\.conv2\.weight")
 _TEXT_LAYER = re.compile(r"encoder\.layers\.(\d+)\.")
 
@@ -92,7 +94,8 @@ def _unet_sizes(ldm: Mapping[str, Any]) -> dict[str, Any]:
         attends.append(level[0] == 1)
     head = ldm.get("num_head_channels", -1)
     down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends]
-    return {
+    native = {"sample_size": ldm[NATIVE_SIZE] // 8} if NATIVE_SIZE in ldm else {}
+    return native | {
         "block_out_channels": channels,
         "layers_per_block": blocks[0] if len(set(blocks)) == 1 else blocks,
         # diffusers' name for the number of heads, which it has kept from its first release

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..far_train.config import ExtractConfig
 from ..far_train.errors import FarError, PhotoError, SubjectError
+from ..far_train.mini.shipped import SAM, small_sam
 from ..far_train.photos import Photo, list_photos, load_photo, mask_path
 from ..far_train.sam import load_sam
 from ..far_train.subjects import Prompt, Subject, SubjectExtractor, subject_from_mask
@@ -23,6 +24,7 @@ from .prompts import BOX_FORMATS, read_prompts
 from .sockets import SamModel, schema
 
 MAX_SIDE = 8192
+SMALL_SAM = "FaR mini SAM (built in)"
 
 
 class LoadPhotos(io.ComfyNode):
@@ -127,9 +129,10 @@ class LoadSam(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=host.model_files("sams"),
+                    options=[*host.model_files("sams"), SMALL_SAM],
                     tooltip="A segment-anything file in models/sams. sam_vit_b (375 MB) is enough for clear photos; "
-                    "sam_vit_h (2.6 GB) finds finer outlines. SAM 2 and HQ-SAM are other models and don't fit.",
+                    "sam_vit_h (2.6 GB) finds finer outlines. SAM 2 and HQ-SAM are other models and don't fit. "
+                    f"'{SMALL_SAM}' comes with the pack and knows the drawn subjects of FaR Mini Photos alone.",
                 )
             ],
             outputs=[
@@ -139,7 +142,7 @@ class LoadSam(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model_name: str) -> bool | str:
-        if model_name is None or model_name in host.model_files("sams"):
+        if model_name in (None, SMALL_SAM) or model_name in host.model_files("sams"):
             return True
         return (
             f"there is no '{model_name}' in models/sams; put a segment-anything file there, such as "
@@ -149,14 +152,19 @@ class LoadSam(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, model_name: str) -> str:
         try:
-            return files_fingerprint([host.model_path("sams", model_name)])
+            return files_fingerprint([sam_path(model_name)])
         except (FileNotFoundError, TypeError, AttributeError):
             return "none"
 
     @classmethod
     def execute(cls, model_name: str) -> io.NodeOutput:
         # It rests on the CPU, and is on the compute device only while a node works with it.
-        return io.NodeOutput(load_sam(host.model_path("sams", model_name)))
+        return io.NodeOutput(small_sam() if model_name == SMALL_SAM else load_sam(sam_path(model_name)))
+
+
+def sam_path(name: str) -> Path:
+    """The file behind a choice of FaR Load SAM. Raises FileNotFoundError."""
+    return SAM if name == SMALL_SAM else host.model_path("sams", name)
 
 
 class ExtractSubject(io.ComfyNode):

@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 APPLY = "FaR_ApplyWeights"
+# Nodes whose own text may hold the tokens whatever their CLIP is: strengths by token, prompts of sample pictures.
+KNOWING = (APPLY, "FaR_Train")
 
 
 def unpatched_prompts(graph: Mapping[str, Any], tokens: Collection[str]) -> dict[str, list[str]]:
@@ -19,7 +21,7 @@ def unpatched_prompts(graph: Mapping[str, Any], tokens: Collection[str]) -> dict
         inputs = node.get("inputs", {})
         clip, texts = inputs.get("clip"), [v.lower() for v in inputs.values() if isinstance(v, str)]
         held = [t for t in tokens if any(t in text for text in texts)]
-        if held and node["class_type"] != APPLY and _is_link(clip) and not _comes_through(graph, clip[0], set()):
+        if held and node["class_type"] not in KNOWING and _is_link(clip) and not _comes_through(graph, clip[0], set()):
             found[node_id] = held
     return found
 

@@ -27,6 +27,7 @@ WORKFLOWS = REPOSITORY / "workflows"
 README_PICTURE = {"2 Train two dogs": REPOSITORY / "docs" / "train-graph.jpg"}
 # The template browser's cards are square: around which group the thumbnail is cut.
 FOCUS = {
+    "0 Try it on small drawings": "6 · Both in new pictures",
     "1 Prepare two dogs": "4 · Concept Fusion",
     "2 Train two dogs": "3 · What it learned",
     "3 Draw two dogs": "2 · What to draw",
@@ -130,6 +131,7 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="write the repository's own pictures")
     parser.add_argument("--results", action="store_true", help="show the results of the last run of each template")
     parser.add_argument("--scale", type=float, default=1.0, help="zoom of the pictures (default 1)")
+    parser.add_argument("--template", metavar="NAME", help="only the template of this name (default: all)")
     parser.add_argument("--browser", help="path of a Chromium")
     arguments = parser.parse_args()
     from playwright.sync_api import sync_playwright
@@ -147,7 +149,7 @@ def main() -> int:
         page.wait_for_timeout(5000)  # extensions and the host's node types are set up after the graph exists
         for setting, value in SETTINGS.items():
             page.evaluate("([id, value]) => app.extensionManager.setting.set(id, value)", [setting, value])
-        for path in sorted(WORKFLOWS.glob("*.json")):
+        for path in sorted(WORKFLOWS.glob(f"{arguments.template or '*'}.json")):
             png, square, faults = photograph(page, host, path.stem, arguments.scale, arguments.results)
             if arguments.out:
                 arguments.out.mkdir(parents=True, exist_ok=True)

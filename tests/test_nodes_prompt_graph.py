@@ -41,6 +41,7 @@ def test_other_prompts_and_other_nodes_are_left_alone():
             plain=node("CLIPTextEncode", clip=["base", 1], text="a dog"),
             note=node("Note", text="<corgi-dog>"),
             linked=node("CLIPTextEncode", clip=["base", 1], text=["elsewhere", 0]),
+            training=node("FaR_Train", clip=["base", 1], sample_prompt="a <corgi-dog> dog"),
         )
         == {}
     )

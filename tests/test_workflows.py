@@ -37,8 +37,8 @@ def inside(small: Box, large: Box) -> bool:
     return small[0] >= large[0] and small[1] >= large[1] and small[2] <= large[2] and small[3] <= large[3]
 
 
-def test_there_are_three_with_thumbnails_and_twins():
-    assert len(WORKFLOWS) == 3
+def test_there_are_four_with_thumbnails_and_twins():
+    assert len(WORKFLOWS) == 4
     for path in WORKFLOWS:
         assert 0 < path.with_suffix(".jpg").stat().st_size <= 150_000
         assert (path.parent / "api" / path.name).is_file()
@@ -97,7 +97,8 @@ def test_every_node_has_a_title_of_its_own_and_says_where_it_comes_from(graph):
 
 def test_checkpoint_loaders_offer_their_model(graph):
     loaders = [node for node in graph["nodes"] if node["type"] == "CheckpointLoaderSimple"]
-    assert loaders
+    built_in = [node for node in graph["nodes"] if node["type"] == "FaR_MiniCheckpoint"]
+    assert bool(loaders) != bool(built_in)  # what needs no download must not offer one
     for node in loaders:
         (model,) = node["properties"]["models"]
         assert model["name"] == node["widgets_values"][0] and model["directory"] == "checkpoints"

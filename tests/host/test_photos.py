@@ -29,6 +29,8 @@ NODES = (
     "FaR_ConceptFusion",
     "FaR_SaveDataset",
     "FaR_LoadDataset",
+    "FaR_MiniCheckpoint",
+    "FaR_MiniPhotos",
 )
 TINY_SAM = {
     "embed_dim": 24,

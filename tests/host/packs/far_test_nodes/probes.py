@@ -115,6 +115,29 @@ class Predict(io.ComfyNode):
         return io.NodeOutput()
 
 
+class Pixels(io.ComfyNode):
+    """What the host's VAE makes of fixed latents and of a fixed picture, written to output/NAME."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FaRTest_Pixels",
+            category="FaR/test",
+            inputs=[io.Vae.Input("vae"), io.String.Input("name", default="pixels")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, vae, name: str) -> io.NodeOutput:
+        generator = torch.Generator().manual_seed(0)
+        latents = torch.randn(1, 4, 16, 16, generator=generator)
+        pixels = torch.rand(1, 128, 128, 3, generator=generator)
+        tensors = {"latents": latents, "pixels": pixels, "decoded": vae.decode(latents), "encoded": vae.encode(pixels)}
+        path = Path(folder_paths.get_output_directory()) / f"{name}.safetensors"
+        save_file({k: v.clone().contiguous() for k, v in tensors.items()}, path)
+        return io.NodeOutput()
+
+
 class ForeignModel(io.ComfyNode):
     """A MODEL whose text context is as wide as another family's: 768 for Stable Diffusion 1.x, 2048 for SDXL."""
 
@@ -186,4 +209,4 @@ class FullSize(io.ComfyNode):
         return io.NodeOutput(ui={"text": ("\n".join([type(config).__name__, *wrong]),)})
 
 
-NODES: list[type[io.ComfyNode]] = [Dataset, SaveBase, Predict, ForeignModel, LiveModels, FullSize]
+NODES: list[type[io.ComfyNode]] = [Dataset, SaveBase, Predict, Pixels, ForeignModel, LiveModels, FullSize]
