@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -251,8 +252,9 @@ def _note_session(
     """One line for every time that a training ran: what a model's card reports."""
     if last == first:
         return
+    arguments = ["FOLDER" if before == "--out" else word for before, word in pairwise(sys.argv)]
     line = {
-        "command": shlex.join(["python", "-m", "far_train.mini.learn", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "far_train.mini.learn", *arguments]),
         "seed": config.learn_seed,
         "machine": device_name(device),
         "from_step": first,

@@ -28,7 +28,7 @@ from .scenery import BACKGROUNDS
 WIDTHS = (48, 80, 112, 112)
 STRIDE = 4
 FILE = "oracle.safetensors"
-ROUND_TRIPS = 3000  # scenes that are decoded once for its training
+ROUND_TRIPS = 1500  # scenes that are decoded once for its training
 # Logits for each field of an identity, in the order of its codes. Shapes are named by class, two to each: their logits
 # are per class, so that "round" of a cup and "round" of a car need not look alike.
 HEADS = {
