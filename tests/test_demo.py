@@ -32,7 +32,8 @@ def test_the_whole_line(short, tmp_path):
     text = page.read_text(encoding="utf-8")
     for heading in ("rex-dog", "max-dog", "Class pictures", "Concept Fusion", "Training: Custom Diffusion"):
         assert heading in text
-    assert len(re.findall(r"both right on \d of 4 pictures", text)) == 3  # the base, Custom Diffusion, Fuse-and-Refine
+    captions = re.findall(r"<figcaption>([^<]+): both right on \d of 4 pictures", text)
+    assert captions[1:] == ["Custom Diffusion", "Fuse-and-Refine"] and captions[0].startswith("The base")
     assert 'src="http' not in text and "file:" not in text  # one page that needs nothing else
     for folder in ("run-custom-diffusion", "run-far"):
         assert len(read_metrics(page.parent / folder / "metrics.jsonl")) == 2

@@ -47,7 +47,7 @@ PLACES_SHOWN = ("beach", "moon", "kitchen", "snow")
 PICTURES_EACH = 4
 # What a small model with 16 × 16 cells needs; the product's defaults are for Stable Diffusion 2.1.
 TRAINING = TrainConfig(
-    steps=400, batch_size=4, prior_batch_size=4, embedding_lr=5e-3, kv_lr=5e-5, refinement_weight=0.03, sample_every=0
+    steps=400, batch_size=4, prior_batch_size=4, embedding_lr=5e-3, kv_lr=1.5e-5, refinement_weight=0.03, sample_every=0
 )
 # Custom Diffusion (Kumari et al. 2023, arXiv 2212.04488): the same modules, class pictures and steps; the photos as
 # they are, one subject in each, and the plain loss.
@@ -90,6 +90,7 @@ def run_demo(out: Path, device: str, on_progress: Progress = lambda phase, done,
         "About this page",
         "A small model of Stable Diffusion 2.1's kind, trained from nothing on a drawn world, learns two dogs it has "
         "never seen, on this machine. Same code as for the real model; the pictures say nothing about its quality. "
+        "The small model is young (docs/small-models.md): it draws places, colours and numbers, and blurred figures. "
         "All pictures are shown as they came, with seeds 0, 1, 2 …",
     )
     extractor = SubjectExtractor(sam)
