@@ -122,7 +122,7 @@ def run_demo(out: Path, device: str, on_progress: Progress = lambda phase, done,
     ):
         taught, vocabulary = _train(title, training_set, config.replace(device=device), out / folder, page, on_progress)
         shown.append(_judged(title, taught, vocabulary, prompts, identities, oracle, on_progress))
-        heats.append(_heat(title, taught, vocabulary, probe, names))
+        heats.append(_heat(title, taught, vocabulary, probe))
 
     page.section(
         "Where each word looks",
@@ -206,11 +206,11 @@ def _train(
     title: str, training_set: TrainingSet, config: TrainConfig, folder: Path, page: Page, on_progress: Progress
 ) -> tuple[BaseModel, Vocabulary]:
     callbacks = Callbacks(on_phase=on_progress, on_step=lambda step, _: on_progress(title, step, config.steps))
-    weights = train(small_base(), training_set, config, folder, callbacks=callbacks)
-    taught = small_base().to(choose_device(config.device)[0])
+    base = small_base()  # comes back from the training as it was, on its device
+    weights = train(base, training_set, config, folder, callbacks=callbacks)
     page.section(f"Training: {title}")
     page.picture(loss_curves(read_metrics(folder / METRICS_FILE)))
-    return taught, weights.apply(taught)
+    return base, weights.apply(base)
 
 
 def _judged(
@@ -235,9 +235,7 @@ def _judged(
     return Shown(title, pictures, tuple(judge_subjects(identities, p, r) for p, r in zip(places, readings)))
 
 
-def _heat(
-    title: str, base: BaseModel, vocabulary: Vocabulary, probe: Composite, names: Sequence[Name]
-) -> list[tuple[Any, str]]:
+def _heat(title: str, base: BaseModel, vocabulary: Vocabulary, probe: Composite) -> list[tuple[Any, str]]:
     """The composite and the maps of its concepts, each with a label."""
     mentioned = [m.name for m in probe.mentions]
     maps = attention_maps(base, vocabulary, probe.image, probe.caption, mentioned)
