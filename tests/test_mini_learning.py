@@ -81,7 +81,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text_width=32,
         text_layers=1,
     )
-    learn_sam(pool, out / "sam", quick(), spec=SMALL)
+    learn_sam(pool, out / "sam", quick(steps=40), spec=SMALL)
     vae, _ = load_autoencoder(out / "autoencoder")
     learn_oracle(everyone, out / "oracle", quick(), autoencoder=vae, widths=(16, 16, 24, 32))
     return out

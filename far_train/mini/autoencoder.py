@@ -28,6 +28,7 @@ from .learning import (
     load_first_weights,
     seeded,
     step_generator,
+    weights_digest,
     write_figures,
     write_module,
 )
@@ -36,6 +37,7 @@ from .world import render_scene
 
 BLOCKS = (64, 64, 96, 96)  # four levels make stride 8; 32 norm groups, as hosts fix them, want two channels or more
 KL_WEIGHT = 1e-3
+ON_SPRITES = 0.8  # share of crops that hold a part of a sprite for sure
 CODED = 2048  # pictures from which the latents' spread is measured
 EVAL_SEED = 3  # a series of scenes that no training uses
 PSNR_GATE = 27.0
@@ -72,6 +74,23 @@ def kl_term(mean: Tensor, logvar: Tensor) -> Tensor:
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
 
 
+def crop_to_sprites(pictures: Tensor, labels: Tensor, side: int, choices: torch.Generator) -> Tensor:
+    """Windows [B, 3, side, side] of pictures [B, 3, S, S], most of them around a point of a sprite.
+
+    ``labels`` [B, S, S]: 0 where no sprite is. Places repeat and are learned soon; sprites are what takes long.
+    """
+    windows, last = [], pictures.shape[-1] - side
+    for picture, owner in zip(pictures, labels):
+        corner = torch.randint(last + 1, (2,), generator=choices)
+        inside = owner.nonzero()
+        if len(inside) and torch.rand((), generator=choices) < ON_SPRITES:
+            point = inside[torch.randint(len(inside), (), generator=choices)].cpu()
+            corner = (point - torch.randint(side, (2,), generator=choices)).clamp(0, last)
+        top, left = corner.tolist()
+        windows.append(picture[:, top : top + side, left : left + side])
+    return torch.stack(windows)
+
+
 def learn_autoencoder(
     pool: ScenePool,
     folder: Path,
@@ -102,11 +121,11 @@ def learn_autoencoder(
 
     def step_loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         device = next(vae.parameters()).device
-        pictures = pool.hold(device).pictures(draw_rows(config.learn_seed, step, config.batch_size, len(pool)))
+        rows = draw_rows(config.learn_seed, step, config.batch_size, len(pool))
+        pictures = pool.hold(device).pictures(rows)
         choices = torch.Generator().manual_seed(step)
         if crop and crop < size:
-            top, left = torch.randint(size - crop + 1, (2,), generator=choices).tolist()
-            pictures = pictures[..., top : top + crop, left : left + crop]
+            pictures = crop_to_sprites(pictures, pool.take("labels", rows), crop, choices)
         if torch.rand((), generator=choices) < 0.5:
             pictures = pictures.flip(-1)
         posterior = vae.encode(pictures).latent_dist
@@ -124,7 +143,7 @@ def learn_autoencoder(
         return loss, {**errors, "kl": kl}
 
     about = {"model": "autoencoder", "blocks": list(blocks), "crop": crop, "kl_weight": kl_weight}
-    about |= {"pool_seed": pool.config.pool_seed, "start": str(start) if start else None}
+    about |= {"pool_seed": pool.config.pool_seed, "start": weights_digest(start)}
     both = nn.ModuleDict({"vae": vae, "colours": colours})
     vae = fit(both, step_loss, config, folder, about, on_step=on_step, should_stop=should_stop)["vae"]
     # Latents of unit spread are what the noise schedule is made for.

@@ -27,7 +27,7 @@ from ..keys import strip_text_model
 from ..losses import add_noise, denoising_loss
 from .autoencoder import encode_pool_means, load_autoencoder
 from .content import ContentReadout, content_codes, content_loss
-from .learning import LearnConfig, OnStep, draw_rows, fit, load_first_weights, seeded, step_generator
+from .learning import LearnConfig, OnStep, draw_rows, fit, load_first_weights, seeded, step_generator, weights_digest
 from .scene_pool import CAPTIONS, ScenePool
 from .tiny import write_folder
 from .words import LENGTH, vocabulary, write_tokenizer
@@ -171,7 +171,7 @@ def learn_diffusion(
 
     about = {"model": "diffusion", **sizes, "blocks": list(blocks), "autoencoder": digest}
     about |= {"content_weight": CONTENT_WEIGHT}
-    about |= {"pool_seed": pool.config.pool_seed, "start": str(start) if start else None}
+    about |= {"pool_seed": pool.config.pool_seed, "start": weights_digest(start)}
     model = fit(model, step_loss, config, folder, about, on_step=on_step, should_stop=should_stop)
     states = {"unet": model["unet"].state_dict(), "vae": vae.state_dict()}
     states["text_encoder"] = model["text_encoder"].state_dict()

@@ -6,6 +6,7 @@ on from its last checkpoint and ends, on the CPU, in the same bits.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -31,6 +32,7 @@ from ..files import make_folder, write_json, write_tensors
 from ..pool import derive_seed
 from ..runs import METRICS_FILE, cut_metrics, open_run
 from ..state import load_checkpoint, save_checkpoint
+from .muon import Muon
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +46,9 @@ class LearnConfig(Config):
 
     steps: int = setting(20_000, "optimizer steps in all", low=1, shapes_result=False)
     batch_size: int = setting(64, "samples per step", low=1, high=65536)
-    lr: float = setting(1e-3, "learning rate of AdamW at its highest", low=0, high=1)
+    lr: float = setting(1e-3, "learning rate at its highest, of Muon and AdamW alike", low=0, high=1)
     warmup: int = setting(500, "steps over which the rate rises; then it falls as a cosine", low=0)
-    weight_decay: float = setting(0.01, "AdamW decay of matrices and kernels", low=0, high=1)
+    weight_decay: float = setting(0.01, "decay of matrices and kernels", low=0, high=1)
     grad_clip: float = setting(1.0, "largest norm of the gradient", low=1e-6, high=1e6)
     ema_decay: float = setting(0.999, "decay of the averaged weights, which are the result", low=0, high=1)
     learn_seed: int = setting(0, "seed of the first weights and of every step's choices", low=0, high=2**31)
@@ -150,13 +152,12 @@ def fit(
     return _averaged(module, average)
 
 
-def _optimizer(module: nn.Module, parameters: Mapping[str, nn.Parameter], config: LearnConfig) -> torch.optim.AdamW:
+def _optimizer(module: nn.Module, parameters: Mapping[str, nn.Parameter], config: LearnConfig) -> Muon:
+    # Rows of rare words get no gradient: neither decay nor a matrix's step belongs there.
     tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    decayed = [p for p in parameters.values() if p.dim() >= 2 and id(p) not in tables]
-    # Rows of rare words get no gradient: decay would only wear them away.
+    kernels = [p for p in parameters.values() if p.dim() >= 2 and id(p) not in tables]
     others = [p for p in parameters.values() if p.dim() < 2 or id(p) in tables]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99))
+    return Muon(kernels, others, config.lr, config.weight_decay)
 
 
 def _take_step(
@@ -225,6 +226,16 @@ def load_first_weights(module: nn.Module, state: Mapping[str, Tensor], where: Pa
         raise BaseModelError(f"{where}: these weights are of another model ({str(e)[:200]})") from e
 
 
+def weights_digest(start: Path | None) -> str | None:
+    """What a run began with, for its identity: a digest of all weights in the file or below the folder ``start``."""
+    if start is None:
+        return None
+    digest = hashlib.sha256()
+    for path in [start] if start.is_file() else sorted(start.rglob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def write_module(
     path: Path, module: nn.Module, metadata: Mapping[str, str] | None = None, *, half: bool = False
 ) -> None:
@@ -252,7 +263,7 @@ def _note_session(
     """One line for every time that a training ran: what a model's card reports."""
     if last == first:
         return
-    arguments = ["FOLDER" if before == "--out" else word for before, word in pairwise(sys.argv)]
+    arguments = ["FOLDER" if before in ("--out", "--start") else word for before, word in pairwise(sys.argv)]
     line = {
         "command": shlex.join(["python", "-m", "far_train.mini.learn", *arguments]),
         "seed": config.learn_seed,

@@ -21,7 +21,17 @@ from torch.nn import functional as F
 from ..errors import BaseModelError
 from .autoencoder import round_trip
 from .identity import ACCESSORIES, COLOURS, NOUNS, PATTERNS, Identity
-from .learning import LearnConfig, OnStep, draw_rows, fit, load_first_weights, seeded, step_generator, write_module
+from .learning import (
+    LearnConfig,
+    OnStep,
+    draw_rows,
+    fit,
+    load_first_weights,
+    seeded,
+    step_generator,
+    weights_digest,
+    write_module,
+)
 from .scene_pool import MOST_SPRITES, ScenePool, identity_from_codes
 from .scenery import BACKGROUNDS
 
@@ -211,7 +221,7 @@ def learn_oracle(
         return sum(losses.values()), losses
 
     about = {"model": "oracle", "widths": list(widths), "round_trips": autoencoder is not None}
-    about |= {"pool_seed": pool.config.pool_seed, "start": str(start) if start else None}
+    about |= {"pool_seed": pool.config.pool_seed, "start": weights_digest(start)}
     oracle = fit(oracle, step_loss, config, folder, about, on_step=on_step, should_stop=should_stop)
     write_oracle(folder / FILE, oracle)
     return oracle

@@ -27,6 +27,7 @@ from .learning import (
     load_first_weights,
     seeded,
     step_generator,
+    weights_digest,
     write_figures,
     write_module,
 )
@@ -198,7 +199,7 @@ def learn_sam(
         return loss, figures
 
     about = {"model": "sam", "spec": dict(spec), "pool_seed": pool.config.pool_seed}
-    about |= {"start": str(start) if start else None}
+    about |= {"start": weights_digest(start)}
     sam = fit(sam, step_loss, config, folder, about, on_step=on_step, should_stop=should_stop)
     write_sam(folder / FILE, sam, spec)
     return sam

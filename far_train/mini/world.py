@@ -75,7 +75,7 @@ REACH: dict[str, tuple[float, float, float, float]] = {
     "tree": (0.48, 1.36, 1.11, 0.05),
 }
 # Nominal longest side, as a fraction of the canvas, by the number of sprites in the picture.
-SIZES: dict[int, tuple[float, float]] = {1: (0.54, 0.64), 2: (0.44, 0.50), 3: (0.36, 0.42)}
+SIZES: dict[int, tuple[float, float]] = {1: (0.58, 0.68), 2: (0.50, 0.56), 3: (0.36, 0.42)}
 GROUND = (0.74, 0.95)  # where sprites stand, from the back to the front
 SIDES = ("on the left", "in the middle", "on the right")
 COUNTS = {2: "two", 3: "three"}
@@ -158,7 +158,7 @@ def _place(posed: Sequence[Sprite], rng: np.random.Generator) -> tuple[Sprite, .
                 x, y = np.clip(x, side + 0.01, 0.99 - side), min(y, 0.99 - down)
                 placed.append(replace(s, x=float(x), y=float(y), size=float(size)))
             # Boxes are generous, so the sprites in them hide far less of each other than this.
-            clear = all(_overlap(a, b) <= 0.20 for i, a in enumerate(placed) for b in placed[:i])
+            clear = all(_overlap(a, b) <= 0.28 for i, a in enumerate(placed) for b in placed[:i])
             # Left and right must mean something: the ground points keep their distance too.
             apart = all(b.x - a.x > 0.18 for a, b in pairwise(placed))
             if clear and apart and all(s.box[1] > 0 for s in placed):
@@ -297,7 +297,7 @@ def render_scene(
     if background is not None and background not in PLACES:
         raise ValueError(f"render_scene: background {background!r} is not one of {', '.join(BACKGROUNDS)}")
     rng = np.random.default_rng([seed, index])
-    drawn_count, drawn_place = int(rng.choice(4, p=(0.04, 0.44, 0.44, 0.08))), _pick(rng, BACKGROUNDS)
+    drawn_count, drawn_place = int(rng.choice(4, p=(0.04, 0.42, 0.50, 0.04))), _pick(rng, BACKGROUNDS)
     count = len(identities) if identities is not None else drawn_count if sprites is None else sprites
     if not 0 <= count <= 3:
         raise ValueError(f"render_scene: sprites must be from 0 to 3, got {count}")
