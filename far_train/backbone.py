@@ -93,6 +93,15 @@ class BaseModel:
         return self
 
 
+def set_checkpointing(unet: nn.Module, on: bool) -> None:
+    """Switch gradient checkpointing, which trades time for memory."""
+    if on:
+        unet.enable_gradient_checkpointing()
+    else:
+        unet.disable_gradient_checkpointing()
+    unet.train(on)  # diffusers checkpoints in training mode only; the UNet has no dropout
+
+
 def kv_layers(unet: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """The cross-attention K and V projections: original (LDM) layer name → (attention layer, "to_k" or "to_v").
 

@@ -238,7 +238,16 @@ class TrainConfig(Config):
     )
     prior_steps: int = setting(50, "sampling steps of those class pictures", low=1, high=1000)
     gradient_checkpointing: bool = setting(False, "trade time for memory in the UNet", shapes_result=False)
-    precision: str = setting("auto", "arithmetic of the frozen model", choices=("auto", "fp32", "bf16"))
+    memory: str = setting(
+        "auto",
+        "fast: the whole step at once; lean: checkpointed, for small cards; auto: on a CUDA card what fits, else fast",
+        choices=("auto", "fast", "lean"),
+        shapes_result=False,
+    )
+    compile: bool = setting(
+        False, "compile the UNet's blocks: minutes at the start, faster steps after", shapes_result=False
+    )
+    precision: str = setting("auto", "arithmetic of the frozen model", choices=("auto", "fp32", "bf16", "fp16"))
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps, xpu …", shapes_result=False)
     save_every: int = setting(100, "steps between checkpoints", low=1, high=10_000_000, shapes_result=False)
     keep_checkpoints: int = setting(2, "checkpoints kept on disk", low=1, high=10_000, shapes_result=False)

@@ -8,8 +8,9 @@ from .errors import ConfigError
 
 
 def choose_device(name: str = "auto", precision: str = "auto") -> tuple[torch.device, torch.dtype]:
-    """The device of this name and the precision of the frozen model on it: bf16 where the card has it, else fp32.
+    """The device of this name and the precision of the frozen model on it.
 
+    ``auto`` is bf16 on CUDA cards that compute in it, fp16 on older ones, which only emulate it, and fp32 elsewhere.
     Raises ConfigError for a device that isn't there.
     """
     if name == "auto":
@@ -20,7 +21,8 @@ def choose_device(name: str = "auto", precision: str = "auto") -> tuple[torch.de
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise ConfigError(f"device: '{name}' can't be used here ({str(e).splitlines()[0]}); try auto or cpu") from e
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     if precision == "auto":
-        precision = "bf16" if bf16 else "fp32"
-    return device, {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+        precision = "fp32"
+        if device.type == "cuda":
+            precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return device, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from .backbone import BaseModel
 from .concepts import Composite, TrainingSet
 from .errors import CaptionError
+from .parallel import World
 from .tokens import TokenizedPrompt, Vocabulary
 
 
@@ -64,8 +65,12 @@ class Batch:
         return self.noun_select.sum(-1) > 0
 
     def to(self, device: torch.device) -> Batch:
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
-        return Batch(**moved)
+        """Move all tensors; to a GPU in the background, from memory that it can read by itself."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+        return Batch(**{k: move(v) if isinstance(v, Tensor) else v for k, v in vars(self).items()})
 
 
 def encode_pool(
@@ -75,9 +80,13 @@ def encode_pool(
     map_stride: int,
     *,
     seed: int,
+    world: World = World(),
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[Sample], list[Sample]]:
-    """Encode all composites and all class pictures. Calls ``on_progress(done, total)``, which may raise to stop."""
+    """Encode all composites and all class pictures, each process of ``world`` its share of the latents.
+
+    Calls ``on_progress(done, total)``, which may raise to stop.
+    """
     composites, priors = training_set.composite_count(), training_set.prior_count()
     total = composites + priors
     pools: tuple[list[Sample], list[Sample]] = ([], [])
@@ -89,21 +98,29 @@ def encode_pool(
         except CaptionError as e:
             which = f"composite {i}" if i < composites else f"class picture {i - composites}"
             raise CaptionError(f"{which} of the dataset: {e}") from e
-        generator = torch.Generator().manual_seed(derive_seed(seed, "latents", i))
-        pools[i >= composites].append(_encode(picture, prompt, base, map_stride, generator))
+        if i % world.size == world.rank:
+            generator = torch.Generator().manual_seed(derive_seed(seed, "latents", i))
+            latents = _encode(picture, base, generator)
+        else:
+            latents = torch.zeros(
+                base.vae.config.latent_channels, *(s // base.downscale for s in picture.image.shape[:2])
+            )
+        pools[i >= composites].append(_sample(picture, prompt, latents, map_stride))
+    world.sum([s.latents for pool in pools for s in pool])  # the others' were zeros
     on_progress(total, total)
     return pools
 
 
 @torch.no_grad()
-def _encode(
-    picture: Composite, prompt: TokenizedPrompt, base: BaseModel, map_stride: int, generator: torch.Generator
-) -> Sample:
+def _encode(picture: Composite, base: BaseModel, generator: torch.Generator) -> Tensor:
     vae = base.vae
     pixels = picture.image.permute(2, 0, 1)[None].to(vae.device, vae.dtype) * 2 - 1
     posterior = vae.encode(pixels).latent_dist
     drawn = posterior.mean.cpu() + posterior.std.cpu() * torch.randn(posterior.mean.shape, generator=generator)
-    latents = (drawn * vae.config.scaling_factor)[0].float()
+    return (drawn * vae.config.scaling_factor)[0].float()
+
+
+def _sample(picture: Composite, prompt: TokenizedPrompt, latents: Tensor, map_stride: int) -> Sample:
     mentions = picture.mentions
     masks = torch.stack([m.mask for m in mentions]) if mentions else torch.zeros(0, *picture.image.shape[:2])
     cells = tuple(latents.shape[-2:])
@@ -166,9 +183,9 @@ def draw_batch(
     )
 
 
-def slice_batch(batch: Batch, start: int, stop: int) -> Batch:
-    """Samples ``start`` to ``stop`` of a batch."""
-    return Batch(**{k: v[start:stop] for k, v in vars(batch).items()})
+def slice_batch(batch: Batch, start: int, stop: int | None, step: int = 1) -> Batch:
+    """Every ``step``-th sample from ``start`` to ``stop`` of a batch."""
+    return Batch(**{k: v[start:stop:step] for k, v in vars(batch).items()})
 
 
 def _shuffled(size: int, number: int, seed: int, stream: str) -> int:

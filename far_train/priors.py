@@ -11,7 +11,8 @@ import numpy as np
 from .backbone import BaseModel
 from .captions import Name, with_article, write_caption
 from .concepts import ClassPicture, Composite, TrainingSet
-from .config import SampleConfig
+from .config import SampleConfig, TrainConfig
+from .parallel import World
 from .photos import load_photo, save_picture
 from .pool import derive_seed
 from .sampling import draw_pictures
@@ -63,6 +64,42 @@ def draw_class_pictures(
 def picture_path(folder: Path, noun: str, index: int) -> Path:
     """Where :func:`draw_class_pictures` keeps picture ``index`` of a noun."""
     return folder / noun.replace(" ", "_") / f"{index:04d}.png"
+
+
+def with_class_pictures(
+    training_set: TrainingSet,
+    base: BaseModel,
+    config: TrainConfig,
+    folder: Path,
+    world: World,
+    on_progress: Callable[[int, int], None],
+) -> WithPriors:
+    """A training set with the class pictures that ``config`` asks for, drawn into ``folder`` by one process of
+    ``world``. ``on_progress(done, total)`` may raise to stop, also within a batch of pictures."""
+
+    def draw(report: Callable[[int, int], None] = lambda done, total: None) -> list[ClassPicture]:
+        last = (0, 1)
+
+        def remember(done: int, total: int) -> None:
+            nonlocal last
+            last = (done, total)
+            report(*last)
+
+        return draw_class_pictures(
+            base,
+            [n.noun for n in training_set.names],
+            config.prior_pictures,
+            folder,
+            SampleConfig(sampling_steps=config.prior_steps, sample_seed=config.train_seed),
+            size=training_set.size,
+            on_progress=remember,
+            on_step=lambda *_: report(*last),
+        )
+
+    if world.writes:
+        draw(on_progress)
+    world.wait()
+    return WithPriors(training_set, draw())
 
 
 class WithPriors:

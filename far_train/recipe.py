@@ -1,34 +1,35 @@
 """The training recipe, to be read from top to bottom: set up, train, save, clean up.
 
 ``train`` is the one entry. What is stopped, killed or out of power goes on from its last checkpoint with
-``resume=True`` and ends, on the CPU, in the same bits.
+``resume=True`` and ends, on the CPU, in the same bits. Under ``torchrun`` several processes share each step.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import math
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import losses
 from .attention import AttentionRecorder, layer_stride, supervised_layers
-from .backbone import BaseModel
+from .backbone import BaseModel, set_checkpointing
 from .captions import default_prompts
 from .concepts import TrainingSet
 from .config import SampleConfig, TrainConfig
 from .devices import choose_device
-from .errors import DatasetError, Interrupted, TrainingDiverged
+from .errors import ConfigError, DatasetError, Interrupted
+from .memory import plan_memory
+from .metrics import Readback, StepReports
+from .parallel import World
 from .photos import save_picture
 from .pool import Batch, draw_batch, encode_pool, slice_batch
-from .priors import WithPriors, draw_class_pictures
+from .priors import with_class_pictures
 from .runs import METRICS_FILE, WEIGHTS_FILE, cut_metrics, open_run, run_identity
 from .sampling import TextCache, check_size, draw_pictures, encode_prompts
 from .state import load_checkpoint, save_checkpoint
@@ -36,9 +37,8 @@ from .tokens import Vocabulary
 from .trainable import Trainables
 from .weights import FarWeights, Provenance
 
-log = logging.getLogger(__name__)
-
 PATIENCE = 3  # non-finite steps in a row that end a run
+FP16_SCALE = 2.0**12  # of the loss at first; each overflow halves it, and is then no failure
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,12 @@ class TrainingRun:
         self.device, self.dtype = choose_device(config.device, config.precision)
         self.trainables: Trainables | None = None
         self.recorder: AttentionRecorder | None = None
-        open_run(folder, run_identity(base, training_set, config), resume)
+        self.world = World.current()
+        if config.batch_size < self.world.size:
+            raise ConfigError(f"batch_size: {config.batch_size} composites are too few for {self.world.size} processes")
+        if self.world.writes:
+            open_run(folder, run_identity(base, training_set, config), resume)
+        self.world.wait()
 
     # ---- set up
 
@@ -108,7 +113,9 @@ class TrainingRun:
         """Draw missing class pictures, encode the pool, put the learning parameters in, restore a checkpoint."""
         config, base = self.config, self.base.to(self.device, self.dtype)
         if config.prior_batch_size and not self.training_set.prior_count():
-            self._draw_priors()
+            self.training_set = with_class_pictures(
+                self.training_set, base, config, self.folder / "priors", self.world, self._reporter("class pictures")
+            )
         side = self.training_set.size // base.downscale
         layers = supervised_layers(base.unet, side, side, config.attention_cells)
         stride = layer_stride(layers[0], len(base.unet.config.block_out_channels))
@@ -118,101 +125,98 @@ class TrainingRun:
             self.vocabulary,
             stride,
             seed=config.train_seed,
+            world=self.world,
             on_progress=self._reporter("encoding"),
         )
         self.alphas_cumprod = base.alphas_cumprod.to(self.device)
-        self.text_cache = TextCache()
+        self.text_cache = TextCache(base, [sample.prompt for pool in self.pools for sample in pool])
         self.trainables = Trainables(base, self.vocabulary)
         if config.refinement_weight > 0:
             self.recorder = AttentionRecorder(base.unet, layers)
-        if config.gradient_checkpointing:
-            base.unet.enable_gradient_checkpointing()
-            base.unet.train()  # diffusers checkpoints in training mode only; the UNet has no dropout
         samples_per_step = config.batch_size + (config.prior_batch_size if self.pools[1] else 0)
         self.optimizer = self.trainables.optimizer(config, samples_per_step)
+        # The scaler also skips a step that isn't finite, without asking the host; only fp16 needs a scale for that.
+        self.first_scale = FP16_SCALE if self.dtype == torch.float16 else 1.0
+        self.scaler = torch.amp.GradScaler(self.device.type, self.first_scale)
+        self.readback = Readback(self.device)
         self.step = load_checkpoint(self.folder / "checkpoints", self.trainables.named_parameters(), self.optimizer)
-        cut_metrics(self.folder / METRICS_FILE, self.step)
+        if self.world.writes:
+            cut_metrics(self.folder / METRICS_FILE, self.step)
+        self._fit_memory(-(-samples_per_step // self.world.size))
 
-    def _draw_priors(self) -> None:
-        pictures = draw_class_pictures(
-            self.base,
-            [n.noun for n in self.training_set.names],
-            self.config.prior_pictures,
-            self.folder / "priors",
-            SampleConfig(sampling_steps=self.config.prior_steps, sample_seed=self.config.train_seed),
-            size=self.training_set.size,
-            on_progress=self._reporter("class pictures"),
-            on_step=lambda *_: self._check_stop("class pictures"),
-        )
-        self.training_set = WithPriors(self.training_set, pictures)
+    def _fit_memory(self, samples: int) -> None:
+        """Choose how many of this process's samples run at once, and whether the UNet is checkpointed."""
+
+        def one_sample(checkpointing: bool) -> None:
+            set_checkpointing(self.base.unet, checkpointing)
+            self.backward(slice_batch(self._draw(), 0, 1).to(self.device))
+            self.optimizer.zero_grad(set_to_none=True)
+
+        plan = plan_memory(self.config, samples, self.device, one_sample)
+        self.micro_batch = plan.micro_batch
+        set_checkpointing(self.base.unet, plan.checkpointing)
 
     def _reporter(self, phase: str) -> Callable[[int, int], None]:
         def report(done: int, total: int) -> None:
             self.callbacks.on_phase(phase, done, total)
-            self._check_stop(phase)
+            if self.callbacks.should_stop():
+                raise Interrupted(f"stopped in the phase '{phase}'; resume the run to go on")
 
         return report
-
-    def _check_stop(self, phase: str) -> None:
-        if self.callbacks.should_stop():
-            raise Interrupted(f"stopped in the phase '{phase}'; resume the run to go on")
 
     # ---- train
 
     def fit(self) -> None:
         """All remaining steps, with checkpoints and sample pictures."""
-        failures, saved = 0, self.step
-        with open(self.folder / METRICS_FILE, "a", encoding="utf-8") as metrics_file:
+        saved, patience = self.step, PATIENCE + int(math.log2(self.first_scale))
+        with open(self.folder / METRICS_FILE, "a", encoding="utf-8") if self.world.writes else nullcontext() as file:
+            reports = StepReports(self.readback, file, self.callbacks.on_step, patience)
             while self.step < self.steps:
-                if self.callbacks.should_stop():
-                    if saved != self.step:
-                        metrics_file.flush()
+                if self.world.any(self.callbacks.should_stop()):
+                    reports.pass_on(all=True)
+                    if saved != self.step and self.world.writes:
                         self._save_checkpoint()
                     raise Interrupted(f"stopped at step {self.step} of {self.steps}, which is saved; resume to go on")
-                started = time.perf_counter()
-                metrics = self.train_step()
-                failures = 0 if metrics["finite"] else failures + 1
-                if failures == PATIENCE:
-                    raise TrainingDiverged(
-                        f"the loss was not finite for {PATIENCE} steps up to step {self.step}; the last checkpoint is "
-                        "kept. Lower kv_lr or embedding_lr, or use precision fp32"
-                    )
-                metrics["seconds"] = round(time.perf_counter() - started, 4)
-                metrics_file.write(json.dumps({"step": self.step, **metrics}) + "\n")
-                self.callbacks.on_step(self.step, metrics)
-                if self.step % self.config.save_every == 0 or self.step == self.steps:
-                    metrics_file.flush()
+                self.take_step()
+                save = self.step % self.config.save_every == 0 or self.step == self.steps
+                sample = bool(self.config.sample_every) and self.step % self.config.sample_every == 0
+                reports.pass_on(all=save or sample)
+                if save and self.world.writes:
                     self._save_checkpoint()
                     saved = self.step
-                if self.config.sample_every and self.step % self.config.sample_every == 0:
+                if sample and self.world.writes:
                     self._sample()
+                reports.start_clock()
 
-    def train_step(self) -> dict[str, float]:
-        """One optimizer step on this step's batch; a gradient that isn't finite leaves every parameter as it is."""
-        config = self.config
-        batch = draw_batch(
-            self.pools,
-            (config.batch_size, config.prior_batch_size),
-            len(self.alphas_cumprod),
-            seed=config.train_seed,
-            step=self.step,
-        )
+    def train_step(self) -> dict[str, Any]:
+        """Take one step and wait for its metrics."""
+        self.take_step()
+        return self.readback.take(all=True)[-1][1]
+
+    def take_step(self) -> None:
+        """Queue one optimizer step without waiting for it; a gradient that isn't finite leaves all as it is."""
+        batch = slice_batch(self._draw(), self.world.rank, None, self.world.size)
         self.optimizer.zero_grad(set_to_none=True)
-        size = config.micro_batch or len(batch.latents)
-        starts = range(0, len(batch.latents), size)
-        parts = [self.backward(slice_batch(batch, start, start + size).to(self.device)) for start in starts]
+        starts = range(0, len(batch.latents), self.micro_batch)
+        parts = [self.backward(slice_batch(batch, i, i + self.micro_batch).to(self.device)) for i in starts]
+        shares = torch.stack(parts).sum(0)
         parameters = list(self.trainables.named_parameters().values())
-        norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
-        values = torch.cat([torch.stack(parts).sum(0), norm[None]]).tolist()
-        metrics = dict(zip(("loss", "denoising", "refinement", "prior", "grad_norm"), values))
-        metrics["finite"] = math.isfinite(metrics["grad_norm"])
-        if metrics["finite"]:
-            self.optimizer.step()
-            self.trainables.cap_norms()
-        else:
-            log.warning("Step %d: the gradient is not finite; the step is skipped.", self.step + 1)
+        for parameter in parameters:
+            if parameter.grad is None:  # a share of class pictures alone leaves the modifiers out
+                parameter.grad = torch.zeros_like(parameter)
+        self.world.sum([shares, *(p.grad for p in parameters)])
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update(None if self.dtype == torch.float16 else self.first_scale)
+        self.trainables.cap_norms()
         self.step += 1
-        return metrics
+        self.readback.put(self.step, torch.cat([shares, norm[None]]))
+
+    def _draw(self) -> Batch:
+        config = self.config
+        counts = (config.batch_size, config.prior_batch_size)
+        return draw_batch(self.pools, counts, len(self.alphas_cumprod), seed=config.train_seed, step=self.step)
 
     def backward(self, batch: Batch) -> Tensor:
         """Add the gradient of one part of the step's batch (method.md, section 3).
@@ -226,8 +230,9 @@ class TrainingRun:
         instance = batch.is_instance / config.batch_size
         prior = ~batch.is_instance / max(config.prior_batch_size, 1)
         select = torch.cat([batch.token_select, batch.noun_select], 1)
-        with self.recorder.recording(select) if self.recorder else nullcontext():
-            context = encode_prompts(self.base, batch.prompts, self.text_cache)
+        context = encode_prompts(self.base, batch.prompts, self.text_cache)
+        recording = self.recorder.recording(select) if self.recorder else nullcontext()
+        with recording, self.trainables.projecting(context):
             prediction = self.base.unet(noisy.to(context.dtype), batch.timesteps, context).sample
             weight = losses.subject_weight(batch.cell_masks, config.background_weight)
             weight = torch.where(batch.is_instance[:, None, None, None], weight, 1.0)
@@ -238,7 +243,7 @@ class TrainingRun:
             denoising_share, prior_share = (instance * error).sum(), (prior * error).sum()
             loss = denoising_share + config.prior_weight * prior_share
             loss = loss + config.refinement_weight * (instance * schedule * refinement).sum()
-            loss.backward()
+            self.scaler.scale(loss).backward()
         refinement_share = (instance * refinement).sum()
         return torch.stack([loss, denoising_share, refinement_share, prior_share]).detach()
 
@@ -286,7 +291,8 @@ class TrainingRun:
                 config=self.config.to_dict(),
             ),
         )
-        weights.save(self.folder / WEIGHTS_FILE)
+        if self.world.writes:
+            weights.save(self.folder / WEIGHTS_FILE)
         return weights
 
     def clean_up(self) -> None:
@@ -295,6 +301,4 @@ class TrainingRun:
             self.recorder.remove()
         if self.trainables:
             self.trainables.remove()
-        if self.config.gradient_checkpointing:
-            self.base.unet.disable_gradient_checkpointing()
-            self.base.unet.eval()
+        set_checkpointing(self.base.unet, False)

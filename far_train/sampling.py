@@ -17,29 +17,42 @@ log = logging.getLogger(__name__)
 
 
 class TextCache:
-    """Text conditioning of prompts without modifiers: it can't change while training, so it is computed once."""
+    """What of prompts can't change while training, on the device: their token ids, and the text conditioning of those
+    without modifiers. ``prompts`` are prepared at once; others when they are met."""
 
-    def __init__(self) -> None:
-        self.encoded: dict[tuple[int, ...], Tensor] = {}
+    def __init__(self, base: BaseModel, prompts: Sequence[TokenizedPrompt] = ()) -> None:
+        self._encoder, self._size = base.text_encoder, base.tokenizer_size
+        self._ids: dict[tuple[int, ...], Tensor] = {}
+        self._encoded: dict[tuple[int, ...], Tensor] = {}
+        for ids in dict.fromkeys(p.ids for p in prompts):
+            self.ids(ids) if self.is_learned(ids) else self.encoded(ids)
+
+    def is_learned(self, ids: tuple[int, ...]) -> bool:
+        """Whether a modifier stands in a prompt."""
+        return max(ids) >= self._size
+
+    def ids(self, ids: tuple[int, ...]) -> Tensor:
+        """Token ids [length] on the device."""
+        if ids not in self._ids:
+            self._ids[ids] = torch.tensor(ids, device=self._encoder.device)
+        return self._ids[ids]
+
+    @torch.no_grad()
+    def encoded(self, ids: tuple[int, ...]) -> Tensor:
+        """Text conditioning [length, width] of a prompt without modifiers."""
+        if ids not in self._encoded:
+            self._encoded[ids] = self._encoder(self.ids(ids)[None]).last_hidden_state[0]
+        return self._encoded[ids]
 
 
 def encode_prompts(base: BaseModel, prompts: Sequence[TokenizedPrompt], cache: TextCache | None = None) -> Tensor:
     """Text conditioning [B, length, width]; equal prompts are encoded once, with gradients where modifiers stand."""
-    encoder = base.text_encoder
-    size = base.tokenizer_size
-    cache = cache or TextCache()
+    cache = cache or TextCache(base)
     unique = list(dict.fromkeys(p.ids for p in prompts))
-    learned = [ids for ids in unique if max(ids) >= size]
-    encoded: dict[tuple[int, ...], Tensor] = {}
-    for ids in unique:
-        if ids not in learned:
-            if ids not in cache.encoded:
-                with torch.no_grad():
-                    cache.encoded[ids] = encoder(torch.tensor([ids], device=encoder.device)).last_hidden_state[0]
-            encoded[ids] = cache.encoded[ids]
+    learned = [ids for ids in unique if cache.is_learned(ids)]
+    encoded = {ids: cache.encoded(ids) for ids in unique if ids not in learned}
     if learned:
-        states = encoder(torch.tensor(learned, device=encoder.device)).last_hidden_state
-        encoded |= dict(zip(learned, states))
+        encoded |= dict(zip(learned, base.text_encoder(torch.stack([cache.ids(i) for i in learned])).last_hidden_state))
     return torch.stack([encoded[p.ids] for p in prompts])
 
 

@@ -58,7 +58,7 @@ def test_prompts_are_encoded_once_and_with_gradients_where_modifiers_stand(base)
     vocabulary = Vocabulary(base.tokenizer, [Name("dog", "<my-dog>")], base.tokenizer_size)
     trainables = Trainables(base, vocabulary)
     texts = ["a <my-dog> dog", "a dog", "a <my-dog> dog"]
-    cache = TextCache()
+    cache = TextCache(base)
     calls = []
     hook = base.text_encoder.register_forward_hook(lambda *_: calls.append(1))
     states = encode_prompts(base, [vocabulary.tokenize(t) for t in texts], cache)

@@ -1,0 +1,114 @@
+"""Counts that don't depend on the machine: operations, FLOPs, bytes kept for the backward pass, waits for the device.
+
+A computation is counted as it runs, on real tensors or on PyTorch's fake ones (shapes without values), which count
+Stable Diffusion 2.1 at any size in seconds and without its memory.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+
+aten = torch.ops.aten
+
+# Operations that launch nothing: they allocate, or describe the same memory anew.
+_FREE = {
+    "aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided",
+    "aten::detach", "aten::_unsafe_view", "aten::lift_fresh", "aten::is_same_size", "aten::_reshape_alias",
+}  # fmt: skip
+# Operations whose result the host needs before it can go on.
+_WAITS = {
+    "aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero", "aten::masked_select",
+    "aten::_unique2", "aten::unique_consecutive", "aten::unique_dim",
+}  # fmt: skip
+_INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
+_CPU_ATTENTION = {
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape=None, **__: sdpa_flop(q, k, v),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, k, v, *_, out_shape=None, **__: sdpa_backward_flop(grad, q, k, v)
+    ),
+}
+
+
+@dataclass
+class Counts:
+    """What a computation did: operations by name, FLOPs, bytes kept for the backward pass, waits by name."""
+
+    operations: Counter[str] = field(default_factory=Counter)
+    waits: Counter[str] = field(default_factory=Counter)
+    flops: int = 0
+    saved_bytes: int = 0
+
+    @property
+    def kernels(self) -> int:
+        """Operations that launch work. A fused or multi-tensor operation counts as one, as on a GPU."""
+        return self.operations.total()
+
+    def to_dict(self) -> dict[str, int]:
+        return {
+            "kernels": self.kernels,
+            "host_waits": self.waits.total(),
+            "flops": self.flops,
+            "saved_bytes": self.saved_bytes,
+        }
+
+
+@contextmanager
+def counting(constants: Iterable[Tensor] = ()) -> Iterator[Counts]:
+    """Count what runs in here. ``constants`` (weights) are there anyway and don't count as kept for the backward."""
+    counts = Counts()
+    known = {_storage(t) for t in constants}
+    kept = []  # an address could be given out again
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = _storage(tensor)
+        if storage not in known:
+            known.add(storage)
+            kept.append(tensor)
+            counts.saved_bytes += tensor.untyped_storage().nbytes()
+        return tensor
+
+    flops = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+    with flops, _OperationCounter(counts), saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield counts
+    counts.flops = flops.get_total_flops()
+
+
+class _OperationCounter(TorchDispatchMode):
+    def __init__(self, counts: Counts):
+        super().__init__()
+        self.counts = counts
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = func._schema.name
+        if not func.is_view and name not in _FREE and name.startswith("aten::"):
+            self.counts.operations[name] += 1
+        if name in _WAITS or (name in _INDEXING and any(_is_mask(i) for i in args[1])):
+            self.counts.waits[name] += 1
+        result = func(*args, **(kwargs or {}))
+        if name in ("aten::_to_copy", "aten::copy_") and _leaves_device(
+            args[-1 if name == "aten::copy_" else 0], result
+        ):
+            self.counts.waits[name] += 1
+        return result
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _is_mask(index: Tensor | None) -> bool:
+    return index is not None and index.dtype in (torch.bool, torch.uint8)
+
+
+def _leaves_device(source: Any, result: Tensor) -> bool:
+    return isinstance(source, Tensor) and source.device.type != "cpu" and result.device.type == "cpu"
