@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -81,6 +82,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             raise
         except Exception as e:  # safetensors reports a full disk as an error type of its own
             raise OutputError(f"{path}: can't write this file ({e}); free space or choose another place") from e
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed process had not finished to write, in ``folder`` and below."""
+    for path in folder.rglob(".*"):
+        if re.fullmatch(r"\..+\.part(\.\w+)?|\.[0-9a-f]{32}\.tmp", path.name):
+            path.unlink(missing_ok=True)
 
 
 def check_space(folder: Path, needed: int) -> None:

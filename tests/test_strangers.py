@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -29,7 +30,8 @@ ROOT = Path(__file__).parents[1]
 def fuzz(folder: Path, seed: int, count: int) -> dict:
     """Read ``count`` mutated files in a process of its own; how they ended, by kind of file."""
     command = [sys.executable, ROOT / "tests" / "torture" / "strangers.py", folder, seed, 0, count]
-    done = subprocess.run(map(str, command), cwd=ROOT, capture_output=True, text=True, timeout=60 + 3 * count)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(map(str, command), cwd=ROOT, env=env, capture_output=True, text=True, timeout=60 + 3 * count)
     current = folder / "current"
     assert done.returncode == 0, (current.read_text() if current.exists() else "at the start", done.stderr[-3000:])
     result = json.loads((folder / "result.json").read_text())

@@ -151,20 +151,9 @@ def mutate_safetensors(data: bytes, rng: random.Random, metadata_key: str | None
     start, stop = entry["data_offsets"]
 
     def bad_shape() -> bytes:
-        entry["shape"] = rng.choice(
-            (
-                [],
-                [0],
-                [0, 2**40],
-                [-1],
-                [2**62, 2],
-                entry["shape"][::-1],
-                [1, *entry["shape"]],
-                [stop - start],
-                "a",
-                None,
-            )
-        )
+        own = entry["shape"]
+        shapes = ([], [0], [0, 2**40], [-1], [2**62, 2], own[::-1], [1, *own], [stop - start], "a", None)
+        entry["shape"] = rng.choice(shapes)
         return join(header, body)
 
     def reshaped() -> bytes:
@@ -181,9 +170,7 @@ def mutate_safetensors(data: bytes, rng: random.Random, metadata_key: str | None
         return join(header, body)
 
     def poisoned_values() -> bytes:
-        pattern = rng.choice(
-            (b"\x00\xfe\x00\x7e", b"\x00\x7c\x00\x7c", b"\x00\x00\xc0\x7f", b"\x00\x00\x80\xff", b"\xff\xff\x7f\x7f")
-        )
+        pattern = bytes.fromhex(rng.choice(("00fe007e", "007c007c", "0000c07f", "000080ff", "ffff7f7f")))
         place = start + rng.randrange(max((stop - start) // 4, 1)) * 4
         return join(header, body[:place] + pattern + body[place + 4 :])
 

@@ -1,6 +1,6 @@
 """Loads mutated files and watches what that does; run in a process of its own, since it may die of them.
 
-    python tests/torture/strangers.py FOLDER SEED FIRST COUNT   → FOLDER/result.json
+    PYTHONPATH=. python tests/torture/strangers.py FOLDER SEED FIRST COUNT   → FOLDER/result.json
 
 Every case is made from (SEED, its number) alone, so that one that fails can be run again by itself.
 """
@@ -17,10 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
-
 import torch
 from mutations import mutate_bytes, mutate_json, mutate_safetensors, no_model_at_all
+from safetensors.torch import save_file
 
 from far_train.backbone import kv_weights, load_base
 from far_train.concepts import ClassPicture, Concept
@@ -93,8 +92,6 @@ class Targets:
         states = random_states(configs)
         write_folder(self.genuine / "base", configs, states)
         self.configs, self.base = configs, load_base(self.genuine / "base")
-        from safetensors.torch import save_file
-
         save_file(
             {k: v.contiguous() for k, v in single_file_state(configs, states).items()}, self.genuine / "sd.safetensors"
         )
