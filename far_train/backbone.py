@@ -6,26 +6,27 @@ What differs between model families stands in :data:`FAMILIES`; nothing else ask
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .attention import cross_attention_layers
-from .errors import BaseModelError
+from .errors import BaseModelError, FarError, UnreadableFile
+from .files import parse_json, read_tensors
 from .keys import ldm_to_diffusers, strip_text_model, unet_to_ldm
 
 log = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).parent / "configs"
 PARTS = ("unet", "vae", "text_encoder")
+# The most that a component config may say: numbers, items of a list, layers of a block, layers of a text encoder.
+MAX_NUMBER, MAX_LIST, MAX_LAYERS, MAX_ENCODER_LAYERS = 2**17, 16, 12, 64
 
 
 @dataclass(frozen=True)
@@ -146,13 +147,20 @@ def load_base(
     if isinstance(source, Mapping):
         return _from_state_dict(source, "the state dict", config, prediction_type)
     path = Path(source)
-    if path.is_dir():
-        return _from_folder(path, prediction_type)
-    if not path.exists():
-        raise BaseModelError(f"base: there is no file or folder {path}; the README says where SD 2.1 can be had")
-    if path.suffix != ".safetensors":
-        raise BaseModelError(f"base: {path.name} is no .safetensors file; FaR never unpickles, so convert it first")
-    return _from_state_dict(_read(path), path.name, config, prediction_type)
+    try:
+        if path.is_dir():
+            return _from_folder(path, prediction_type)
+        if not path.exists():
+            raise BaseModelError(f"base: there is no file or folder {path}; the README says where SD 2.1 can be had")
+        if path.suffix != ".safetensors":
+            raise BaseModelError(f"base: {path.name} is no .safetensors file; FaR never unpickles, so convert it first")
+        return _from_state_dict(_read(path), path.name, config, prediction_type)
+    except (FarError, MemoryError):
+        raise
+    except Exception as e:  # the libraries that build the parts raise almost anything at configs that make no sense
+        raise BaseModelError(
+            f"base: {path} can't be loaded ({type(e).__name__}: {str(e)[:300]}); it is damaged or of another model"
+        ) from e
 
 
 def read_configs(folder: Path) -> dict[str, Any]:
@@ -178,9 +186,22 @@ def packaged_configs(prediction_type: str) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
+        _check_config(config)
     except (OSError, ValueError) as e:
         raise BaseModelError(f"base: can't read {path} ({e}); the folder must have diffusers' layout") from e
+    return config
+
+
+def _check_config(config: Any) -> None:
+    """Refuse configs that would have the libraries build for hours, or an endless schedule. Raises ValueError."""
+    if not isinstance(config, dict):
+        raise ValueError("it is no JSON object")
+    for name, value in config.items():
+        numbers = value if isinstance(value, list) else [value]
+        limit = (MAX_ENCODER_LAYERS if name == "num_hidden_layers" else MAX_LAYERS) if "layers" in name else MAX_NUMBER
+        if len(numbers) > MAX_LIST or any(isinstance(n, (int, float)) and not abs(n) <= limit for n in numbers):
+            raise ValueError(f"its {name} is beyond any known model's")
 
 
 def build_parts(configs: Mapping[str, Any], device: str = "meta") -> dict[str, nn.Module]:
@@ -198,8 +219,8 @@ def build_parts(configs: Mapping[str, Any], device: str = "meta") -> dict[str, n
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as e:
+        return read_tensors(path)[0]
+    except UnreadableFile as e:
         raise BaseModelError(f"base: can't read {path} ({e}); the file is damaged or incomplete, fetch it again") from e
 
 
@@ -301,6 +322,9 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
             f"base: {where}: {wrong[0]} is {list(state[wrong[0]].shape)}, expected {list(expected[wrong[0]].shape)} "
             f"({len(wrong)} tensors differ); the file is of another model"
         )
+    for name, value in state.items():
+        if not math.isfinite(sum(extreme.item() for extreme in value.aminmax())):
+            raise BaseModelError(f"base: {where}: {name} holds values that are not finite; the file is damaged")
     module.load_state_dict(state, strict=False, assign=True)
     for name, buffer in module.named_buffers():
         if buffer.is_meta:  # only position_ids, which files don't always hold

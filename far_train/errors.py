@@ -43,8 +43,16 @@ class CheckpointError(FarError):
     """A run can't be resumed from the checkpoints that it left."""
 
 
+class UnreadableFile(FarError):
+    """A safetensors file is missing, damaged or none. What reads it says which file, as an error of its own kind."""
+
+
 class OutputError(FarError):
     """A file or folder can't be written."""
+
+
+class OutOfMemory(FarError):
+    """A training step doesn't fit into memory, however little of it is computed at once."""
 
 
 class TrainingDiverged(FarError):

@@ -1,19 +1,25 @@
-"""Writing files so that a reader never sees half of one."""
+"""Writing files so that a reader never sees half of one, and reading those that strangers made."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import OutputError
+from .errors import OutputError, UnreadableFile
+
+MAX_HEADER = 16 * 2**20  # bytes of a safetensors file's header; that of a whole Stable Diffusion is below a megabyte
+SPARE_BYTES = 64 * 2**20  # of free space that a write leaves to everybody else
 
 
 def make_folder(path: Path) -> Path:
@@ -68,6 +74,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file atomically; ``metadata`` holds plain strings."""
+    check_space(path.parent, sum(t.numel() * t.element_size() for t in tensors.values()))
     with replacing(path) as temporary:
         try:
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, dict(metadata))
@@ -75,6 +82,56 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             raise
         except Exception as e:  # safetensors reports a full disk as an error type of its own
             raise OutputError(f"{path}: can't write this file ({e}); free space or choose another place") from e
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed process had not finished to write, in ``folder`` and below."""
+    for path in folder.rglob(".*"):
+        if re.fullmatch(r"\..+\.part(\.\w+)?|\.[0-9a-f]{32}\.tmp", path.name):
+            path.unlink(missing_ok=True)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Refuse to begin what the disk can't hold: ``needed`` bytes below ``folder``, which may not exist yet.
+
+    Raises OutputError.
+    """
+    place = next((p for p in (folder, *folder.absolute().parents) if p.exists()), None)
+    try:
+        free = shutil.disk_usage(place).free if place else None
+    except OSError:  # some network drives don't tell; then the write itself will
+        return
+    if free is not None and free < needed + SPARE_BYTES:
+        raise OutputError(
+            f"{folder}: {needed / 1e6:,.0f} MB are needed, and {free / 1e6:,.0f} MB of the disk are free; free space "
+            "or choose another place"
+        )
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file, and its metadata.
+
+    Raises UnreadableFile, which says why but not which file, for callers to add.
+    """
+    try:
+        with open(path, "rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        if header > MAX_HEADER:
+            raise UnreadableFile(f"it claims a header of {header} bytes, more than any model needs")
+        with safe_open(path, "pt") as file:
+            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
+    except UnreadableFile:
+        raise
+    except Exception as e:  # damaged headers, and dtypes that torch lacks, raise almost anything
+        raise UnreadableFile(str(e) or type(e).__name__) from e
+
+
+def parse_json(text: str) -> Any:
+    """JSON of unknown origin. Raises ValueError, also for what is nested too deeply or holds too long a number."""
+    try:
+        return json.loads(text)
+    except RecursionError as e:
+        raise ValueError("it is nested too deeply") from e
 
 
 def _umask() -> int:

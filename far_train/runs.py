@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from .backbone import BaseModel
 from .concepts import TrainingSet
 from .config import SCHEMA_VERSION, TrainConfig
 from .errors import CheckpointError, OutputError
-from .files import make_folder, write_json, write_text
+from .files import make_folder, parse_json, remove_leftovers, write_json, write_text
 
 RUN_FILE = "run.json"
 WEIGHTS_FILE = "weights.safetensors"
@@ -37,10 +38,12 @@ def find_run(parent: Path, name: str, identity: dict[str, Any]) -> tuple[Path, b
     """
     for number in itertools.count(1):
         folder = parent / (name if number == 1 else f"{name}-{number}")
-        if not folder.exists():
+        if not os.path.lexists(folder):
             return folder, False
+        if folder.is_symlink():  # it may lead anywhere
+            continue
         try:
-            begun = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+            begun = parse_json((folder / RUN_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
         if begun == identity:
@@ -60,7 +63,7 @@ def open_run(folder: Path, identity: dict[str, Any], resume: bool) -> None:
     if not resume:
         raise OutputError(f"{folder}: holds a run already; resume it (--resume) or choose another folder")
     try:
-        begun = json.loads(path.read_text(encoding="utf-8"))
+        begun = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise CheckpointError(f"{path}: can't be read ({e}); start anew in another folder") from e
     differing = _differences(begun, identity)
@@ -68,6 +71,7 @@ def open_run(folder: Path, identity: dict[str, Any], resume: bool) -> None:
         raise CheckpointError(
             f"{folder}: the run to resume differs in {'; '.join(differing)}; undo that or choose another folder"
         )
+    remove_leftovers(folder)
 
 
 def cut_metrics(path: Path, step: int) -> None:

@@ -6,16 +6,16 @@ other size, such as a small one trained for pictures of few pixels.
 
 from __future__ import annotations
 
-import json
+import zipfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from .errors import SubjectError
+from .files import parse_json, read_tensors
 
 # Of a spec (see build_sam): the fields without a default, and the published models' values of the others.
 REQUIRED = ("embed_dim", "depth", "num_heads", "global_attn_indexes", "image_size", "window_size")
@@ -66,10 +66,10 @@ def _read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     stated: Any = {}
     try:
         if path.suffix.lower() == ".safetensors":
-            with safe_open(path, framework="pt") as f:
-                state = {key: f.get_tensor(key) for key in f.keys()}
-                stated = json.loads((f.metadata() or {}).get("far_sam", "{}"))
+            state, metadata = read_tensors(path)
+            stated = parse_json(metadata.get("far_sam", "{}"))
         else:
+            _check_archive(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # damaged or foreign files raise almost anything
         raise SubjectError(
@@ -80,6 +80,13 @@ def _read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     if not tensors or not isinstance(stated, dict):
         raise SubjectError(f"{path}: holds no plain state dict of tensors; give a segment-anything weights file")
     return state, stated
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse what PyTorch doesn't write since 1.6: other formats, and archives that unpack to more than their size."""
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("it is compressed, which PyTorch's files are not")
 
 
 def sam_spec(state: Mapping[str, torch.Tensor]) -> dict[str, Any]:

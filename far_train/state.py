@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .errors import CheckpointError
-from .files import write_tensors
+from .errors import CheckpointError, UnreadableFile
+from .files import parse_json, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +50,7 @@ def load_checkpoint(folder: Path, parameters: Mapping[str, nn.Parameter], optimi
     for path in found:
         try:
             step, tensors = _read(path)
-        except (OSError, SafetensorError, ValueError, KeyError) as e:
+        except (UnreadableFile, ValueError, KeyError, TypeError) as e:
             log.warning("%s is damaged (%s); trying the one before.", path.name, e)
             continue
         _restore(path, tensors, parameters, optimizer)
@@ -69,12 +68,13 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> tuple[int, dict[str, Tensor]]:
-    with safe_open(path, "pt") as file:
-        about = json.loads((file.metadata() or {})["far_checkpoint"])
-        tensors = {k: file.get_tensor(k) for k in file.keys()}
+    tensors, metadata = read_tensors(path)
+    about = parse_json(metadata["far_checkpoint"])
     if _digest(tensors) != about["sha256"]:
         raise ValueError("its content doesn't match its checksum")
-    return int(about["step"]), tensors
+    if about["step"] != int(_NAME.fullmatch(path.name)[1]):
+        raise ValueError(f"it is of step {about['step']}")
+    return about["step"], tensors
 
 
 def _restore(
@@ -82,18 +82,15 @@ def _restore(
 ) -> None:
     for name, parameter in parameters.items():
         value = tensors.get(f"value/{name}")
-        if value is None or value.shape != parameter.shape:
+        moments = {k: tensors[f"{k}/{name}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{name}" in tensors}
+        shapes = [tuple(m.shape) for m in moments.values()]
+        if value is None or value.shape != parameter.shape or shapes not in ([], [(), value.shape, value.shape]):
             raise CheckpointError(
                 f"{path}: holds no matching '{name}'; it belongs to another run, choose another folder"
             )
         with torch.no_grad():
             parameter.copy_(value)
-        state = {}
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            if f"{key}/{name}" in tensors:
-                moment = tensors[f"{key}/{name}"]
-                state[key] = moment if key == "step" else moment.to(parameter.device)
-        optimizer.state[parameter] = state
+        optimizer.state[parameter] = {k: m if k == "step" else m.to(parameter.device) for k, m in moments.items()}
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -7,22 +7,24 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from . import __version__
 from .backbone import FAMILIES, BaseModel, kv_layers, kv_weights
 from .captions import Name, check_noun, check_token
 from .config import SCHEMA_VERSION, SampleConfig
-from .errors import ConfigError, FarError, WeightsError
-from .files import write_tensors
+from .errors import ConfigError, FarError, UnreadableFile, WeightsError
+from .files import parse_json, read_tensors, write_tensors
 from .tokens import ModifierEmbedding, Vocabulary, noun_embedding
 
 log = logging.getLogger(__name__)
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+MAX_METADATA = 1_000_000  # characters; a file of ten concepts has about two thousand
 RESERVED = {"con", "prn", "aux", "nul", *(f"com{i}" for i in range(10)), *(f"lpt{i}" for i in range(10))}
 
 
@@ -64,24 +66,24 @@ class FarWeights:
     def load(cls, path: Path) -> FarWeights:
         """Read a FaR weights file. Raises WeightsError when it is none, damaged, or from a newer version."""
         try:
-            with safe_open(path, "pt") as file:
-                metadata = (file.metadata() or {}).get("far")
-                if metadata is None:
-                    raise WeightsError(f"weights: {path} is no FaR file (it has no 'far' metadata); is it a LoRA?")
-                tensors = {k: file.get_tensor(k) for k in file.keys()}
-        except (OSError, SafetensorError) as e:
+            tensors, metadata = read_tensors(path)
+        except UnreadableFile as e:
             raise WeightsError(
                 f"weights: can't read {path} ({e}); it is missing, damaged or no safetensors file"
             ) from e
-        provenance = _read_provenance(metadata, path)
+        if "far" not in metadata:
+            raise WeightsError(f"weights: {path} is no FaR file (it has no 'far' metadata); is it a LoRA?")
+        provenance = _read_provenance(metadata["far"], path)
         embeddings = {t: tensors.get(f"embedding.{t}") for t in provenance.nouns}
         deltas = {k.removeprefix("delta."): v for k, v in tensors.items() if k.startswith("delta.")}
         foreign = [k for k in tensors if not k.startswith("delta.") and k.removeprefix("embedding.") not in embeddings]
         for name, value in [*embeddings.items(), *deltas.items()]:
-            if value is None or value.ndim != 2 or not value.is_floating_point():
+            if value is None or value.ndim != 2 or not value.numel() or value.dtype not in DTYPES:
                 raise WeightsError(f"weights: {path} holds no proper tensor for {name}; the file is damaged")
             if not bool(torch.isfinite(value).all()):
                 raise WeightsError(f"weights: {path}: {name} holds values that are not finite; the file is damaged")
+        if len({e.shape for e in embeddings.values()}) > 1:
+            raise WeightsError(f"weights: the embeddings in {path} differ in shape; the file is damaged")
         if foreign or not embeddings:
             raise WeightsError(f"weights: {path} does not hold what its metadata says ({foreign[:1] or 'no concepts'})")
         return cls(embeddings, deltas, provenance)
@@ -165,13 +167,18 @@ def file_stem(token: str) -> str:
 
 def _read_provenance(text: str, path: Path) -> Provenance:
     try:
-        values = json.loads(text)
+        if len(text) > MAX_METADATA:
+            raise ValueError(f"it has {len(text)} characters")
+        values = parse_json(text)
         if values["schema"] > SCHEMA_VERSION:
             raise WeightsError(
                 f"weights: {path} was made by a newer version of FaR ({values.get('far_version')}); update"
             )
         known = {k: values[k] for k in Provenance.__dataclass_fields__ if k in values}
         provenance = Provenance(**known)
+        for name, kind in get_type_hints(Provenance).items():
+            if not isinstance(getattr(provenance, name), get_origin(kind) or kind):
+                raise TypeError(f"{name} has a wrong type")
         if provenance.family not in FAMILIES:
             raise WeightsError(
                 f"weights: {path} is for the model family {provenance.family!r}, which this version lacks"
@@ -182,7 +189,9 @@ def _read_provenance(text: str, path: Path) -> Provenance:
     except WeightsError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, FarError) as e:
-        raise WeightsError(f"weights: the metadata of {path} can't be read ({e}); the file is damaged") from e
+        raise WeightsError(
+            f"weights: the metadata of {path} can't be read ({str(e)[:300]}); the file is damaged"
+        ) from e
     return provenance
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..far_train.concepts import Composite, TrainingSet
 from ..far_train.dataset import DatasetFolder, plain_name, write_dataset
+from ..far_train.files import parse_json
 from ..far_train.photos import from_pil
 from ..far_train.report import dataset_sheet, overlay, save_sheet
 from . import host
@@ -149,18 +150,22 @@ def dataset_path(name: str) -> Path:
 
 
 def free_folder(parent: Path, name: str, digest: str) -> Path:
-    """``parent``/``name``, or with the first number behind it that is free or whose dataset has this digest."""
+    """``parent``/``name``, or with the first number behind it that is free or whose dataset has this digest.
+
+    A link counts as taken: it may lead anywhere.
+    """
     number = 1
     while True:
         folder = parent / (name if number == 1 else f"{name}-{number}")
-        if not folder.exists() or _source_digest(folder) == digest:
+        taken = os.path.lexists(folder)
+        if not taken or (not folder.is_symlink() and _source_digest(folder) == digest):
             return folder
         number += 1
 
 
 def _source_digest(folder: Path) -> str | None:
     try:
-        return json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["about"]["source_digest"]
+        return parse_json((folder / "dataset.json").read_text(encoding="utf-8"))["about"]["source_digest"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

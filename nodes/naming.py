@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import shutil
 from pathlib import Path
@@ -29,7 +30,7 @@ def place(source: Path, folder: Path, stem: str) -> Path:
     """
     for number in itertools.count(1):
         target = folder / f"{stem if number == 1 else f'{stem}-{number}'}{source.suffix}"
-        if not target.exists():
+        if not os.path.lexists(target):
             with replacing(target) as temporary:
                 shutil.copyfile(source, temporary)
             return target
