@@ -15,6 +15,7 @@ import comfy.model_patcher
 import comfy.sd
 import folder_paths
 import torch
+from comfy.ldm.modules.attention import optimized_attention
 from comfy_api.latest import io
 from safetensors.torch import save_file
 
@@ -209,4 +210,80 @@ class FullSize(io.ComfyNode):
         return io.NodeOutput(ui={"text": ("\n".join([type(config).__name__, *wrong]),)})
 
 
-NODES: list[type[io.ComfyNode]] = [Dataset, SaveBase, Predict, Pixels, ForeignModel, LiveModels, FullSize]
+class SaveMask(io.ComfyNode):
+    """A MASK as it is, written to output/NAME: pictures in files have only 256 steps."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FaRTest_SaveMask",
+            category="FaR/test",
+            inputs=[io.Mask.Input("mask"), io.String.Input("name", default="mask")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, mask, name: str) -> io.NodeOutput:
+        path = Path(folder_paths.get_output_directory()) / f"{name}.safetensors"
+        save_file({"mask": mask.clone().contiguous()}, path)
+        return io.NodeOutput()
+
+
+class ImagePrompt:
+    """What an image-prompt pack puts into a cross-attention slot: it attends to tokens of its own and adds the result.
+
+    Like those packs it expects its own kind in the slot when it is applied twice, and it calls the host's attention
+    without the options of the pass.
+    """
+
+    def __init__(self, width: int, weight: float):
+        self.weights, self.tokens = [weight], torch.randn(4, width, generator=torch.Generator().manual_seed(7))
+
+    def add(self, weight: float) -> None:
+        self.weights.append(weight)
+
+    def __call__(self, q, k, v, extra):
+        out = optimized_attention(q, k, v, extra["n_heads"])
+        own = self.tokens.to(q).expand(len(q), -1, -1)
+        return out + sum(self.weights) * optimized_attention(q, own, own, extra["n_heads"])
+
+
+class ImagePromptNode(io.ComfyNode):
+    """Applies ImagePrompt to every cross-attention of a tiny or small SD 2.x MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FaRTest_ImagePrompt",
+            category="FaR/test",
+            inputs=[io.Model.Input("model"), io.Float.Input("weight", default=0.5)],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model, weight: float) -> io.NodeOutput:
+        patched = model.clone()
+        for name, layer in patched.model.diffusion_model.named_modules():
+            if not name.endswith(".attn2"):
+                continue
+            parts = name.split(".")
+            block = (parts[0].split("_")[0], 0 if parts[0] == "middle_block" else int(parts[1]))
+            slots = patched.model_options["transformer_options"].get("patches_replace", {}).get("attn2", {})
+            if block in slots:
+                slots[block].add(weight)
+            else:
+                patched.set_model_attn2_replace(ImagePrompt(layer.to_k.weight.shape[0], weight), *block)
+        return io.NodeOutput(patched)
+
+
+NODES: list[type[io.ComfyNode]] = [
+    Dataset,
+    SaveBase,
+    Predict,
+    Pixels,
+    ForeignModel,
+    LiveModels,
+    FullSize,
+    SaveMask,
+    ImagePromptNode,
+]
