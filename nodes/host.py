@@ -125,6 +125,12 @@ def model_path(kind: str, name: str) -> Path:
     return Path(folder_paths.get_full_path_or_raise(kind, name))
 
 
+def model_subfolders(kind: str) -> list[Path]:
+    """Folders right below models/``kind`` that hold a model in transformers' layout (config.json)."""
+    roots = [Path(root) for root in folder_paths.get_folder_paths(kind) if Path(root).is_dir()]
+    return sorted(path.parent for root in roots for path in root.glob("*/config.json"))
+
+
 def model_folder(kind: str) -> Path:
     """Where new files of models/``kind`` are written."""
     return Path(folder_paths.get_folder_paths(kind)[0])

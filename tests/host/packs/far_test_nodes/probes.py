@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import importlib
+import json
 import sys
 import time
 from pathlib import Path
 
+import comfy.clip_vision
 import comfy.model_base
 import comfy.model_detection
 import comfy.model_management
@@ -276,6 +278,34 @@ class ImagePromptNode(io.ComfyNode):
         return io.NodeOutput(patched)
 
 
+class TinyClipVision(io.ComfyNode):
+    """A CLIP vision model of the host's own class with few, random weights."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(node_id="FaRTest_ClipVision", category="FaR/test", inputs=[], outputs=[io.ClipVision.Output()])
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        from . import randomize
+
+        shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+        shape |= {
+            "image_size": 28,
+            "patch_size": 14,
+            "projection_dim": 16,
+            "hidden_act": "gelu",
+            "num_channels": 3,
+            "model_type": "clip_vision_model",
+        }
+        path = Path(folder_paths.get_temp_directory()) / "clip_vision.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(shape))
+        model = comfy.clip_vision.ClipVisionModel(path)
+        randomize(model.model, 0)
+        return io.NodeOutput(model)
+
+
 NODES: list[type[io.ComfyNode]] = [
     Dataset,
     SaveBase,
@@ -286,4 +316,5 @@ NODES: list[type[io.ComfyNode]] = [
     FullSize,
     SaveMask,
     ImagePromptNode,
+    TinyClipVision,
 ]
