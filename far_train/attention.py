@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -42,9 +42,26 @@ def supervised_layers(unet: nn.Module, latent_height: int, latent_width: int, ce
     if not strides:
         raise BaseModelError("base: the UNet has no cross-attention layers; use an SD 2.1 model")
     shorter = min(latent_height, latent_width)
-    large_enough = [s for s in set(strides.values()) if math.ceil(shorter / s) >= cells]
-    chosen = max(large_enough) if large_enough else min(strides.values())
-    return [name for name, stride in strides.items() if stride == chosen]
+    sides = {name: math.ceil(shorter / stride) for name, stride in strides.items()}
+    chosen = supervised_side(sides.values(), cells)
+    return [name for name, side in sides.items() if side == chosen]
+
+
+def supervised_side(sides: Iterable[int], cells: int = 16) -> int:
+    """Of maps with these shorter sides, which are supervised: the smallest of at least ``cells``, else the largest."""
+    sides = list(sides)
+    return min((s for s in sides if s >= cells), default=max(sides))
+
+
+def attention_columns(query: Tensor, key: Tensor, scale: float, select: Tensor) -> Tensor:
+    """Softmax attention of token groups, in fp32 and averaged over heads.
+
+    ``query`` [B, heads, cells, d] and ``key`` [B, heads, tokens, d] are projected; ``select`` [B, G, tokens] weighs the
+    tokens of each of G groups. Returns [B, G, cells].
+    """
+    scores = query.float() @ key.float().transpose(-1, -2) * scale
+    probabilities = scores.softmax(-1).mean(1)  # [B, cells, tokens]
+    return select.to(probabilities) @ probabilities.transpose(-1, -2)
 
 
 class AttentionRecorder:
@@ -94,9 +111,7 @@ class AttentionRecorder:
         """Keep layer ``name``'s map; ``query`` [B, heads, cells, d] and ``key`` [B, heads, tokens, d] are projected."""
         if self._select is None:
             return
-        scores = query.float() @ key.float().transpose(-1, -2) * scale
-        probabilities = scores.softmax(-1).mean(1)  # [B, cells, tokens]
-        self._captured[name] = self._select.to(probabilities) @ probabilities.transpose(-1, -2)
+        self._captured[name] = attention_columns(query, key, scale, self._select)
 
 
 class _RecordingProcessor:

@@ -19,6 +19,10 @@ class SubjectError(FarError):
     """No usable subject was found in a photo, or a concept is left without any."""
 
 
+class EncoderError(FarError):
+    """An image encoder is missing, can't be read, or is incomplete."""
+
+
 class TokenError(FarError):
     """A modifier token is malformed, splits, or collides with another token."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,35 +26,71 @@ def attention_maps(
     caption: str,
     names: Sequence[Name],
     *,
-    timestep: int = 500,
+    timesteps: Sequence[int] = (500,),
     noise_seed: int = 0,
+    cells: int = 16,
 ) -> Tensor:
     """Attention of each subject's words over a picture, [names, h, w] in fp32 on the CPU.
 
-    The picture [H, W, 3] (0..1) is noised to ``timestep``; the layers are those that Localized Refinement supervises.
-    A concept's words are its modifier token, a bare noun's the noun. Raises CaptionError if one isn't in the caption.
+    The picture [H, W, 3] (0..1) is noised to each of ``timesteps``, always with the same noise, and the maps are
+    averaged; the layers are those that Localized Refinement supervises with maps of ``cells`` cells. A concept's words
+    are its modifier token, a bare noun's the noun. Raises CaptionError if one isn't in the caption.
     """
     prompt = vocabulary.tokenize(caption)
     spans = locate_mentions(caption, names)
-    select = torch.stack([average_tokens(prompt, s.token or s.noun) for s in spans])[None]
+    select = torch.stack([average_tokens(prompt, s.token or s.noun) for s in spans])[None].to(base.device)
     pixels = image.permute(2, 0, 1)[None].to(base.device, base.vae.dtype) * 2 - 1
     latents = base.vae.encode(pixels).latent_dist.mean.float() * base.vae.config.scaling_factor
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(noise_seed)).to(latents)
-    time = torch.tensor([timestep], device=base.device)
-    noisy, _ = add_noise(latents, noise, base.alphas_cumprod.to(base.device)[time], base.prediction_type)
-    recorder = AttentionRecorder(base.unet, supervised_layers(base.unet, *latents.shape[-2:]))
+    context = encode_prompts(base, [prompt])
+    recorder = AttentionRecorder(base.unet, supervised_layers(base.unet, *latents.shape[-2:], cells))
+    maps = []
     try:
-        with recorder.recording(select.to(base.device)):
-            context = encode_prompts(base, [prompt])
-            base.unet(noisy.to(context.dtype), time, context)
-            return recorder.maps(*latents.shape[-2:])[0].float().cpu()
+        for timestep in timesteps:
+            time = torch.tensor([timestep], device=base.device)
+            noisy, _ = add_noise(latents, noise, base.alphas_cumprod.to(base.device)[time], base.prediction_type)
+            with recorder.recording(select):
+                base.unet(noisy.to(context.dtype), time, context)
+                maps.append(recorder.maps(*latents.shape[-2:])[0].float().cpu())
     finally:
         recorder.remove()
+    return torch.stack(maps).mean(0)
+
+
+@dataclass(frozen=True)
+class Focus:
+    """How well a map keeps to a subject: mean attention per cell inside its mask and outside, and whether the hottest
+    cell lies inside."""
+
+    inside: float
+    outside: float
+    hottest_inside: bool
+
+    @property
+    def ratio(self) -> float:
+        """How many times denser the attention is inside; infinite where there is none outside."""
+        return self.inside / self.outside if self.outside else float("inf")
+
+
+def focus(heat: Tensor, mask: Tensor) -> Focus:
+    """Compare a map [h, w] with a subject's mask [H, W] (0..1) of the same picture.
+
+    The mask is averaged over the map's cells; a cell that it half covers counts half inside and half outside. NaN where
+    the mask has no inside or no outside.
+    """
+    share = F.adaptive_avg_pool2d(mask[None, None].float(), tuple(heat.shape))[0, 0]
+    inside, outside = ((heat * part).sum() / part.sum() for part in (share, 1 - share))
+    return Focus(float(inside), float(outside), bool(share.flatten()[heat.argmax()] > 0.5))
 
 
 def heat_over(image: Tensor, heat: Tensor) -> Tensor:
     """A picture [H, W, 3] with a map [h, w] over it, dark where it is small: [H, W, 3]."""
-    share = (heat / heat.max().clamp(min=1e-8))[None, None]
-    share = F.interpolate(share, size=tuple(image.shape[:2]), mode="bilinear", align_corners=False)[0, 0, ..., None]
+    share = stretched(heat, tuple(image.shape[:2]))[..., None]
     glow = torch.tensor([1.0, 0.55, 0.1])
     return (image * (0.25 + 0.45 * share) + 0.45 * share * glow).clamp(0, 1)
+
+
+def stretched(heat: Tensor, size: tuple[int, int]) -> Tensor:
+    """A map [h, w] as a share of its own maximum, at a picture's ``size`` (height, width)."""
+    share = (heat / heat.max().clamp(min=1e-8))[None, None]
+    return F.interpolate(share, size=size, mode="bilinear", align_corners=False)[0, 0]

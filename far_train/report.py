@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from .captions import Name
 from .concepts import Composite
+from .evaluate import Evaluation
 from .files import replacing, write_text
 from .photos import to_pil
 
@@ -29,13 +31,22 @@ CLASS_COLOUR = (150, 150, 150)
 
 def overlay(composite: Composite, names: Sequence[Name]) -> Image.Image:
     """A composite with every mention's mask tinted and outlined in its concept's colour."""
-    pixels = np.array(to_pil(composite.image), dtype=np.float32)
-    for mention in composite.mentions:
-        colour = COLOURS[names.index(mention.name) % len(COLOURS)] if mention.name in names else CLASS_COLOUR
-        mask = mention.mask.numpy()
-        pixels += 0.25 * mask[..., None] * (np.array(colour, np.float32) - pixels)
-        inside = mask > 0.5
-        width = max(round(0.006 * len(mask)), 1)
+    return tinted(
+        composite.image,
+        [m.mask for m in composite.mentions],
+        [names.index(m.name) if m.name in names else None for m in composite.mentions],
+    )
+
+
+def tinted(image: Tensor, masks: Sequence[Tensor], concepts: Sequence[int | None]) -> Image.Image:
+    """A picture [H, W, 3] with masks [H, W] tinted and outlined, each in the colour of its concept's number."""
+    pixels = np.array(to_pil(image), dtype=np.float32)
+    for mask, concept in zip(masks, concepts):
+        colour = CLASS_COLOUR if concept is None else COLOURS[concept % len(COLOURS)]
+        share = mask.float().numpy()
+        pixels += 0.25 * share[..., None] * (np.array(colour, np.float32) - pixels)
+        inside = share > 0.5
+        width = max(round(0.006 * len(share)), 1)
         rim = ndimage.binary_dilation(inside, iterations=width) & ~inside
         pixels[rim] = colour
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
@@ -103,6 +114,34 @@ def loss_curves(metrics: Sequence[Mapping[str, Any]], size: tuple[int, int] = (9
         axes.plot(steps, running_mean(values), color=colour, linewidth=1.8)
         axes.set(title=kind, xlabel="step")
         axes.grid(alpha=0.2)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+
+
+def evaluation_plot(evaluation: Evaluation, size: tuple[int, int] = (900, 380)) -> Image.Image:
+    """How alike the subjects found and the reference photos are, and each concept's presence and mixing."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(size[0] / 100, size[1] / 100), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    found, photos, bars = figure.subplots(1, 3, width_ratios=(1, 1, 1.4))
+    labels = [n.token or n.noun for n in evaluation.names]
+    places = range(len(labels))
+    for axes, title, matrix in ((found, "found", evaluation.similarity), (photos, "photos", evaluation.truth)):
+        axes.imshow(matrix.nan_to_num(0.0).numpy(), vmin=0, vmax=1, cmap="viridis")
+        for i, k in itertools.product(places, places):
+            colour = "black" if matrix[i, k] > 0.6 else "white"
+            axes.text(k, i, f"{matrix[i, k]:.2f}", ha="center", va="center", color=colour)
+        axes.set(title=f"{title}, against photos", xticks=places, yticks=places)
+        axes.set_xticklabels(labels, rotation=30, ha="right")
+        axes.set_yticklabels(labels)
+    for shift, kind, values in ((-0.2, "present", evaluation.presence), (0.2, "mixing", evaluation.mixing)):
+        colour = tuple(c / 255 for c in COLOURS[kind == "mixing"])
+        bars.bar([p + shift for p in places], np.nan_to_num(values), 0.38, label=kind, color=colour)
+    bars.set(title="per concept", ylim=(0, 1.02), xticks=places)
+    bars.set_xticklabels(labels, rotation=30, ha="right")
+    bars.legend()
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import concepts, fusion, host, mini, photos, priors, training, weights
+from . import attention, concepts, evaluate, fusion, host, mini, photos, priors, training, weights
 
 
 class FarExtension(ComfyExtension):
@@ -12,4 +12,5 @@ class FarExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         host.register_model_folders()
-        return [node for module in (photos, priors, concepts, fusion, training, weights, mini) for node in module.NODES]
+        modules = (photos, priors, concepts, fusion, training, weights, attention, evaluate, mini)
+        return [node for module in modules for node in module.NODES]

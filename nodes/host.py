@@ -1,6 +1,6 @@
 """The host's internals: progress, interrupts, memory, folders, state dicts, tokenizers, patches.
 
-With :mod:`.host_base` the only file that touches them. When the host changes, little else does.
+With :mod:`.host_base` and :mod:`.host_attention` all that touches them. When the host changes, little else does.
 """
 
 from __future__ import annotations
@@ -125,6 +125,12 @@ def model_path(kind: str, name: str) -> Path:
     return Path(folder_paths.get_full_path_or_raise(kind, name))
 
 
+def model_subfolders(kind: str) -> list[Path]:
+    """Folders right below models/``kind`` that hold a model in transformers' layout (config.json)."""
+    roots = [Path(root) for root in folder_paths.get_folder_paths(kind) if Path(root).is_dir()]
+    return sorted(path.parent for root in roots for path in root.glob("*/config.json"))
+
+
 def model_folder(kind: str) -> Path:
     """Where new files of models/``kind`` are written."""
     return Path(folder_paths.get_folder_paths(kind)[0])
@@ -196,7 +202,7 @@ class BaseMark:
 
 def mark_base(model: Any, clip: Any) -> BaseMark:
     """Identify MODEL, with the graph's patches, without building it. Raises BaseModelError for another family."""
-    _check_family(model, clip)
+    check_family(model, clip)
     return BaseMark(kv_digest(kv_weights(model)), prediction_type(model))
 
 
@@ -205,7 +211,7 @@ def read_base(model: Any, clip: Any, vae: Any) -> BaseModel:
 
     Raises BaseModelError where they are not Stable Diffusion 2.1's.
     """
-    _check_family(model, clip)
+    check_family(model, clip)
     family = FAMILIES["sd21"]
     unet = _weights(model, "diffusion_model.")
     text_prefix = f"{family.embedding_key}.transformer.text_model."
@@ -224,7 +230,7 @@ def read_base(model: Any, clip: Any, vae: Any) -> BaseModel:
         text_layers=layout.text_layer_count(text, _text_layer(clip, encoder)),
         scaling_factor=model.model.latent_format.scale_factor,
     )
-    tokenizer = _inner_tokenizer(clip).tokenizer
+    tokenizer = inner_tokenizer(clip).tokenizer
     if len(tokenizer.get_vocab()) != layout.CLIP_VOCABULARY:
         configs["tokenizer"] = Path(tokenizer.name_or_path)  # a small base's own words
     state = {f"model.{k}": v for k, v in unet.items()}
@@ -266,7 +272,7 @@ def kv_weights(model: Any, patched: bool = True) -> dict[str, Tensor]:
 
 def noun_embedding(clip: Any, noun: str) -> Tensor:
     """Mean embedding [width] of a class noun's tokens in CLIP, as :func:`far_train.tokens.noun_embedding` has it."""
-    tokenizer = _inner_tokenizer(clip)
+    tokenizer = inner_tokenizer(clip)
     key = f"{tokenizer.embedding_key}.transformer.text_model.embeddings.token_embedding.weight"
     table = _weights(clip.patcher, key)[key]
     return table[tokenizer.tokenizer(noun, add_special_tokens=False)["input_ids"]].mean(0)
@@ -285,7 +291,7 @@ def _weights(patcher: Any, prefix: str | None = None, ends: tuple[str, ...] = ("
     return weights
 
 
-def _check_family(model: Any, clip: Any) -> None:
+def check_family(model: Any, clip: Any) -> None:
     config = model.model.model_config
     kind = type(config).__name__
     name = getattr(getattr(clip, "tokenizer", None), "clip", None)
@@ -329,7 +335,7 @@ def apply_tokens(clip: Any, embeddings: Mapping[str, Tensor]) -> Any:
     Works in every node that tokenizes with the CLIP it is given, with weights as in ``(<corgi-dog>:1.2)``, and on top
     of tokens applied before. The input and its tokenizer stay as they are. Raises WeightsError.
     """
-    inner = _inner_tokenizer(clip)
+    inner = inner_tokenizer(clip)
     for token, rows in embeddings.items():
         # The host would drop such an embedding from every prompt with no more than a line in its log.
         if rows.ndim != 2 or rows.shape[1] != inner.embedding_size:
@@ -343,7 +349,7 @@ def apply_tokens(clip: Any, embeddings: Mapping[str, Tensor]) -> Any:
     return applied
 
 
-def _inner_tokenizer(clip: Any) -> Any:
+def inner_tokenizer(clip: Any) -> Any:
     name = getattr(getattr(clip, "tokenizer", None), "clip", None)
     if name != FAMILIES["sd21"].embedding_key:
         raise BaseModelError(

@@ -2,7 +2,7 @@
 
 The host's checkpoint loader knows a list of models by their exact shapes. A small base isn't on it, and to append to
 that list would change the host for every other pack; so the objects that the loader would make are put together here,
-from the host's own classes. Beside :mod:`.host` the only file that touches the host's internals.
+from the host's own classes.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from far_train.backbone import BaseModel, load_base
 from far_train.captions import Name
 from far_train.errors import CaptionError
 from far_train.mini.tiny import random_states, tiny_configs, write_folder
-from far_train.probe import attention_maps, heat_over
+from far_train.probe import attention_maps, focus, heat_over
 from far_train.tokens import Vocabulary
 
 NAMES = (Name("dog", "<rex-dog>"), Name("cat"))
@@ -60,3 +60,24 @@ def test_heat_is_brightest_where_attention_is_largest():
     shown = heat_over(torch.full((128, 128, 3), 0.5), heat)
     brightness = F.avg_pool2d(shown.mean(-1)[None], 8)[0]
     assert int(brightness.argmax()) == 4 * 16 + 12 and shown.min() >= 0 and shown.max() <= 1
+
+
+def test_maps_of_several_noise_levels_are_averaged(base, vocabulary):
+    image = torch.rand(128, 128, 3, generator=torch.Generator().manual_seed(0))
+    each = [attention_maps(base, vocabulary, image, CAPTION, NAMES, timesteps=[t]) for t in (100, 900)]
+    assert not torch.allclose(*each)
+    both = attention_maps(base, vocabulary, image, CAPTION, NAMES, timesteps=[100, 900])
+    assert torch.allclose(both, (each[0] + each[1]) / 2)
+
+
+def test_focus_compares_the_attention_inside_a_mask_with_that_outside():
+    heat = torch.tensor([[0.4, 0.2], [0.1, 0.1]])
+    mask = torch.zeros(4, 4)
+    mask[:2, :2] = 1  # the upper left cell
+    mask[:2, 2] = 1  # and half of the one beside it
+    found = focus(heat, mask)
+    assert found.inside == pytest.approx((0.4 + 0.5 * 0.2) / 1.5)
+    assert found.outside == pytest.approx((0.5 * 0.2 + 0.1 + 0.1) / 2.5)
+    assert found.ratio == pytest.approx(found.inside / found.outside) and found.hottest_inside
+    assert not focus(heat, 1 - mask).hottest_inside
+    assert focus(torch.eye(2)[:1], torch.eye(2)[:1]).ratio == float("inf")

@@ -66,6 +66,27 @@ def drawn(first: int, model: list, clip: list, text: str, prefix: str, steps: in
     }  # fmt: skip
 
 
+def random_weights(base: BaseModel) -> FarWeights:
+    """Weights for two dogs that nobody trained, with deltas half as large as the matrices that they change."""
+    generator = torch.Generator().manual_seed(5)
+    names = [name for name, _ in list(SUBJECTS.values())[:2]]
+    return FarWeights(
+        embeddings={n.token: torch.randn(2, base.unet.config.cross_attention_dim, generator=generator) for n in names},
+        deltas={
+            k: (0.5 * w.std() * torch.randn(w.shape, generator=generator)).half()
+            for k, w in kv_weights(base.unet).items()
+        },
+        provenance=Provenance(
+            family=base.family,
+            base_digest=base.digest,
+            prediction_type=base.prediction_type,
+            nouns={n.token: n.noun for n in names},
+            steps=1,
+            size=SIZE,
+        ),
+    )
+
+
 # ---- FaR_MiniCheckpoint
 
 
@@ -99,23 +120,7 @@ def test_the_vae_equals_that_of_diffusers(comfy: ComfyServer, base: BaseModel):
 
 
 def test_a_modifier_token_after_applied_weights(comfy: ComfyServer, base: BaseModel):
-    generator = torch.Generator().manual_seed(5)
-    names = [name for name, _ in list(SUBJECTS.values())[:2]]
-    weights = FarWeights(
-        embeddings={n.token: torch.randn(2, base.unet.config.cross_attention_dim, generator=generator) for n in names},
-        deltas={
-            k: (0.5 * w.std() * torch.randn(w.shape, generator=generator)).half()
-            for k, w in kv_weights(base.unet).items()
-        },
-        provenance=Provenance(
-            family=base.family,
-            base_digest=base.digest,
-            prediction_type=base.prediction_type,
-            nouns={n.token: n.noun for n in names},
-            steps=1,
-            size=SIZE,
-        ),
-    )
+    weights = random_weights(base)
     weights.save(comfy.folder("models/far") / "mini.safetensors")
     text = "a photo of a <rex-dog> dog and a <Max-Dog> dog, on the beach"
     logged = len(comfy.log())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import importlib
+import json
 import sys
 import time
 from pathlib import Path
 
+import comfy.clip_vision
 import comfy.model_base
 import comfy.model_detection
 import comfy.model_management
@@ -15,6 +17,7 @@ import comfy.model_patcher
 import comfy.sd
 import folder_paths
 import torch
+from comfy.ldm.modules.attention import optimized_attention
 from comfy_api.latest import io
 from safetensors.torch import save_file
 
@@ -209,4 +212,109 @@ class FullSize(io.ComfyNode):
         return io.NodeOutput(ui={"text": ("\n".join([type(config).__name__, *wrong]),)})
 
 
-NODES: list[type[io.ComfyNode]] = [Dataset, SaveBase, Predict, Pixels, ForeignModel, LiveModels, FullSize]
+class SaveMask(io.ComfyNode):
+    """A MASK as it is, written to output/NAME: pictures in files have only 256 steps."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FaRTest_SaveMask",
+            category="FaR/test",
+            inputs=[io.Mask.Input("mask"), io.String.Input("name", default="mask")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, mask, name: str) -> io.NodeOutput:
+        path = Path(folder_paths.get_output_directory()) / f"{name}.safetensors"
+        save_file({"mask": mask.clone().contiguous()}, path)
+        return io.NodeOutput()
+
+
+class ImagePrompt:
+    """What an image-prompt pack puts into a cross-attention slot: it attends to tokens of its own and adds the result.
+
+    Like those packs it expects its own kind in the slot when it is applied twice, and it calls the host's attention
+    without the options of the pass.
+    """
+
+    def __init__(self, width: int, weight: float):
+        self.weights, self.tokens = [weight], torch.randn(4, width, generator=torch.Generator().manual_seed(7))
+
+    def add(self, weight: float) -> None:
+        self.weights.append(weight)
+
+    def __call__(self, q, k, v, extra):
+        out = optimized_attention(q, k, v, extra["n_heads"])
+        own = self.tokens.to(q).expand(len(q), -1, -1)
+        return out + sum(self.weights) * optimized_attention(q, own, own, extra["n_heads"])
+
+
+class ImagePromptNode(io.ComfyNode):
+    """Applies ImagePrompt to every cross-attention of a tiny or small SD 2.x MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FaRTest_ImagePrompt",
+            category="FaR/test",
+            inputs=[io.Model.Input("model"), io.Float.Input("weight", default=0.5)],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model, weight: float) -> io.NodeOutput:
+        patched = model.clone()
+        for name, layer in patched.model.diffusion_model.named_modules():
+            if not name.endswith(".attn2"):
+                continue
+            parts = name.split(".")
+            block = (parts[0].split("_")[0], 0 if parts[0] == "middle_block" else int(parts[1]))
+            slots = patched.model_options["transformer_options"].get("patches_replace", {}).get("attn2", {})
+            if block in slots:
+                slots[block].add(weight)
+            else:
+                patched.set_model_attn2_replace(ImagePrompt(layer.to_k.weight.shape[0], weight), *block)
+        return io.NodeOutput(patched)
+
+
+class TinyClipVision(io.ComfyNode):
+    """A CLIP vision model of the host's own class with few, random weights."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(node_id="FaRTest_ClipVision", category="FaR/test", inputs=[], outputs=[io.ClipVision.Output()])
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        from . import randomize
+
+        shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+        shape |= {
+            "image_size": 28,
+            "patch_size": 14,
+            "projection_dim": 16,
+            "hidden_act": "gelu",
+            "num_channels": 3,
+            "model_type": "clip_vision_model",
+        }
+        path = Path(folder_paths.get_temp_directory()) / "clip_vision.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(shape))
+        model = comfy.clip_vision.ClipVisionModel(path)
+        randomize(model.model, 0)
+        return io.NodeOutput(model)
+
+
+NODES: list[type[io.ComfyNode]] = [
+    Dataset,
+    SaveBase,
+    Predict,
+    Pixels,
+    ForeignModel,
+    LiveModels,
+    FullSize,
+    SaveMask,
+    ImagePromptNode,
+    TinyClipVision,
+]

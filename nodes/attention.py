@@ -1,0 +1,230 @@
+"""Heat maps: where a model looks for each concept."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..far_train.errors import CaptionError, ConfigError, SubjectError
+from ..far_train.photos import to_pil
+from ..far_train.probe import Focus, focus, heat_over, stretched
+from ..far_train.report import contact_sheet
+from . import host, host_attention
+from .pictures import counted, unroll_images, unroll_masks
+from .previews import MAX_SHOWN, shown
+from .sockets import Clip, Model, Vae, schema
+
+DEFAULT_WHEN = "0.4, 0.5, 0.6"
+
+
+class AttentionProbe(io.ComfyNode):
+    """A stateless extra pass that shows which cells look at which words."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="FaR_AttentionProbe",
+            display_name="FaR Attention Probe",
+            description="Where the model looks for each concept: heat maps of its own cross-attention over a picture. "
+            "An extra pass that changes nothing; with masks it also counts how well each concept keeps to its subject.",
+            search_aliases=["heat map", "cross attention", "daam", "attention map"],
+            inputs=[
+                Model.Input("model", tooltip="The model that is looked into, behind FaR Apply Weights. Not changed."),
+                Clip.Input("clip", tooltip="The CLIP of the prompts, behind FaR Apply Weights."),
+                io.Latent.Input("latent", tooltip="The picture that is looked at: from a sampler or from VAE Encode."),
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    default="a photo of a <corgi-dog> dog and a <chow-dog> dog",
+                    tooltip="The prompt of the picture, with your tokens.",
+                ),
+                io.String.Input(
+                    "concepts",
+                    multiline=True,
+                    default="",
+                    optional=True,
+                    tooltip="Which words to look for, one a line, as they stand in the prompt: <corgi-dog>, dog, "
+                    "beach. Empty: every token of FaR Apply Weights in the prompt.",
+                ),
+                io.String.Input(
+                    "when",
+                    default=DEFAULT_WHEN,
+                    optional=True,
+                    tooltip="Where on the way from noise (0) to the finished picture (1) to look; the maps of several "
+                    "are averaged. Early on the layout is settled, later the looks.",
+                ),
+                io.Int.Input(
+                    "noise_seed",
+                    default=0,
+                    min=0,
+                    max=2**53 - 1,
+                    optional=True,
+                    control_after_generate=False,
+                    tooltip="Seed of the noise that is put on the picture before the model looks.",
+                ),
+                io.Int.Input(
+                    "cells",
+                    default=16,
+                    min=2,
+                    max=256,
+                    optional=True,
+                    tooltip="Smallest maps of at least this many cells a side. 16: the layers that the training "
+                    "supervises. 32 or 64 show finer maps that know less of meaning.",
+                    extra_dict={"advanced": True},
+                ),
+                io.Image.Input("image", optional=True, tooltip="The picture to lay the maps over."),
+                Vae.Input(
+                    "vae", optional=True, tooltip="Decodes the latent to lay the maps over, if no image is given."
+                ),
+                io.Mask.Input(
+                    "masks",
+                    optional=True,
+                    tooltip="Each concept's own region, in the order of the concepts, or one mask for all. The report "
+                    "then compares the attention inside with that outside.",
+                ),
+                io.Sigmas.Input(
+                    "sigmas",
+                    optional=True,
+                    tooltip="Noise levels to look at, instead of the input when. 0 is left out.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output("heat", tooltip="The maps over the picture: one picture per concept."),
+                io.Mask.Output("maps", tooltip="The maps as masks, each as a share of its own maximum."),
+                io.String.Output("report", tooltip="Attention per concept, as a table."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        clip: Any,
+        latent: Mapping[str, Tensor],
+        text: str,
+        concepts: str = "",
+        when: str = DEFAULT_WHEN,
+        noise_seed: int = 0,
+        cells: int = 16,
+        image: Tensor | None = None,
+        vae: Any = None,
+        masks: Tensor | None = None,
+        sigmas: Tensor | None = None,
+    ) -> io.NodeOutput:
+        phrases = _phrases(concepts) or [t for t in host_attention.applied_tokens(clip) if t in text.lower()]
+        if not phrases:
+            raise CaptionError(
+                "concepts: the text holds none of the tokens that CLIP knows; write the words to look for, one a line, "
+                "or connect the CLIP of FaR Apply Weights"
+            )
+        latents = latent["samples"]
+        levels = host_attention.sigmas_at(model, parse_shares(when)) if sigmas is None else sigmas[sigmas > 0].cpu()
+        if not len(levels):
+            raise ConfigError("sigmas: there is none above 0; connect a scheduler, or leave it open and use when")
+        backdrops = _backdrops(image, vae, latents)
+        regions = _regions(masks, len(phrases), len(latents))
+        progress = host.Progress(len(levels), cls.hidden.unique_id)
+
+        def on_pass(done: int) -> None:
+            progress.update(done)
+            host.stop_if_interrupted()
+
+        maps = host_attention.attention_maps(
+            model, clip, text, latents, phrases, levels, cells=cells, noise_seed=noise_seed, on_pass=on_pass
+        )
+        heats, shares, labels, rows = [], [], [], []
+        for i, (backdrop, of_picture) in enumerate(zip(backdrops, maps)):
+            for k, (phrase, heat) in enumerate(zip(phrases, of_picture)):
+                found = [focus(heat, region) for region in regions[i]] if regions else []
+                heats.append(heat_over(backdrop, heat))
+                shares.append(stretched(heat, tuple(backdrop.shape[:2])))
+                rows.append([str(i + 1), phrase, *_figures(heat, found, k)])
+                labels.append(f"{phrase} ×{found[k].ratio:.1f} inside" if found else phrase)
+        report = _table(phrases if regions else (), rows)
+        sheet = contact_sheet([to_pil(h) for h in heats[:MAX_SHOWN]], labels[:MAX_SHOWN], columns=len(phrases))
+        return io.NodeOutput(torch.stack(heats), torch.stack(shares), report, ui=shown(cls, sheet))
+
+
+def parse_shares(text: str) -> list[float]:
+    """Numbers from 0 to 1, separated by commas or spaces. Raises ConfigError."""
+    try:
+        shares = [float(part) for part in re.split(r"[\s,;]+", text) if part]
+    except ValueError as e:
+        raise ConfigError(f"when: {text!r} can't be read; write numbers from 0 to 1, such as {DEFAULT_WHEN}") from e
+    if not shares or not all(0 <= share <= 1 for share in shares):
+        raise ConfigError(f"when: {text!r} must hold numbers from 0 (noise) to 1 (picture), such as {DEFAULT_WHEN}")
+    return shares
+
+
+def _phrases(text: str) -> list[str]:
+    return [line.strip() for line in re.split(r"[\n,;]", text) if line.strip()]
+
+
+def _backdrops(image: Tensor | None, vae: Any, latents: Tensor) -> list[Tensor]:
+    """What the maps are laid over: a picture [H, W, 3] for each latent. Raises SubjectError."""
+    if image is None and vae is not None:
+        image = vae.decode(latents)
+    if image is None:
+        height, width = (8 * side for side in latents.shape[-2:])
+        return [torch.full((height, width, 3), 0.5)] * len(latents)
+    pictures = unroll_images([image])
+    if len(pictures) not in (1, len(latents)):
+        raise SubjectError(
+            f"image: got {counted(len(pictures), 'picture')} for {counted(len(latents), 'latent')}; connect the "
+            "pictures that belong to LATENT"
+        )
+    return pictures if len(pictures) == len(latents) else pictures * len(latents)
+
+
+def _regions(masks: Tensor | None, concepts: int, pictures: int) -> list[list[Tensor]]:
+    """The masks of each picture's concepts; nothing without masks. Raises SubjectError."""
+    if masks is None:
+        return []
+    each = unroll_masks([masks])
+    if len(each) == 1:
+        each *= concepts
+    if len(each) == concepts:
+        each *= pictures
+    if len(each) != concepts * pictures:
+        raise SubjectError(
+            f"masks: got {counted(len(each), 'mask')} for {counted(concepts, 'concept')} on "
+            f"{counted(pictures, 'picture')}; send one for all, one for each concept, or one for each concept of each "
+            "picture, in this order"
+        )
+    for mask in each:
+        if not 0 < float(mask.mean()) < 1:
+            raise SubjectError("masks: a mask that is all 0 or all 1 has no inside or no outside; draw the region")
+    return [each[i * concepts : (i + 1) * concepts] for i in range(pictures)]
+
+
+def _figures(heat: Tensor, found: Sequence[Focus], own: int) -> list[str]:
+    """A map's line in the report; ``found`` has its attention on each concept's region, of which one is its ``own``."""
+    line = [_percent(heat.mean()), _percent(heat.max())]
+    if found:
+        mine = found[own]
+        line += [_percent(mine.inside), _percent(mine.outside), f"{mine.ratio:.2f}"]
+        line += ["yes" if mine.hottest_inside else "no"]
+    return line + ([_percent(other.inside) for other in found] if len(found) > 1 else [])
+
+
+def _percent(share: Tensor | float) -> str:
+    return f"{100 * float(share):.2f}"
+
+
+def _table(regions: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; attention in percent of a cell's whole attention."""
+    head = ["picture", "concept", "mean %", "peak %"]
+    if regions:
+        head += ["inside %", "outside %", "inside / outside", "hottest cell inside"]
+        head += [f"on {phrase} %" for phrase in regions] if len(regions) > 1 else []
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+NODES: list[type[io.ComfyNode]] = [AttentionProbe]

@@ -1,0 +1,191 @@
+"""Judging pictures: is every concept there, like its photos, and unmixed?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+from scipy import ndimage
+from torch import Tensor
+
+from ..far_train.concepts import Concept
+from ..far_train.encoders import HOW_TO_GET_ONE, Encoder, FolderEncoder
+from ..far_train.errors import EncoderError, SubjectError
+from ..far_train.evaluate import Comparison, Evaluation, compare_picture, propose_masks, read_references
+from ..far_train.photos import from_pil
+from ..far_train.report import contact_sheet, evaluation_plot, tinted
+from . import host, host_vision
+from .pictures import counted, unroll_images, unroll_masks
+from .previews import MAX_SHOWN, as_image, shown
+from .sockets import FarConcepts, SamModel, schema
+
+AUTOMATIC = "automatic"
+MINI_ORACLE = "FaR mini oracle (built in)"
+LEAST_PART = 0.01  # of the frame: smaller pieces of a mask are specks
+
+
+class Evaluate(io.ComfyNode):
+    """Detect-and-Compare with an encoder that is on this computer."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="FaR_Evaluate",
+            display_name="FaR Evaluate",
+            description="Compares the subjects of pictures with the photos of the concepts: how alike each is, whether "
+            "it is there, and whether its looks are mixed with another's (Detect-and-Compare).",
+            search_aliases=["metric", "similarity", "dino score", "clip score", "detect and compare"],
+            is_input_list=True,
+            is_output_node=True,
+            inputs=[
+                io.Image.Input("images", tooltip="The pictures to judge, as a list or a batch."),
+                FarConcepts.Input("concepts", tooltip="From FaR Concept: names, photos and masks to compare with."),
+                io.Combo.Input(
+                    "encoder",
+                    options=[AUTOMATIC, *(p.name for p in host.model_subfolders("clip_vision")), MINI_ORACLE],
+                    tooltip="What says how alike two subjects look. automatic: the connected CLIP_VISION, else the "
+                    "first folder in models/clip_vision (DINOv2 is best). The mini oracle knows drawn subjects alone.",
+                ),
+                io.Float.Input(
+                    "presence",
+                    default=0.6,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="A subject counts as there if it is at least this many times as similar to the photos as "
+                    "they are to each other.",
+                ),
+                io.ClipVision.Input(
+                    "clip_vision", optional=True, tooltip="An encoder from Load CLIP Vision: CLIP, SigLIP or DINOv2."
+                ),
+                io.Mask.Input(
+                    "masks",
+                    optional=True,
+                    tooltip="Where the subjects are: for each picture one mask, whose separate pieces are the "
+                    "subjects, or a batch with one mask per subject.",
+                ),
+                SamModel.Input(
+                    "sam_model",
+                    optional=True,
+                    tooltip="Proposes what might be a subject where there are no masks; then subjects too many "
+                    "can't be counted.",
+                ),
+            ],
+            outputs=[
+                io.String.Output("table", tooltip="Similarity, presence and mixing of each concept."),
+                io.Image.Output("plot", tooltip="The same as a picture, with the matrices of similarities."),
+                io.Image.Output(
+                    "seen", is_output_list=True, tooltip="The pictures, each subject in its concept's colour."
+                ),
+                io.Float.Output("score", tooltip="Mean Detect-and-Compare: 1 at best."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        images: Sequence[Tensor],
+        concepts: Sequence[Sequence[Concept]],
+        encoder: Sequence[str],
+        presence: Sequence[float],
+        clip_vision: Sequence[Any] = (),
+        masks: Sequence[Tensor] = (),
+        sam_model: Sequence[Any] = (),
+    ) -> io.NodeOutput:
+        pictures = unroll_images(images)
+        known = [concept for each in concepts for concept in each]
+        chosen = choose_encoder(encoder[0], clip_vision[0] if len(clip_vision) else None)
+        given = sort_masks(masks, pictures) if len(masks) else None
+        sam = sam_model[0] if len(sam_model) else None
+        detect = getattr(chosen, "detect", None)
+        if given is None and detect is None and sam is None:
+            raise SubjectError(
+                "masks: where are the subjects? Connect masks of any segmenter, or a sam_model that proposes them"
+            )
+        progress = host.Progress(len(pictures), cls.hidden.unique_id)
+        references = read_references(known, chosen)
+        compared, seen = [], []
+        for i, picture in enumerate(pictures):
+            host.stop_if_interrupted()
+            if given is not None:
+                found = given[i]
+            elif detect is not None:
+                found = detect(picture)
+            else:
+                with host.on_compute_device(sam):
+                    found = propose_masks(sam, picture)
+            proposed = given is None and detect is None
+            features = chosen.features(picture, found)
+            compared.append(compare_picture(features, references, presence=presence[0], counts_extra=not proposed))
+            seen.append(tinted(picture, *_coloured(found, compared[-1], proposed)))
+            progress.update(i + 1)
+        host.give_back()
+        whole = Evaluation(references.names, references.similarity, tuple(compared))
+        words = [c.words(whole.names) for c in compared]
+        sheet = contact_sheet(seen[:MAX_SHOWN], words[:MAX_SHOWN])
+        table = whole.table()
+        display = shown(cls, sheet, table)
+        return io.NodeOutput(
+            table, as_image(evaluation_plot(whole)), [from_pil(p)[None] for p in seen], whole.score, ui=display
+        )
+
+
+def choose_encoder(name: str, clip_vision: Any = None) -> Encoder:
+    """The encoder behind a choice of the node. Raises EncoderError that says how to get one."""
+    if name == MINI_ORACLE:
+        from ..far_train.mini.likeness import OracleEncoder
+        from ..far_train.mini.shipped import small_oracle
+
+        return OracleEncoder(small_oracle())
+    if name == AUTOMATIC and clip_vision is not None:
+        return host_vision.ClipVisionEncoder(clip_vision)
+    folders = {path.name: path for path in host.model_subfolders("clip_vision")}
+    if name == AUTOMATIC and folders:
+        name = next(iter(folders))
+    if name not in folders:
+        raise EncoderError(
+            f"encoder: there is no image encoder in models/clip_vision: {HOW_TO_GET_ONE}. Or connect Load CLIP Vision. "
+            f"For the drawn subjects of the small world choose '{MINI_ORACLE}'"
+        )
+    return FolderEncoder(folders[name], host.compute_device())
+
+
+def sort_masks(masks: Sequence[Tensor], pictures: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Each picture's subjects [H, W]. A list with an item per picture, or one batch with a mask per picture.
+
+    A picture's only mask may show several subjects: its separate pieces. Raises SubjectError.
+    """
+    each = [unroll_masks([value]) for value in masks]
+    if len(each) == 1 and len(each[0]) == len(pictures) > 1:
+        each = [[mask] for mask in each[0]]
+    if len(each) != len(pictures):
+        raise SubjectError(
+            f"masks: got {counted(sum(map(len, each)), 'mask')} for {counted(len(pictures), 'picture')}; connect a "
+            "list with one entry for each picture, or a batch with one mask for each"
+        )
+    for i, (own, picture) in enumerate(zip(each, pictures)):
+        if any(mask.shape != picture.shape[:2] for mask in own):
+            raise SubjectError(
+                f"masks: those of picture {i + 1} have another size than the picture; scale them to "
+                f"{picture.shape[1]}×{picture.shape[0]}"
+            )
+    return [_pieces(own[0]) if len(own) == 1 else [m for m in own if bool((m > 0.5).any())] for own in each]
+
+
+def _pieces(mask: Tensor) -> list[Tensor]:
+    labels, count = ndimage.label(mask.numpy() > 0.5)
+    parts = [torch.from_numpy(labels == i + 1).float() for i in range(count)]
+    return [part for part in parts if float(part.mean()) >= LEAST_PART]
+
+
+def _coloured(found: Sequence[Tensor], comparison: Comparison, proposed: bool) -> tuple[list[Tensor], list[int | None]]:
+    """The masks to show with their concepts' numbers; proposals that were taken for no subject are left out."""
+    owners = {j: i for i, j in enumerate(comparison.matches) if j is not None}
+    kept = [j for j in range(len(found)) if j in owners or not proposed]
+    return [found[j] for j in kept], [owners.get(j) for j in kept]
+
+
+NODES: list[type[io.ComfyNode]] = [Evaluate]
