@@ -185,9 +185,26 @@ COMMANDS = (
                 True,
                 bare=True,
             ),
-            Argument("host", "the ComfyUI's address (default: http://127.0.0.1:8188)"),
+            Argument(
+                "host",
+                "the ComfyUI's address (default: http://127.0.0.1:8188); repeat to share a grid among several",
+                False,
+                _many("URL"),
+            ),
             Argument("set", "replace an input of the node with this title; repeat", False, _many("TITLE.INPUT=VALUE")),
-            Argument("out", "folder for the pictures that it saves and shows; without it they stay on the host"),
+            Argument(
+                "grid",
+                "one run for each of these values (a JSON list, A..B, or values with commas between); repeat for all "
+                "combinations",
+                False,
+                _many("TITLE.INPUT=VALUES"),
+            ),
+            Argument(
+                "out",
+                "folder for the pictures that it saves and shows (without it they stay on the host); a grid goes on "
+                "where it stopped in the same folder",
+            ),
+            Argument("dry_run", "check the inputs and list the runs, but queue nothing", options=SWITCH),
         ),
     ),
     Command(
@@ -327,7 +344,10 @@ def _parse(argv: Sequence[str] | None) -> tuple[Command, dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 for a user error, 130 when interrupted."""
+    """Run a command; returns the exit status.
+
+    0: done. 1: it failed on the host that it was queued on. 2: an input has to be changed. 130: interrupted.
+    """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
     for noisy in ("httpx", "diffusers", "transformers", "PIL", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -339,10 +359,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         getattr(commands, command.name)(inputs, settings)
     except Interrupted as e:
         print(f"far_train: {e}", file=sys.stderr)
-        return 130
+        return e.exit_status
     except FarError as e:
         print(f"far_train: error: {e}", file=sys.stderr)
-        return 2
+        return e.exit_status
     except KeyboardInterrupt:
         print("far_train: interrupted", file=sys.stderr)
         return 130

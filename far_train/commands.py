@@ -23,6 +23,7 @@ from .errors import CaptionError, ConfigError, SubjectError
 from .files import make_folder, write_text
 from .fusion import ConceptFusion
 from .photos import Photo, list_photos, load_photo, save_picture
+from .queue_grid import GridRunner, Run, collect, finished, plan, read_axis
 from .queueing import DEFAULT_HOST, RunningHost, read_workflow, run_workflow, set_inputs
 from .recipe import Callbacks
 from .recipe import train as train_recipe
@@ -316,14 +317,48 @@ def inspect(inputs: Inputs, _config: None) -> None:
 
 
 def queue(inputs: Inputs, _config: None) -> None:
-    changes = inputs.get("set") or []
-    workflow = set_inputs(read_workflow(Path(inputs["workflow"])), [changes] if isinstance(changes, str) else changes)
+    workflow = set_inputs(read_workflow(Path(inputs["workflow"])), _listed(inputs.get("set")))
+    axes = [read_axis(workflow, text) for text in _listed(inputs.get("grid"))]
+    hosts = [RunningHost(url) for url in _listed(inputs.get("host")) or [DEFAULT_HOST]]
     out = Path(inputs["out"]) if inputs.get("out") else None
-    files = run_workflow(
-        workflow, RunningHost(inputs.get("host", DEFAULT_HOST)), out, lambda text: print(text, flush=True)
-    )
+    if axes:
+        _queue_grid(plan(workflow, axes), len(axes[-1].values), hosts, out, bool(inputs.get("dry_run")))
+        return
+    if len(hosts) > 1:
+        raise ConfigError("host: several hosts share the runs of a --grid; without one, name a single host")
+    if inputs.get("dry_run"):
+        print("1 run; nothing was queued")
+        return
+    files = run_workflow(workflow, hosts[0], out, _say)
     if out is not None:
         print(f"{len(files)} {'file' if len(files) == 1 else 'files'} → {out}")
+
+
+def _queue_grid(runs: list[Run], columns: int, hosts: list[RunningHost], out: Path | None, dry_run: bool) -> None:
+    if out is None:
+        raise ConfigError("out: a --grid needs a folder; it keeps there what is done, and goes on where it stopped")
+    if dry_run:
+        for run in runs:
+            print(f"{'done' if finished(run, out) else 'to do'}: {run.label}")
+        print(f"{len(runs)} runs; nothing was queued")
+        return
+    make_folder(out)
+    try:
+        GridRunner(runs, hosts, out, _say).run()
+    finally:
+        done = [run for run in runs if finished(run, out)]
+        if done:
+            written = collect(runs, out, columns)
+            print(f"{len(done)} of {len(runs)} runs → {out}; look at {written[-1]}")
+
+
+def _listed(value: Any) -> list[str]:
+    """What may be repeated: a settings file may hold one text in the place of a list."""
+    return [value] if isinstance(value, str) else [str(v) for v in value or ()]
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def demo(inputs: Inputs, _config: None) -> None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 class FarError(Exception):
     """Base of every error that is the input's fault and not the program's."""
 
+    exit_status = 2  # of the command line
+
 
 class ConfigError(FarError):
     """A setting is unknown, of the wrong type, or out of range. The message starts with the field's name."""
@@ -64,8 +66,20 @@ class TrainingDiverged(FarError):
 
 
 class QueueError(FarError):
-    """A workflow can't be queued on a running host, or failed there."""
+    """A workflow can't be queued on a running host."""
+
+
+class HostLost(QueueError):
+    """A running host doesn't answer, or no longer."""
+
+
+class RunFailed(QueueError):
+    """A workflow was queued and failed on the host."""
+
+    exit_status = 1
 
 
 class Interrupted(FarError):
     """The user stopped a run; what it had done is saved and can be resumed."""
+
+    exit_status = 130

@@ -18,11 +18,11 @@ import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import Interrupted, QueueError
+from .errors import HostLost, Interrupted, QueueError, RunFailed
 from .files import make_folder, replacing
 
 DEFAULT_HOST = "http://127.0.0.1:8188"
@@ -68,30 +68,60 @@ def set_inputs(workflow: Workflow, assignments: Sequence[str]) -> Workflow:
     """
     workflow = copy.deepcopy(workflow)
     for assignment in assignments:
-        place, equals, text = assignment.partition("=")
-        title, dot, name = place.rpartition(".")
-        if not (equals and dot):
-            raise QueueError(f"set: {assignment!r} can't be understood; write TITLE.input=value")
-        node_id = _find_node(workflow, title.strip())
-        inputs = workflow[node_id]["inputs"]
-        name = name.strip()
-        if name not in inputs:
-            raise QueueError(
-                f"set: '{title_of(workflow, node_id)}' has no input '{name}'{_suggestion(name, inputs, 'it has')}"
-            )
-        inputs[name] = _value(assignment, workflow, inputs[name], text)
+        node_id, name, text = find_input(workflow, "set", assignment)
+        replace_input(workflow, "set", (node_id, name), value_of(text, workflow[node_id]["inputs"][name]))
     return workflow
 
 
-def _find_node(workflow: Workflow, title: str) -> str:
+def find_input(workflow: Workflow, flag: str, assignment: str) -> tuple[str, str, str]:
+    """Node id, input name and right side of ``TITLE.input=text``; ``flag`` is what messages begin with.
+
+    Raises QueueError that names the title or the input, and what is there.
+    """
+    place, equals, text = assignment.partition("=")
+    title, dot, name = place.rpartition(".")
+    if not (equals and dot):
+        raise QueueError(f"{flag}: {assignment!r} can't be understood; write TITLE.input=value")
+    node_id = _find_node(workflow, flag, title.strip())
+    inputs, name = workflow[node_id]["inputs"], name.strip()
+    if name not in inputs:
+        raise QueueError(
+            f"{flag}: '{title_of(workflow, node_id)}' has no input '{name}'{_suggestion(name, inputs, 'it has')}"
+        )
+    return node_id, name, text
+
+
+def replace_input(workflow: Workflow, flag: str, place: tuple[str, str], value: Any) -> None:
+    """Replace one input in place; a link gives way to another link alone. Raises QueueError."""
+    node_id, name = place
+    inputs = workflow[node_id]["inputs"]
+    if isinstance(inputs[name], list) and not isinstance(value, list):
+        source = title_of(workflow, str(inputs[name][0]))
+        raise QueueError(
+            f"{flag}: '{title_of(workflow, node_id)}.{name}' is linked to '{source}'; set that node's inputs"
+        )
+    inputs[name] = value
+
+
+def value_of(text: str, current: Any) -> Any:
+    """What is meant by ``text`` for an input that holds ``current``."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    # A name such as 2024, or points such as [[3, 4]]: where the widget holds a text, it takes text.
+    return text if isinstance(current, str) and not isinstance(value, str) else value
+
+
+def _find_node(workflow: Workflow, flag: str, title: str) -> str:
     if title in workflow:
         return title
     found = [node_id for node_id in workflow if title_of(workflow, node_id).lower() == title.lower()]
     if len(found) > 1:
-        raise QueueError(f"set: several nodes are called '{title}'; write the number of one: {', '.join(found)}")
+        raise QueueError(f"{flag}: several nodes are called '{title}'; write the number of one: {', '.join(found)}")
     if not found:
         titles = dict.fromkeys(title_of(workflow, node_id) for node_id in workflow)
-        raise QueueError(f"set: there is no node '{title}'{_suggestion(title, titles, 'the workflow has')}")
+        raise QueueError(f"{flag}: there is no node '{title}'{_suggestion(title, titles, 'the workflow has')}")
     return found[0]
 
 
@@ -101,29 +131,26 @@ def _suggestion(name: str, known: Mapping[str, Any], there_is: str) -> str:
     return f"; did you mean '{lower[near[0]]}'?" if near else f"; {there_is}: {', '.join(known)}"
 
 
-def _value(assignment: str, workflow: Workflow, current: Any, text: str) -> Any:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = text
-    if isinstance(current, str) and not isinstance(value, str):
-        return text  # a name such as 2024, or points such as [[3, 4]]: the widget takes text
-    if isinstance(current, list) and not isinstance(value, list):
-        source = title_of(workflow, str(current[0]))
-        raise QueueError(f"set: {assignment!r} names an input that is linked to '{source}'; set that node's inputs")
-    return value
-
-
 # ---- the host
 
 
 @dataclass(frozen=True)
 class Result:
-    """One thing that a node showed or saved: a file on the host, or a text."""
+    """One thing that a node showed or saved: a file on the host, with its ``path`` here once fetched, or a text."""
 
     title: str
     file: Mapping[str, str] | None = None  # filename, subfolder, type
     text: str = ""
+    path: Path | None = None
+
+    @property
+    def saved(self) -> bool:
+        """Whether the host keeps it: a preview lies in its temporary folder."""
+        return self.file is not None and self.file.get("type") != "temp"
+
+
+class _Stopped(Exception):
+    """Asked to stop while waiting."""
 
 
 class RunningHost:
@@ -147,14 +174,14 @@ class RunningHost:
             return answer.read()
 
     def ask_patiently(self, path: str) -> Any:
-        """A GET of JSON that bears with a busy host. Raises QueueError when it stays silent."""
+        """A GET of JSON that bears with a busy host. Raises HostLost when it stays silent."""
         deadline = time.monotonic() + PATIENCE
         while True:
             try:
                 return json.loads(self.ask(path) or b"null")
             except (OSError, http.client.HTTPException, ValueError) as e:
                 if time.monotonic() > deadline or isinstance(e, urllib.error.HTTPError):
-                    raise QueueError(f"{self.url} no longer answers ({e}); look at its log") from e
+                    raise HostLost(f"{self.url} no longer answers ({e}); look at its log") from e
                 time.sleep(POLL_SECONDS)
 
     def submit(self, workflow: Workflow) -> str:
@@ -166,7 +193,7 @@ class RunningHost:
             answer = _json_of(e)
             raise QueueError(f"the host refuses the workflow:\n{_complaints(workflow, answer)}") from e
         except (OSError, http.client.HTTPException, ValueError) as e:
-            raise QueueError(f"no ComfyUI answers at {self.url} ({getattr(e, 'reason', e)}); start it first") from e
+            raise HostLost(f"no ComfyUI answers at {self.url} ({getattr(e, 'reason', e)}); start it first") from e
         if answer.get("node_errors"):
             # The host would run the other branches; half a result is not what was asked for.
             self.cancel(answer["prompt_id"])
@@ -181,8 +208,16 @@ class RunningHost:
         if any(item[1] == prompt_id for item in running):
             self.ask("/interrupt", {"prompt_id": prompt_id})
 
-    def wait(self, prompt_id: str, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-        """Wait for a prompt's end; returns its entry in the history. ``say`` gets a line now and then."""
+    def wait(
+        self,
+        prompt_id: str,
+        say: Callable[[str], None] = lambda text: None,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> dict[str, Any]:
+        """Wait for a prompt's end; returns its entry in the history. ``say`` gets a line now and then.
+
+        Raises HostLost, and _Stopped once ``stopped`` says yes.
+        """
         began, told, state = time.monotonic(), 0.0, ""
         path = f"/history/{urllib.parse.quote(prompt_id)}"
         while True:
@@ -194,13 +229,15 @@ class RunningHost:
             waiting = sorted(item[:2] for item in queue["queue_pending"])
             ahead = next((i for i, item in enumerate(waiting) if item[1] == prompt_id), None)
             if ahead is None and all(item[1] != prompt_id for item in queue["queue_running"]):
-                raise QueueError("the host knows this workflow no more: it was restarted, or the queue was cleared")
+                raise HostLost("the host knows this workflow no more: it was restarted, or the queue was cleared")
             before = state
             state = "running" if ahead is None else f"waiting, {ahead + len(queue['queue_running'])} before it"
             now = time.monotonic()
             if state != before or now - told > REPORT_SECONDS:
                 say(f"{state} ({now - began:.0f} s)")
                 told = now
+            if stopped():
+                raise _Stopped
             time.sleep(POLL_SECONDS)
 
     def fetch(self, file: Mapping[str, str]) -> bytes:
@@ -236,7 +273,7 @@ def _complaints(workflow: Workflow, answer: Mapping[str, Any]) -> str:
 
 
 def check_success(workflow: Workflow, entry: Mapping[str, Any]) -> None:
-    """Raises QueueError with the node's title if a run failed, Interrupted if somebody stopped it."""
+    """Raises RunFailed with the node's title if a run failed, Interrupted if somebody stopped it."""
     status = entry.get("status") or {}
     if status.get("status_str", "success") == "success":
         return
@@ -245,8 +282,8 @@ def check_success(workflow: Workflow, entry: Mapping[str, Any]) -> None:
         if event == "execution_interrupted":
             raise Interrupted(f"stopped on the host, at {where}")
         if event == "execution_error":
-            raise QueueError(f"{where} failed: {str(data.get('exception_message', '')).strip()}")
-    raise QueueError("the run failed; the host's log says why")
+            raise RunFailed(f"{where} failed: {str(data.get('exception_message', '')).strip()}")
+    raise RunFailed("the run failed; the host's log says why")
 
 
 def results(workflow: Workflow, entry: Mapping[str, Any]) -> Iterator[Result]:
@@ -284,13 +321,24 @@ def run_workflow(
 
     Ctrl-C takes it out of the host's queue or interrupts it there. Raises QueueError, Interrupted, OutputError.
     """
+    return [result.path for result in run_to_end(workflow, host, out, say) if result.path]
+
+
+def run_to_end(
+    workflow: Workflow,
+    host: RunningHost,
+    out: Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> list[Result]:
+    """As :func:`run_workflow`, with all that was shown; once ``stopped`` says yes, it ends as with Ctrl-C."""
     if out is not None:
         make_folder(out)  # now: a place that can't be written should not show after hours of training
     prompt_id = host.submit(workflow)
     try:
         say(f"queued as {prompt_id}")
-        entry = host.wait(prompt_id, say)
-    except KeyboardInterrupt:
+        entry = host.wait(prompt_id, say, stopped)
+    except (KeyboardInterrupt, _Stopped):
         say("asking the host to stop; press Ctrl-C again to leave at once")
         host.cancel(prompt_id)
         try:
@@ -299,13 +347,13 @@ def run_workflow(
             pass  # it had not begun, and is gone from the queue
         raise Interrupted("the host was asked to stop, and did") from None
     check_success(workflow, entry)
-    files = []
-    for result in results(workflow, entry):
+    shown = list(results(workflow, entry))
+    for i, result in enumerate(shown):
         if result.text:
             say(f"{result.title}: {result.text}")
         elif out is not None:
             name = result.file["filename"]
-            if result.file.get("type") == "temp":  # previews have names that say nothing
+            if not result.saved:  # previews have names that say nothing
                 name = re.sub(r"[^\w.+ -]+", "-", result.title) + Path(name).suffix
-            files.append(save(host.fetch(result.file), out, name))
-    return files
+            shown[i] = replace(result, path=save(host.fetch(result.file), out, name))
+    return shown

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import html
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -82,7 +83,8 @@ def tell(text: str, node_id: str | None) -> None:
     log.info("%s", text)
     server = getattr(PromptServer, "instance", None)
     if server is not None and node_id is not None and hasattr(server, "send_progress_text"):
-        server.send_progress_text(text, node_id)
+        # The front end takes the text for HTML, and would swallow <corgi-dog>.
+        server.send_progress_text(html.escape(text, quote=False), node_id)
 
 
 # --- folders

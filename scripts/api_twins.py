@@ -3,6 +3,7 @@
 
     python scripts/api_twins.py --host http://127.0.0.1:8188            # a running ComfyUI with this pack
     python scripts/api_twins.py --host http://127.0.0.1:8188 --check    # write nothing, only say what is out of date
+    python scripts/api_twins.py --host http://127.0.0.1:8188 --fit      # after a node got inputs: templates first
 
 The front end's format keeps the widgets' values without their names; the names come from the running host.
 """
@@ -19,6 +20,7 @@ from typing import Any
 WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows"
 NOTES = ("Note", "MarkdownNote")  # live in the front end alone
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+SEEDS = ("seed", "noise_seed")
 CONTROL = "control_after_generate"  # a widget that the front end adds behind a seed; queues don't know it
 
 Schema = dict[str, Any]  # one node's entry of the host's /object_info
@@ -38,12 +40,63 @@ def widget_names(schema: Schema) -> list[str]:
     """What stands in a node's ``widgets_values``, in order."""
     names = []
     for name, (kind, options) in inputs_of(schema).items():
-        if not (isinstance(kind, list) or kind in WIDGETS) or options.get("forceInput"):
+        if not is_widget(kind, options):
             continue
         names.append(name)
-        if options.get(CONTROL, kind == "INT" and name in ("seed", "noise_seed")):
+        if has_control(name, kind, options):
             names.append(CONTROL)
     return names
+
+
+def is_widget(kind: Any, options: dict[str, Any]) -> bool:
+    return (isinstance(kind, list) or kind in WIDGETS) and not options.get("forceInput")
+
+
+def has_control(name: str, kind: Any, options: dict[str, Any]) -> bool:
+    return bool(options.get(CONTROL, kind == "INT" and name in SEEDS))
+
+
+def fit(graph: dict[str, Any], schemas: dict[str, Schema]) -> None:
+    """Bring a graph's nodes to the host's schemas, in place: what is new gets its default, what is gone is dropped.
+
+    Values and links stay with the names that the nodes' own inputs give them. Raises TwinError.
+    """
+    for node in graph["nodes"]:
+        if node["type"] in NOTES:
+            continue
+        if node["type"] not in schemas:
+            raise TwinError(f"node {node['id']} ({node.get('title')}): the host has no node type {node['type']}")
+        schema, old = schemas[node["type"]], {i["name"]: i for i in node["inputs"]}
+        had: list[str] = []
+        for name in (i["name"] for i in node["inputs"] if "widget" in i):
+            had += [name, CONTROL] if has_control(name, *inputs_of(schema).get(name, ("", {}))) else [name]
+        values = dict(zip(had, node.get("widgets_values") or []))
+        optional = schema["input"].get("optional", {})
+        sockets, widgets = [], []
+        for name, (kind, options) in inputs_of(schema).items():
+            entry = {"name": name, "type": "COMBO" if isinstance(kind, list) else kind}
+            entry["link"] = old.get(name, {}).get("link")
+            if name in optional and not is_widget(kind, options):
+                entry["shape"] = 7
+            if is_widget(kind, options):
+                entry["widget"] = {"name": name}
+                choices = (kind if isinstance(kind, list) else options.get("options")) or [None]
+                values.setdefault(name, options.get("default", choices[0]))
+            (widgets if "widget" in entry else sockets).append(entry)
+        node["inputs"] = sockets + widgets
+        node["widgets_values"] = [values.get(name, "randomize") for name in widget_names(schema)]
+        outputs = zip(schema["output_name"], schema["output"], schema["output_is_list"])
+        links = [o["links"] for o in node["outputs"]]
+        node["outputs"] = [
+            {"name": name, "type": kind, "links": links[i] if i < len(links) else []} | ({"shape": 6} if many else {})
+            for i, (name, kind, many) in enumerate(outputs)
+        ]
+        slots = {i["link"]: slot for slot, i in enumerate(node["inputs"]) if i["link"] is not None}
+        for link in graph["links"]:
+            if link[3] == node["id"]:
+                if link[0] not in slots:
+                    raise TwinError(f"node {node['id']} ({node['title']}): the input of link {link[0]} is gone")
+                link[4] = slots[link[0]]
 
 
 def to_api(graph: dict[str, Any], schemas: dict[str, Schema]) -> dict[str, Any]:
@@ -85,6 +138,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--host", default="http://127.0.0.1:8188", help="a running ComfyUI with this pack")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a twin is out of date")
+    parser.add_argument("--fit", action="store_true", help="bring the templates to the host's nodes before")
     arguments = parser.parse_args()
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
@@ -97,6 +151,10 @@ def main() -> int:
     for path in sorted(WORKFLOWS.glob("*.json")):
         twin = WORKFLOWS / "api" / path.name
         try:
+            if arguments.fit and not arguments.check:
+                graph = json.loads(path.read_text(encoding="utf-8"))
+                fit(graph, schemas)
+                path.write_text(json.dumps(graph, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             text = twin_text(path, schemas)
         except TwinError as e:
             print(e, file=sys.stderr)

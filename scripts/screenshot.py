@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Open the workflow templates in a running ComfyUI's front end, check them there, and make their pictures.
+"""Open the workflow templates in a running ComfyUI's front end, check them there, and take their pictures.
 
     python -m pip install playwright pillow && python -m playwright install chromium
     python scripts/screenshot.py --host http://127.0.0.1:8188 --out /tmp/pictures
-    python scripts/screenshot.py --host http://127.0.0.1:8188 --write --results    # the pictures of this repository
+    python scripts/screenshot.py --host http://127.0.0.1:8188 --write --results    # the README's picture
 
 Playwright is no requirement of the project; --browser takes an installed Chromium instead of Playwright's own.
 With --results, the nodes show what the host's last successful run of the same template gave, so queue it before.
@@ -25,17 +25,9 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 WORKFLOWS = REPOSITORY / "workflows"
 README_PICTURE = {"2 Train two dogs": REPOSITORY / "docs" / "train-graph.jpg"}
-# The template browser's cards are square: around which group the thumbnail is cut.
-FOCUS = {
-    "0 Try it on small drawings": "6 · Both in new pictures",
-    "1 Prepare two dogs": "4 · Concept Fusion",
-    "2 Train two dogs": "3 · What it learned",
-    "3 Draw two dogs": "2 · What to draw",
-}
 PACK = "ComfyUI-FaR"  # the pack's folder in custom_nodes
 FLAGS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
 LEFT, TOP, MARGIN = 70, 110, 24  # what the front end's bars cover, and the space around the graph, in pixels
-THUMBNAIL_WIDTH, THUMBNAIL_BYTES = 640, 150_000
 README_WIDTH, README_BYTES = 1500, 250_000
 
 # The front end's furniture that would stand before the graph.
@@ -54,7 +46,6 @@ LOOK_AT = """([x, y, scale]) => {
     app.canvas.ds.offset[1] = y;
     app.canvas.setDirty(true, true);
 }"""
-GROUP = "title => { const g = app.graph._groups.find(g => g.title === title); return g ? [...g._bounding] : null; }"
 FAULTS = """() => [
     ...[...document.querySelectorAll('.p-dialog')].map(d => 'a dialog: ' + d.innerText.slice(0, 200)),
     ...app.graph._nodes.filter(n => n.has_errors || !LiteGraph.registered_node_types[n.type])
@@ -80,14 +71,8 @@ def last_results(host: str, graph: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def photograph(
-    page: Any, host: str, name: str, scale: float, with_results: bool
-) -> tuple[bytes, tuple[int, ...], list[str]]:
-    """Open a template as the template browser does.
-
-    Returns a PNG of the graph, the square of it that makes a thumbnail (left, top, right, bottom), and what is wrong
-    with the graph.
-    """
+def photograph(page: Any, host: str, name: str, scale: float, with_results: bool) -> tuple[bytes, list[str]]:
+    """Open a template as the template browser does; returns a PNG of the graph, and what is wrong with it."""
     graph = get_json(f"{host}/api/workflow_templates/{PACK}/{urllib.parse.quote(name)}.json")
     page.evaluate("([graph, name]) => app.loadGraphData(graph, true, true, name)", [graph, name])
     page.wait_for_timeout(2000)
@@ -101,20 +86,14 @@ def photograph(
     page.wait_for_timeout(1000)
     page.evaluate(LOOK_AT, [(LEFT + MARGIN) / scale - left, (TOP + MARGIN) / scale - top, scale])
     page.wait_for_timeout(4000)  # pictures arrive one by one, and text fields follow the canvas
-    png = page.screenshot(clip={"x": LEFT, "y": TOP, **size})
-    group = page.evaluate(GROUP, FOCUS.get(name)) or [left, top, width, height]
-    side = min(size.values())
-    x = (group[0] + group[2] / 2 - left) * scale + MARGIN - side / 2  # the square lies around the group's middle …
-    y = (group[1] + group[3] / 2 - top) * scale + MARGIN - side / 2
-    x, y = round(max(0, min(x, size["width"] - side))), round(max(0, min(y, size["height"] - side)))  # … in the picture
-    return png, (x, y, x + side, y + side), faults
+    return page.screenshot(clip={"x": LEFT, "y": TOP, **size}), faults
 
 
-def as_jpeg(png: bytes, width: int, most: int, box: tuple[int, ...] | None = None) -> bytes:
-    """A JPEG of a screenshot or a part of it, at most ``width`` pixels wide and ``most`` bytes large."""
+def as_jpeg(png: bytes, width: int, most: int) -> bytes:
+    """A JPEG of a screenshot, at most ``width`` pixels wide and ``most`` bytes large."""
     from PIL import Image
 
-    picture = Image.open(io.BytesIO(png)).convert("RGB").crop(box)
+    picture = Image.open(io.BytesIO(png)).convert("RGB")
     picture.thumbnail((width, 2 * width), Image.Resampling.LANCZOS)
     for quality in range(90, 20, -5):
         written = io.BytesIO()
@@ -128,7 +107,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--host", default="http://127.0.0.1:8188", help="a running ComfyUI with this pack")
     parser.add_argument("--out", type=Path, help="folder for PNG files of the whole graphs")
-    parser.add_argument("--write", action="store_true", help="write the repository's own pictures")
+    parser.add_argument("--write", action="store_true", help="write the README's picture")
     parser.add_argument("--results", action="store_true", help="show the results of the last run of each template")
     parser.add_argument("--scale", type=float, default=1.0, help="zoom of the pictures (default 1)")
     parser.add_argument("--template", metavar="NAME", help="only the template of this name (default: all)")
@@ -150,14 +129,12 @@ def main() -> int:
         for setting, value in SETTINGS.items():
             page.evaluate("([id, value]) => app.extensionManager.setting.set(id, value)", [setting, value])
         for path in sorted(WORKFLOWS.glob(f"{arguments.template or '*'}.json")):
-            png, square, faults = photograph(page, host, path.stem, arguments.scale, arguments.results)
+            png, faults = photograph(page, host, path.stem, arguments.scale, arguments.results)
             if arguments.out:
                 arguments.out.mkdir(parents=True, exist_ok=True)
                 (arguments.out / f"{path.stem}.png").write_bytes(png)
-            if arguments.write:
-                path.with_suffix(".jpg").write_bytes(as_jpeg(png, THUMBNAIL_WIDTH, THUMBNAIL_BYTES, square))
-                if path.stem in README_PICTURE:
-                    README_PICTURE[path.stem].write_bytes(as_jpeg(png, README_WIDTH, README_BYTES))
+            if arguments.write and path.stem in README_PICTURE:
+                README_PICTURE[path.stem].write_bytes(as_jpeg(png, README_WIDTH, README_BYTES))
             faults += crashes
             crashes.clear()
             faulty |= bool(faults)

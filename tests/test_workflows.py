@@ -37,8 +37,8 @@ def inside(small: Box, large: Box) -> bool:
     return small[0] >= large[0] and small[1] >= large[1] and small[2] <= large[2] and small[3] <= large[3]
 
 
-def test_there_are_four_with_thumbnails_and_twins():
-    assert len(WORKFLOWS) == 4
+def test_there_are_seven_with_thumbnails_and_twins():
+    assert len(WORKFLOWS) == 7
     for path in WORKFLOWS:
         assert 0 < path.with_suffix(".jpg").stat().st_size <= 150_000
         assert (path.parent / "api" / path.name).is_file()
@@ -82,6 +82,15 @@ def test_nothing_overlaps_and_groups_hold_nodes(graph):
         assert all(inside(box, free) or not overlap(box, (left, top, right, bottom)) for box in boxes.values())
     for node in graph["nodes"]:
         assert node["type"] in NOTES or any(inside(boxes[node["id"]], group) for group in groups), node["title"]
+
+
+def test_it_opens_where_one_begins_to_read(graph):
+    """In a small window, what the note 'Start here' says is on screen and not hidden below a zoom of 60 %."""
+    scale, (x, y) = graph["extra"]["ds"]["scale"], graph["extra"]["ds"]["offset"]
+    assert scale >= 0.6
+    (note,) = (node for node in graph["nodes"] if node["title"] == "Start here")
+    left, top, right, bottom = (scale * (side + shift) for side, shift in zip(box_of(note), (x, y, x, y)))
+    assert 70 <= left and 80 <= top and right <= 1200 and bottom <= 700
 
 
 def test_every_node_has_a_title_of_its_own_and_says_where_it_comes_from(graph):

@@ -27,7 +27,7 @@ from .graphs import tiny_base
 from .test_photos import TINY_SAM
 
 WORKFLOWS = {path.stem[0]: path for path in sorted((REPO / "workflows").glob("*.json"))}
-SMALL, PREPARE, TRAIN, DRAW = (WORKFLOWS[number] for number in "0123")
+SMALL, PREPARE, TRAIN, DRAW, ONE, THREE, COMPARE = WORKFLOWS.values()
 PHOTOS = REPO.parent / "shared" / "data" / "two_dogs"
 CHECKPOINT, SAM = "v2-1_768-ema-pruned.safetensors", "sam_vit_b_01ec64.pth"
 SIZE = 128
@@ -93,6 +93,26 @@ def test_a_bad_graph_is_refused_in_words(comfy: ComfyServer):
         api_twins.to_api(graph, schemas)
 
 
+@pytest.mark.parametrize("path", WORKFLOWS.values(), ids=lambda p: p.stem)
+def test_fitting_changes_only_what_differs(comfy: ComfyServer, files, path: Path):
+    """As if a node had got an input and lost another one since the template was made."""
+    schemas, graph = comfy.object_info(), json.loads(path.read_text(encoding="utf-8"))
+    older = copy.deepcopy(graph)
+    for node in older["nodes"]:
+        if node["type"] == "KSampler":
+            (place,) = (i for i, entry in enumerate(node["inputs"]) if entry["name"] == "sampler_name")
+            node["inputs"][place] |= {"name": "gone", "widget": {"name": "gone"}}
+            node["inputs"].insert(0, {"name": "old", "type": "MASK", "link": None})
+            node["widgets_values"][4] = "a value of an input that is gone"
+            for link in older["links"]:
+                link[4] += link[3] == node["id"]
+    api_twins.fit(older, schemas)
+    for node in graph["nodes"]:
+        if node["type"] == "KSampler":
+            node["widgets_values"][4] = "euler"  # the host's default
+    assert older == graph
+
+
 # ---- validation: files of the right names are enough
 
 
@@ -102,7 +122,7 @@ def files(comfy: ComfyServer) -> Iterator[None]:
     models = {"checkpoints": CHECKPOINT, "sams": SAM, "far": "two-dogs.safetensors"}
     made = [comfy.folder(f"models/{folder}") / name for folder, name in models.items()]
     made.append(comfy.folder("output/far/datasets/two-dogs") / "dataset.json")
-    folders = [comfy.folder(f"input/{name}") for name in ("corgi", "chow")] + [made[-1].parent]
+    folders = [comfy.folder(f"input/{name}") for name in ("corgi", "chow", "husky")] + [made[-1].parent]
     for path in made:
         path.touch()
     yield
@@ -190,6 +210,20 @@ def queue(server: ComfyServer, workflow: dict, out: Path, *changes: str) -> list
     return run_workflow(set_inputs(with_tiny_base(workflow), changes), RunningHost(server.url), out)
 
 
+def with_few_steps(server: ComfyServer, workflow: dict) -> dict:
+    """The workflow with a FaR Train Options node that keeps the sample pictures cheap."""
+    options = api_twins.inputs_of(server.object_info()["FaR_TrainOptions"])
+    defaults = {name: spec.get("default", (spec.get("options") or [None])[0]) for name, (_, spec) in options.items()}
+    changes = {"sample_steps": 2, "prior_batch_size": 1, "attention_cells": 8}
+    workflow["99"] = {
+        "class_type": "FaR_TrainOptions",
+        "inputs": defaults | changes,
+        "_meta": {"title": "Options"},
+    }
+    workflow[by_title(workflow, "Learn the dogs")]["inputs"]["options"] = ["99", 0]
+    return workflow
+
+
 @pytest.fixture(scope="module")
 def prepared(dogs: ComfyServer, tmp_path_factory) -> list[Path]:
     return queue(
@@ -209,18 +243,24 @@ def prepared(dogs: ComfyServer, tmp_path_factory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def trained(dogs: ComfyServer, prepared, tmp_path_factory) -> list[Path]:
-    workflow = twin(TRAIN)
-    options = api_twins.inputs_of(dogs.object_info()["FaR_TrainOptions"])
-    defaults = {name: spec.get("default", (spec.get("options") or [None])[0]) for name, (_, spec) in options.items()}
-    changes = {"sample_steps": 2, "prior_batch_size": 1, "attention_cells": 8}
-    workflow["99"] = {
-        "class_type": "FaR_TrainOptions",
-        "inputs": defaults | changes,
-        "_meta": {"title": "Options"},
-    }
-    workflow[by_title(workflow, "Learn the dogs")]["inputs"]["options"] = ["99", 0]
+    workflow = with_few_steps(dogs, twin(TRAIN))
     out = tmp_path_factory.mktemp("train")
     return queue(dogs, workflow, out, "Learn the dogs.steps=3", "Learn the dogs.batch_size=1")
+
+
+def test_three_subjects_in_one_graph(dogs: ComfyServer, tmp_path):
+    """The third has the second one's photos: what is tested is the graph."""
+    changes = [f"Photos of {who}.max_side=256" for who in ("the corgi", "the chow", "the husky")]
+    changes += ["Photos of the husky.folder=chow", "Segment Anything.model_name=tiny.safetensors"]
+    changes += ["Class pictures.count=2", "Class pictures.steps=2", f"Class pictures.size={SIZE}"]
+    changes += [f"Training pictures.size={SIZE}", "Training pictures.count=8", "Training pictures.triple=1"]
+    changes += ["Learn the dogs.steps=2", "Learn the dogs.batch_size=1", "Draw.steps=2"]
+    changes += [f"Four pictures of 768 px.{side}={SIZE}" for side in ("width", "height")]
+    shown = queue(dogs, with_few_steps(dogs, twin(THREE)), tmp_path, *changes)
+    assert len([path for path in shown if path.stem.startswith("three-dogs_")]) == 4
+    assert len([path for path in shown if path.stem.startswith("Sample pictures")]) == 4
+    with safe_open(dogs.base / "models/far/three-dogs.safetensors", "pt") as weights:
+        assert len(list(weights.keys())) == 3 + 32
 
 
 def test_prepare_runs_to_the_end(dogs: ComfyServer, prepared):

@@ -1,0 +1,123 @@
+#!/usr/bin/env python3
+"""Draw the workflow templates' thumbnails, workflows/*.jpg, from the small drawn world. Needs no ComfyUI.
+
+    python scripts/thumbnails.py
+
+The template browser shows squares of about 220 pixels, in which a graph can't be read: these show what goes in and what
+the template does with it. No picture on them is a model's output.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+from far_train.concepts import Background, ClassPicture, Concept  # noqa: E402
+from far_train.config import FusionConfig  # noqa: E402
+from far_train.fusion import ConceptFusion  # noqa: E402
+from far_train.mini.identity import Identity  # noqa: E402
+from far_train.mini.world import empty_scene, reference_photos  # noqa: E402
+from far_train.photos import to_pil  # noqa: E402
+from far_train.report import COLOURS, checkerboard, overlay  # noqa: E402
+
+WORKFLOWS = REPOSITORY / "workflows"
+CELL, GAP = 256, 12
+SIDE = 2 * CELL + GAP
+BYTES = 60_000
+DOGS = {
+    "<corgi-dog>": Identity("dog", "white", "green", "banded", "scarf", "floppy"),
+    "<chow-dog>": Identity("dog", "white", "purple", "banded", "none", "floppy"),
+    "<husky-dog>": Identity("dog", "white", "red", "spotted", "hat", "pointed"),
+}
+OTHER = Identity("dog", "orange", "blue", "plain", "none", "pointed")  # a dog that is no concept
+SCENES = ("beach", "meadow", "snow", "mountains", "forest")
+
+DRAWN = {token: reference_photos(dog, seed=i, count=4, size=CELL) for i, (token, dog) in enumerate(DOGS.items())}
+
+
+def fused(tokens: Sequence[str], recipe: str, count: int, tinted: bool = True) -> list[Image.Image]:
+    """Composites of one recipe, with coloured masks or as they are."""
+    concepts = [Concept(t, "dog", *(tuple(x) for x in zip(*DRAWN[t]))) for t in tokens]
+    others = [ClassPicture("dog", image, mask) for image, mask in reference_photos(OTHER, seed=9, count=4, size=CELL)]
+    scenes = [Background(empty_scene(name, seed=i, size=CELL)) for i, name in enumerate(SCENES)]
+    fusion = ConceptFusion(
+        concepts, others, scenes, FusionConfig(size=CELL, count=count, fusion_seed=3, recipe_weights={recipe: 1.0})
+    )
+    return [overlay(c, fusion.names) if tinted else to_pil(c.image) for c in map(fusion.composite, range(count))]
+
+
+def photos(token: str, count: int) -> list[Image.Image]:
+    return [to_pil(image) for image, _ in DRAWN[token][:count]]
+
+
+def cut_outs(token: str, count: int) -> list[Image.Image]:
+    return [checkerboard(image, mask) for image, mask in DRAWN[token][:count]]
+
+
+def mosaic(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Four pictures in a square."""
+    card = Image.new("RGB", (SIDE, SIDE), "white")
+    for i, picture in enumerate(pictures):
+        card.paste(picture.resize((CELL, CELL)), (i % 2 * (CELL + GAP), i // 2 * (CELL + GAP)))
+    return card
+
+
+def prompt_card(words: Sequence[str], pictures: Sequence[Image.Image]) -> Image.Image:
+    """A prompt with its tokens in the concepts' colours, above two pictures."""
+    card = mosaic([Image.new("RGB", (1, 1), (34, 51, 34))] * 2 + list(pictures))
+    draw, font = ImageDraw.Draw(card), ImageFont.load_default(42)
+    draw.rectangle((0, 0, SIDE, CELL), fill=(34, 51, 34))
+    for i, line in enumerate(words):
+        colour = COLOURS[list(DOGS).index(line)] if line in DOGS else (230, 240, 230)
+        draw.text((20, 10 + i * 47), line, colour, font)
+    return card
+
+
+def labelled(card: Image.Image, labels: Sequence[str]) -> Image.Image:
+    """A card with a word in the upper corner of its left and right half."""
+    draw, font = ImageDraw.Draw(card), ImageFont.load_default(40)
+    for i, label in enumerate(labels):
+        x = i * (CELL + GAP)
+        draw.rectangle((x, 0, x + CELL, 52), fill=(20, 20, 20))
+        draw.text((x + 12, 2), label, "white", font)
+    return card
+
+
+def cards() -> dict[str, Image.Image]:
+    """A thumbnail for each template, by the number that its name begins with."""
+    corgi, chow, husky = DOGS
+    both = fused((corgi, chow), "pair", 4)
+    plain = fused((corgi, chow), "pair", 4, tinted=False)
+    return {
+        "0": mosaic([*photos(corgi, 1), *photos(chow, 1), *cut_outs(corgi, 1), both[0]]),
+        "1": mosaic([*photos(corgi, 1), *cut_outs(corgi, 1), both[1], *fused((corgi, chow), "beside_prior", 1)]),
+        "2": mosaic(both),
+        "3": prompt_card(["a photo of a", corgi, "dog and a", chow, "dog"], [*cut_outs(corgi, 1), *cut_outs(chow, 1)]),
+        "4": mosaic([*photos(corgi, 2)[1:], *cut_outs(corgi, 2)[1:], *fused((corgi,), "beside_prior", 2)]),
+        "5": mosaic([*photos(husky, 1), *fused((corgi, chow, husky), "triple", 3)]),
+        "6": labelled(mosaic([both[2], plain[2], both[3], plain[3]]), ["with", "without"]),
+    }
+
+
+def main() -> int:
+    drawn = cards()
+    for path in sorted(WORKFLOWS.glob("*.json")):
+        for quality in range(90, 20, -5):
+            written = io.BytesIO()
+            drawn[path.stem[0]].save(written, "JPEG", quality=quality, optimize=True)
+            if written.tell() <= BYTES:
+                break
+        path.with_suffix(".jpg").write_bytes(written.getvalue())
+        print(f"wrote {path.with_suffix('.jpg').relative_to(REPOSITORY)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
