@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
+from .bench.settings import BenchConfig
 from .config import Config, ExtractConfig, FusionConfig, SampleConfig, TrainConfig, read_settings
 from .errors import ConfigError, FarError, Interrupted
 
@@ -211,6 +212,16 @@ COMMANDS = (
         "demo",
         "the whole line on sample subjects that the project draws itself",
         (Argument("out", "folder for the results (default: outputs/demo)"), DEVICE),
+    ),
+    Command(
+        "bench",
+        "measure FaR and its rivals in the small world (docs/benchmark.md); goes on where it stopped",
+        (
+            Argument("out", "folder for the runs and the report (default: outputs/bench)"),
+            Argument("weights", "folder of small models, as mini.learn exports it (default: the shipped ones)"),
+            DEVICE,
+        ),
+        BenchConfig,
     ),
 )
 

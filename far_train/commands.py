@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .backbone import BaseModel, load_base
+from .bench.settings import BenchConfig
 from .concepts import Background, ClassPicture, Concept
 from .config import ExtractConfig, FusionConfig, SampleConfig, TrainConfig, read_settings
 from .dataset import DatasetFolder, write_dataset
@@ -367,3 +368,30 @@ def demo(inputs: Inputs, _config: None) -> None:
     with progress_bars() as bars:
         page = run_demo(Path(inputs.get("out") or "outputs/demo"), str(inputs.get("device") or "auto"), bars)
     print(f"Every stage's pictures → {page}")
+
+
+def bench(inputs: Inputs, config: BenchConfig) -> None:
+    from .bench.plans import build_plan
+    from .bench.run import Bench
+    from .bench.tables import write_report
+    from .mini import shipped
+    from .mini.oracle import load_oracle, read_confusion
+    from .sam import load_sam
+
+    out, weights = Path(inputs.get("out") or "outputs/bench"), Path(inputs.get("weights") or shipped.WEIGHTS)
+    device, _ = choose_device(str(inputs.get("device") or "auto"))
+    plan, oracle = build_plan(config), weights / shipped.ORACLE.relative_to(shipped.WEIGHTS)
+    with progress_bars() as bars, stop_on_interrupt() as should_stop:
+        rows = Bench(
+            out,
+            plan,
+            weights / shipped.BASE.relative_to(shipped.WEIGHTS),
+            load_sam(weights / shipped.SAM.relative_to(shipped.WEIGHTS), device),
+            load_oracle(oracle, device),
+            read_confusion(oracle.parent),
+            steps=config.steps,
+            device=device,
+            on_progress=bars,
+            should_stop=should_stop,
+        ).run()
+    print(f"Tables and plots → {write_report(rows, out, f'Bench: {config.plan}')}")

@@ -18,14 +18,13 @@ from torch import Tensor
 
 from ..backbone import BaseModel
 from ..captions import Name, join_phrases
-from ..concepts import Background, ClassPicture, Composite, Concept, TrainingSet
+from ..concepts import Composite, Concept, TrainingSet
 from ..config import FusionConfig, TrainConfig
 from ..dataset import write_dataset
 from ..devices import choose_device
-from ..errors import OutputError, SubjectError
+from ..errors import OutputError
 from ..fusion import ConceptFusion
-from ..photos import Photo, list_photos, load_photo, save_picture, to_pil
-from ..priors import draw_class_pictures
+from ..photos import list_photos, load_photo, save_picture, to_pil
 from ..probe import attention_maps, heat_over
 from ..recipe import Callbacks, train
 from ..report import Page, checkerboard, contact_sheet, dataset_sheet, loss_curves, picture_grid
@@ -34,6 +33,7 @@ from ..sampling import draw_pictures
 from ..subjects import SubjectExtractor, extract_folder
 from ..tokens import Vocabulary
 from .identity import Identity, describe
+from .materials import cut_class_pictures, draw_empty_scenes, plain_vocabulary
 from .oracle import read_pictures
 from .scenery import PLACES
 from .shipped import DRAWING, SIZE, SUBJECTS, sample_photos, small_base, small_oracle, small_sam
@@ -95,8 +95,12 @@ def run_demo(out: Path, device: str, on_progress: Progress = lambda phase, done,
     )
     extractor = SubjectExtractor(sam)
     concepts = [_concept(key, out, extractor, page, on_progress) for key in PAIR]
-    priors = _class_pictures(base, extractor, out, page, on_progress)
-    scenes = _empty_scenes(base, on_progress)
+    priors = cut_class_pictures(
+        base, extractor, ["dog"], CLASS_PICTURES, out / "class", lambda *a: on_progress("class pictures", *a)
+    )
+    page.section("Class pictures", "Dogs as the base draws them: they keep 'dog' a dog.")
+    page.picture(picture_grid([p.image for p in priors[:16]], columns=8, cell=120))
+    scenes = draw_empty_scenes(base, EMPTY_SCENES, out / "scenes", lambda *a: on_progress("empty scenes", *a))
 
     settings = FusionConfig(size=SIZE, count=COMPOSITES, feather=1.0, flip=0.5)
     fused = write_dataset(
@@ -162,46 +166,6 @@ def _concept(key: str, out: Path, extractor: SubjectExtractor, page: Page, on_pr
     return Concept(name.token, name.noun, tuple(p.image for p in found), tuple(p.mask for p in found))
 
 
-def _class_pictures(
-    base: BaseModel, extractor: SubjectExtractor, out: Path, page: Page, on_progress: Progress
-) -> list[ClassPicture]:
-    """What the base draws for "a photo of a dog", cut out where a subject is found."""
-    pictures = draw_class_pictures(
-        base,
-        ["dog"],
-        CLASS_PICTURES,
-        out / "class",
-        DRAWING,
-        on_progress=lambda *a: on_progress("class pictures", *a),
-    )
-    priors = []
-    for i, picture in enumerate(pictures):
-        try:
-            subject = extractor.extract(Photo(f"class-{i}", picture.image, None, Path(f"class-{i}")))
-            priors.append(ClassPicture(picture.noun, picture.image, subject.mask))
-        except SubjectError:
-            priors.append(picture)
-    page.section("Class pictures", "Dogs as the base draws them: they keep 'dog' a dog.")
-    page.picture(picture_grid([p.image for p in priors[:16]], columns=8, cell=120))
-    return priors
-
-
-def _empty_scenes(base: BaseModel, on_progress: Progress) -> list[Background]:
-    wanted = [(phrase, prompt) for phrase, prompt in PLACES.values() for _ in range(EMPTY_SCENES)]
-    pictures = draw_pictures(
-        base,
-        _plain(base),
-        [prompt for _, prompt in wanted],
-        DRAWING,
-        on_progress=lambda *a: on_progress("empty scenes", *a),
-    )
-    return [Background(picture, phrase) for (phrase, _), picture in zip(wanted, pictures)]
-
-
-def _plain(base: BaseModel) -> Vocabulary:
-    return Vocabulary(base.tokenizer, (), base.tokenizer_size)
-
-
 def _train(
     title: str, training_set: TrainingSet, config: TrainConfig, folder: Path, page: Page, on_progress: Progress
 ) -> tuple[BaseModel, Vocabulary]:
@@ -228,7 +192,11 @@ def _judged(
         nouns = join_phrases([Name(i.noun) for i in identities])
         texts = [f"a photo of {nouns}, {PLACES[p][0]}" for _, p in prompts for _ in range(PICTURES_EACH)]
     pictures = draw_pictures(
-        base, vocabulary or _plain(base), texts, DRAWING, on_progress=lambda *a: on_progress(f"{title}: drawing", *a)
+        base,
+        vocabulary or plain_vocabulary(base),
+        texts,
+        DRAWING,
+        on_progress=lambda *a: on_progress(f"{title}: drawing", *a),
     )
     places = [place for _, place in prompts for _ in range(PICTURES_EACH)]
     readings = read_pictures(oracle, pictures)

@@ -32,8 +32,8 @@ from .autoencoder import learn_autoencoder, load_autoencoder, measure_autoencode
 from .diffusion import learn_diffusion, write_base
 from .gates import measure_base, measure_oracle
 from .learning import SESSIONS_FILE, LearnConfig
+from .oracle import CONFUSION_FILE, learn_oracle, load_oracle, write_oracle
 from .oracle import FILE as ORACLE_FILE
-from .oracle import learn_oracle, load_oracle, write_oracle
 from .scene_pool import PoolConfig, ScenePool, fill_pool
 from .shipped import DRAWING
 from .small_sam import FILE as SAM_FILE
@@ -214,6 +214,7 @@ def export(out: Path) -> Path:
     write_base(target / "base", read_configs(base), states, half=True)
     write_sam(target / "sam" / SAM_FILE, load_sam(out / "sam" / SAM_FILE), SPEC, half=True)
     write_oracle(target / "oracle" / ORACLE_FILE, load_oracle(out / "oracle" / ORACLE_FILE), half=True)
+    write_json(target / "oracle" / CONFUSION_FILE, _figures(out / "oracle").get("confusion", {}))
     for folder, stages in {"base": ("autoencoder", "diffusion"), "sam": ("sam",), "oracle": ("oracle",)}.items():
         write_text(target / folder / "card.md", "\n".join(model_card(stage, out / stage) for stage in stages))
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
@@ -228,8 +229,7 @@ def model_card(stage: str, folder: Path) -> str:
     """A model's card: how it was trained, on what, for how long, and what was measured."""
     sessions = [json.loads(line) for line in _lines(folder / SESSIONS_FILE)]
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    figures_path = folder / "figures.json"
-    figures = json.loads(figures_path.read_text(encoding="utf-8")) if figures_path.exists() else {}
+    figures = _figures(folder)
     confusion = figures.pop("confusion", None)
     seconds = sum(s["seconds"] for s in sessions)
     lines = [f"# {TITLES[stage]}", "", f"Seed {run['config']['learn_seed']}, {seconds / 60:.1f} minutes in all.", ""]
@@ -244,6 +244,11 @@ def model_card(stage: str, folder: Path) -> str:
         lines.append("")
     lines += ["## Settings", "", "```json", json.dumps(run, indent=2), "```", "", f"Licence: {LICENCE}", ""]
     return "\n".join(lines)
+
+
+def _figures(folder: Path) -> dict[str, Any]:
+    path = folder / "figures.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _counts(row: dict[str, int]) -> str:

@@ -38,6 +38,7 @@ from .scenery import BACKGROUNDS
 WIDTHS = (48, 80, 112, 112)
 STRIDE = 4
 FILE = "oracle.safetensors"
+CONFUSION_FILE = "confusion.json"
 ROUND_TRIPS = 1500  # scenes that are decoded once for its training
 # Logits for each field of an identity, in the order of its codes. Shapes are named by class, two to each: their logits
 # are per class, so that "round" of a cup and "round" of a car need not look alike.
@@ -257,6 +258,15 @@ def load_oracle(path: Path, device: torch.device | str = "cpu") -> Oracle:
     oracle = Oracle(about["widths"])
     load_first_weights(oracle, state, path)
     return oracle.eval().requires_grad_(False).to(device)
+
+
+def read_confusion(folder: Path) -> dict[str, dict[str, dict[str, int]]]:
+    """An exported oracle's own mistakes: field → true value → value read → count. Raises BaseModelError."""
+    path = folder / CONFUSION_FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise BaseModelError(f"{path}: can't be read ({e}); measure the oracle and export it again") from e
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -1,0 +1,108 @@
+"""The arms of the bench: every method as a change of the same recipe, on the same photos, class pictures and budget.
+
+Nothing here is tuned on test pairs. What was tried on dev pairs, and what came of it, stands in docs/benchmark.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..config import FusionConfig, TrainConfig
+from ..errors import ConfigError
+
+# What a small model with 16 × 16 cells needs; the product's defaults are for Stable Diffusion 2.1.
+TRAINING = TrainConfig(
+    steps=400, batch_size=4, prior_batch_size=4, embedding_lr=5e-3, kv_lr=1.5e-5, refinement_weight=0.03, sample_every=0
+)
+FUSION = FusionConfig(size=128, count=160, feather=1.0)
+PLAIN_LOSS = {"refinement_weight": 0.0, "background_weight": 1.0, "min_snr_gamma": None}
+NO_REFINEMENT = {"refinement_weight": 0.0}
+ORIGINALS = {"recipe_weights": {"original": 1.0}}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to learn. ``data``: fused (Concept Fusion with the changes in ``fusion``), resized, seg_mix, true_scenes,
+    or none for an arm that learns nothing; ``masks``: exact, shuffled, degraded; ``training``: changes of TRAINING."""
+
+    name: str
+    title: str
+    note: str
+    data: str = "fused"
+    masks: str = "exact"
+    fusion: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    def train_config(self, train_seed: int) -> TrainConfig:
+        return TRAINING.replace(train_seed=train_seed, **self.training)
+
+    def fusion_config(self, fusion_seed: int) -> FusionConfig:
+        return FUSION.replace(fusion_seed=fusion_seed, **self.fusion)
+
+
+CORE = (
+    Arm("floor", "Floor", "the base, asked for 'a dog and another dog'; it learns nothing", data="none"),
+    Arm(
+        "custom-diffusion",
+        "Custom Diffusion",
+        "arXiv 2212.04488: embeddings and K/V, class pictures, photos resized with words for it",
+        data="resized",
+        training={**NO_REFINEMENT, "background_weight": 0.0, "min_snr_gamma": None},
+    ),
+    Arm(
+        "seg-mix",
+        "Seg-Mix",
+        "MuDI, arXiv 2404.04243, on the same modules: 30 % of the pictures are two cut-outs on black",
+        data="seg_mix",
+        training=PLAIN_LOSS,
+    ),
+    Arm("fusion", "Fusion alone", "Concept Fusion, masked denoising loss, no refinement", training=NO_REFINEMENT),
+    Arm("refinement", "Refinement alone", "photos as they are, with the refinement loss", fusion=ORIGINALS),
+    Arm("far", "FaR", "Concept Fusion and Localized Refinement"),
+)
+FURTHER = (
+    Arm(
+        "textual-inversion",
+        "Textual inversion",
+        "arXiv 2208.01618: embeddings alone, photos as they are",
+        data="resized",
+        training={**NO_REFINEMENT, "background_weight": 0.0, "min_snr_gamma": None, "kv_lr": 0.0},
+    ),
+    Arm(
+        "masked-loss",
+        "Custom Diffusion + masked loss",
+        "photos as they are, with FaR's masked denoising loss",
+        fusion=ORIGINALS,
+        training=NO_REFINEMENT,
+    ),
+    Arm(
+        "far-no-companions",
+        "FaR − S3",
+        "no pictures of a subject beside another of its class",
+        fusion={"recipe_weights": {"original": 0.25, "solo": 0.30, "pair": 0.45}},
+    ),
+    Arm(
+        "far-plain-backgrounds",
+        "FaR − backgrounds",
+        "plain backgrounds alone",
+        fusion={"background_weights": {"plain": 1.0}},
+    ),
+    Arm("far-no-competition", "FaR − competition", "no competition term", training={"competition_weight": 0.0}),
+    Arm("far-degraded", "FaR, poor masks", "masks two pixels off, with a part missing", masks="degraded"),
+)
+CONTROLS = (
+    Arm("far-shuffled", "FaR, wrong masks", "each subject has another one's mask: must hurt", masks="shuffled"),
+    Arm("ceiling", "Ceiling", "trained on true pictures of the subjects together", data="true_scenes"),
+)
+ALL = (*CORE, *FURTHER, *CONTROLS)
+
+
+def find_arms(names: tuple[str, ...]) -> tuple[Arm, ...]:
+    """Arms by name. Raises ConfigError."""
+    known = {arm.name: arm for arm in ALL}
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"arms: unknown arm '{name}'; known: {', '.join(known)}")
+    return tuple(known[name] for name in names)

@@ -1,0 +1,111 @@
+"""Which subjects are learned together: pairs for tuning, other pairs for the one measurement, triples, five at once.
+
+All come from the identities that the small base has never seen, by a fixed seed. Dev and test share no identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from ..captions import Name
+from ..mini.held_out import held_out_identities
+from ..mini.identity import NOUNS, Identity
+from ..mini.shipped import SUBJECTS
+from ..mini.verdicts import differing
+
+SEED = 20251
+NEAR, FAR = (1, 2), (4, 5)  # differing attributes of near twins, and of two that are far apart
+
+
+@dataclass(frozen=True)
+class Group:
+    """Subjects that one training learns together.
+
+    ``kind``: near (one class, one or two attributes differ), far (one class, four or five differ), classes (two
+    classes), triple, five. ``seed``: of their reference photos.
+    """
+
+    key: str
+    kind: str
+    identities: tuple[Identity, ...]
+    seed: int
+
+    @property
+    def names(self) -> tuple[Name, ...]:
+        return tuple(Name(identity.noun, f"<v{i + 1}>") for i, identity in enumerate(self.identities))
+
+    @property
+    def telling(self) -> set[str]:
+        """Attributes in which the subjects differ."""
+        return differing(self.identities)
+
+
+def dev_groups() -> tuple[Group, ...]:
+    """Four pairs on which settings are tuned: two of near twins, one far apart, one of two classes."""
+    return _all_groups()[0]
+
+
+def test_groups() -> tuple[Group, ...]:
+    """Sixteen pairs for the one measurement: 8 of near twins, 4 far apart, 4 of two classes."""
+    return _all_groups()[1]
+
+
+def core_groups() -> tuple[Group, ...]:
+    """The eight test pairs of the registered core: half of each kind."""
+    pairs = test_groups()
+    return tuple(g for kind, count in (("near", 4), ("far", 2), ("classes", 2)) for g in _of(pairs, kind)[:count])
+
+
+def larger_groups() -> tuple[Group, ...]:
+    """Four triples of one class and five look-alikes, all from the identities of the test pairs."""
+    near, far, classes = (_of(test_groups(), kind) for kind in ("near", "far", "classes"))
+    triples = [
+        Group(f"triple-{i + 1}", "triple", (*near[i].identities, far[i].identities[0]), 300 + i) for i in range(4)
+    ]
+    five = (*near[0].identities, *far[0].identities, classes[0].identities[0])
+    return (*triples, Group("five", "five", five, 400))
+
+
+test_groups.__test__ = False  # its name is the bench's, not a test's
+
+
+def _of(groups: Sequence[Group], kind: str) -> list[Group]:
+    return [g for g in groups if g.kind == kind]
+
+
+@cache
+def _all_groups() -> tuple[tuple[Group, ...], tuple[Group, ...]]:
+    rng = np.random.default_rng(SEED)
+    shown = {identity for _, identity in SUBJECTS.values()}  # the demo's subjects have been looked at
+    everyone = sorted(held_out_identities() - shown, key=repr)
+    free = [everyone[i] for i in rng.permutation(len(everyone))]
+
+    def take(fits: Callable[[Identity], bool]) -> Identity:
+        chosen = next(i for i in free if fits(i))
+        free.remove(chosen)
+        return chosen
+
+    def pair(key: str, kind: str, noun: str, seed: int, other: str, differ: Sequence[int]) -> Group:
+        first = take(lambda i: i.noun == noun)
+        second = take(lambda i: i.noun == other and (other != noun or len(first.differs(i)) in differ))
+        return Group(key, kind, (first, second), seed)
+
+    def kin(prefix: str, kind: str, nouns: Sequence[str], seed: int, counts: tuple[int, int]) -> list[Group]:
+        # Both numbers of differing attributes in turn.
+        return [
+            pair(f"{prefix}{kind}-{i + 1}", kind, noun, seed + i, noun, (counts[i % 2],))
+            for i, noun in enumerate(nouns)
+        ]
+
+    def classes(prefix: str, nouns: Sequence[tuple[str, str]], seed: int) -> list[Group]:
+        return [pair(f"{prefix}classes-{i + 1}", "classes", a, seed + i, b, ()) for i, (a, b) in enumerate(nouns)]
+
+    tests = kin("", "near", NOUNS, 0, NEAR) + kin("", "far", NOUNS[:4], 100, FAR)
+    tests += classes("", list(zip(NOUNS[:4], NOUNS[4:])), 200)
+    devs = kin("dev-", "near", ("dog", "robot"), 500, NEAR) + kin("dev-", "far", ("cat",), 600, FAR)
+    devs += classes("dev-", [("bird", "cup")], 700)
+    return tuple(devs), tuple(tests)

@@ -1,0 +1,308 @@
+"""One run of the bench: learn a group with an arm, draw, let the oracle read, write a row of figures.
+
+OUT/materials/                        class pictures and empty scenes that the base drew: the same for all arms
+OUT/runs/ARM/GROUP-sSEED/row.json     what was measured; a run that has it is done
+                         seen.jsonl   what the oracle read on every picture
+                         sheet.jpg    the first pictures, uncurated, with the verdict on each
+                         training/    metrics.jsonl, weights.safetensors
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..backbone import BaseModel, load_base
+from ..captions import Name, join_phrases, with_article
+from ..concepts import Background, ClassPicture, Concept, TrainingSet
+from ..errors import CheckpointError, Interrupted
+from ..files import write_json, write_text
+from ..fusion import ConceptFusion
+from ..mini.materials import cut_class_pictures, draw_empty_scenes, plain_vocabulary
+from ..mini.oracle import Oracle, read_pictures
+from ..mini.scenery import BACKGROUNDS, PLACES
+from ..mini.shipped import DRAWING, SIZE
+from ..mini.verdicts import judge_subjects
+from ..mini.world import reference_photos, render_scene
+from ..priors import WithPriors
+from ..probe import attention_maps
+from ..recipe import Callbacks, train
+from ..report import picture_grid, save_sheet
+from ..sampling import draw_pictures
+from ..subjects import SubjectExtractor
+from ..tokens import Vocabulary
+from .arms import FUSION, Arm
+from .groups import Group
+from .measures import Seen, binding_figures, corrected_leakage, joint_figures, prior_figures, solo_figures
+from .plans import Plan
+from .rivals import ResizedPhotos, SegMix, ShuffledMasks, TrueScenes, degrade
+
+CLASS_PICTURES, EMPTY_SCENES, REFERENCES = 32, 2, 5
+SHOWN = 16
+PROBES = 4  # held-out renders on which attention is measured
+PROBE_SEED = 91_000
+
+OnProgress = Callable[[str, int, int], None]
+
+
+class Bench:
+    """All runs of a plan below ``out``. ``base_folder``: the base in diffusers' layout; ``confusion``: the oracle's own
+    mistakes (attribute → true → read → count), by which leakage is corrected."""
+
+    def __init__(
+        self,
+        out: Path,
+        plan: Plan,
+        base_folder: Path,
+        sam: Any,
+        oracle: Oracle,
+        confusion: Mapping[str, Any],
+        *,
+        steps: int | None = None,
+        device: torch.device | str = "cpu",
+        on_progress: OnProgress = lambda phase, done, total: None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ):
+        self.out, self.plan, self.base_folder = out, plan, base_folder
+        self.extractor, self.oracle, self.confusion = SubjectExtractor(sam), oracle, confusion
+        self.steps, self.device = steps, device
+        self.on_progress, self.should_stop = on_progress, should_stop
+        self._priors: dict[str, list[ClassPicture]] = {}
+
+    def run(self) -> list[dict[str, Any]]:
+        """Make the runs that are missing and return all rows. Raises Interrupted, CheckpointError if a row is of other
+        settings."""
+        rows, runs = [], self.plan.runs()
+        for number, (arm, group, seed) in enumerate(runs):
+            if self.should_stop():
+                raise Interrupted(f"stopped after {number} of {len(runs)} runs, which are saved; start again to go on")
+            self.on_progress("runs", number, len(runs))
+            rows.append(self.row(arm, group, seed))
+        self.on_progress("runs", len(runs), len(runs))
+        return rows
+
+    def row(self, arm: Arm, group: Group, seed: int) -> dict[str, Any]:
+        """The figures of one run, made now or found on disk."""
+        folder = self.out / "runs" / arm.name / f"{group.key}-s{seed}"
+        about = self._identity(arm, group, seed)
+        if (folder / "row.json").exists():
+            row = json.loads((folder / "row.json").read_text(encoding="utf-8"))
+            if row["about"] != about:
+                raise CheckpointError(
+                    f"{folder / 'row.json'}: was measured with other settings or another base; choose another --out"
+                )
+            return row
+        started = time.monotonic()
+        base, vocabulary = load_base(self.base_folder).to(self.device), None
+        if arm.data != "none":
+            training_set = WithPriors(self.training_set(arm, group, seed), self._class_pictures(group))
+            vocabulary = self._train(base, training_set, arm, seed, folder / "training")
+        trained = time.monotonic()
+        figures, seen, pictures = self._judge(base, vocabulary, group, seed)
+        if vocabulary is not None:
+            figures |= attention_figures(base, vocabulary, group)
+        row = {
+            "arm": arm.name,
+            "group": group.key,
+            "kind": group.kind,
+            "seed": seed,
+            "figures": {name: round(float(value), 4) for name, value in figures.items() if np.isfinite(value)},
+            "training_seconds": round(trained - started, 1),
+            "about": about,
+        }
+        self._write(folder, row, group, seen, pictures)
+        return row
+
+    def _identity(self, arm: Arm, group: Group, seed: int) -> dict[str, Any]:
+        """What decides a row, as JSON types."""
+        about = {
+            "arm": asdict(arm),
+            "training": arm.train_config(seed).replace(**self._changes()).result_shaping(),
+            "group": [asdict(i) for i in group.identities],
+            "pictures": dict(self.plan.pictures),
+            "base": self._base.digest,
+        }
+        return json.loads(json.dumps(about))
+
+    def _changes(self) -> dict[str, Any]:
+        return {"steps": self.steps} if self.steps else {}
+
+    # ---- what is learned from
+
+    @cached_property
+    def _base(self) -> BaseModel:
+        """The base as it is; trainings take fresh ones."""
+        return load_base(self.base_folder).to(self.device)
+
+    @cached_property
+    def _scenes(self) -> list[Background]:
+        folder = self.out / "materials" / "scenes"
+        return draw_empty_scenes(self._base, EMPTY_SCENES, folder, self._phase("empty scenes"))
+
+    def _phase(self, name: str) -> Callable[[int, int], None]:
+        return lambda done, total: self.on_progress(name, done, total)
+
+    def _class_pictures(self, group: Group) -> list[ClassPicture]:
+        nouns = sorted({i.noun for i in group.identities})
+        for noun in nouns:
+            if noun not in self._priors:
+                folder = self.out / "materials" / "class"
+                self._priors[noun] = cut_class_pictures(
+                    self._base, self.extractor, [noun], CLASS_PICTURES, folder, self._phase("class pictures")
+                )
+        return [picture for noun in nouns for picture in self._priors[noun]]
+
+    def training_set(self, arm: Arm, group: Group, seed: int) -> TrainingSet:
+        """What an arm learns from, without the prior half."""
+        found = concepts(group)
+        if arm.masks == "degraded":
+            found = [degrade(c, group.seed + i) for i, c in enumerate(found)]
+        if arm.data == "resized":
+            return ResizedPhotos(found, SIZE, FUSION.count, seed)
+        if arm.data == "seg_mix":
+            return SegMix(found, SIZE, FUSION.count, seed)
+        if arm.data == "true_scenes":
+            return TrueScenes(found, group.identities, SIZE, FUSION.count, seed)
+        fused = ConceptFusion(found, self._class_pictures(group), self._scenes, arm.fusion_config(seed))
+        return ShuffledMasks(fused) if arm.masks == "shuffled" else fused
+
+    def _train(self, base: BaseModel, training_set: TrainingSet, arm: Arm, seed: int, folder: Path) -> Vocabulary:
+        config = arm.train_config(seed).replace(device=str(self.device), **self._changes())
+        callbacks = Callbacks(
+            on_phase=self.on_progress,
+            on_step=lambda step, _: self.on_progress(arm.title, step, config.steps_for(2)),
+            should_stop=self.should_stop,
+        )
+        weights = train(base, training_set, config, folder, resume=folder.exists(), callbacks=callbacks)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        return weights.apply(base)
+
+    # ---- what is measured
+
+    def _judge(
+        self, base: BaseModel, vocabulary: Vocabulary | None, group: Group, seed: int
+    ) -> tuple[dict[str, float], list[Seen], Tensor]:
+        names = group.names if vocabulary else [Name(n.noun) for n in group.names]
+        asked = prompts(group, names, self.plan.pictures)
+        seen, drawn = self._look(base, vocabulary or plain_vocabulary(base), asked, seed)
+        by_kind = {kind: [s for s in seen if s.kind == kind] for kind in self.plan.pictures}
+        figures = joint_figures(by_kind["joint"], group.identities, reference_places(group))
+        if vocabulary:
+            figures |= solo_figures(by_kind["solo"], group.identities)
+            figures |= prior_figures(by_kind["prior"], self._base_prior(group, seed), group.identities)
+        if len(names) == 2:
+            figures |= binding_figures(by_kind["binding"], group.identities)
+            figures["leakage_corrected"] = corrected_leakage(by_kind["joint"], group.identities, self.confusion)
+        return figures, seen, drawn[: self.plan.pictures["joint"]]
+
+    def _look(
+        self,
+        base: BaseModel,
+        vocabulary: Vocabulary,
+        asked: Sequence[tuple[str, str, str | None, int | None]],
+        seed: int,
+    ) -> tuple[list[Seen], Tensor]:
+        seeds = [1_000_000 * (seed + 1) + i for i in range(len(asked))]
+        pictures = draw_pictures(
+            base, vocabulary, [a[1] for a in asked], DRAWING, seeds=seeds, on_progress=self._phase("drawing")
+        )
+        readings = read_pictures(self.oracle, pictures)
+        return [Seen.build(*a, s, r) for a, s, r in zip(asked, seeds, readings)], pictures
+
+    def _base_prior(self, group: Group, seed: int) -> list[Seen]:
+        """What the untrained base shows for the group's bare nouns, with the same seeds."""
+        names = [Name(n.noun) for n in group.names]
+        asked = prompts(group, names, self.plan.pictures)
+        # Seeds go by position, so the other kinds are counted, not drawn.
+        first = next(i for i, a in enumerate(asked) if a[0] == "prior")
+        path = self.out / "materials" / "prior" / f"{'-'.join(sorted({n.noun for n in names}))}-{first}-s{seed}.json"
+        if path.exists():
+            return [Seen(**{**s, "found": tuple(s["found"])}) for s in json.loads(path.read_text(encoding="utf-8"))]
+        seeds = [1_000_000 * (seed + 1) + i for i in range(first, len(asked))]
+        part = asked[first:]
+        pictures = draw_pictures(self._base, plain_vocabulary(self._base), [a[1] for a in part], DRAWING, seeds=seeds)
+        seen = [Seen.build(*a, s, r) for a, s, r in zip(part, seeds, read_pictures(self.oracle, pictures))]
+        write_json(path, [asdict(s) for s in seen])
+        return seen
+
+    def _write(self, folder: Path, row: dict[str, Any], group: Group, seen: Sequence[Seen], pictures: Tensor) -> None:
+        write_text(folder / "seen.jsonl", "".join(json.dumps(asdict(s)) + "\n" for s in seen))
+        labels = []
+        for s, _ in zip(seen, pictures[:SHOWN]):
+            verdict = judge_subjects(group.identities, s.place, s.as_reading())
+            labels.append(f"{'✓' if verdict.right else '✗'} {verdict.words}")
+        save_sheet(folder / "sheet.jpg", picture_grid(pictures[:SHOWN], labels, columns=8, cell=144))
+        write_json(folder / "row.json", row)  # last: a run that has it is whole
+
+
+def reference_places(group: Group) -> set[str]:
+    """The places of the group's photos: the spurious backgrounds that no picture is asked to have."""
+    return {place for places in _places_of(group) for place in places}
+
+
+def _places_of(group: Group) -> list[list[str]]:
+    """Two places for each subject's photos, or one each where there are more than two subjects."""
+    each = 2 if len(group.identities) <= 2 else 1
+    order = np.random.default_rng([group.seed, 0xBAC]).permutation(len(BACKGROUNDS))
+    return [[BACKGROUNDS[j] for j in order[each * i : each * (i + 1)]] for i in range(len(group.identities))]
+
+
+def concepts(group: Group) -> list[Concept]:
+    """The group's subjects with their photos and exact masks."""
+    found = []
+    for i, (name, identity, places) in enumerate(zip(group.names, group.identities, _places_of(group))):
+        photos = reference_photos(identity, 10 * group.seed + i, REFERENCES, SIZE, places)
+        found.append(Concept(name.token, name.noun, tuple(p for p, _ in photos), tuple(m for _, m in photos)))
+    return found
+
+
+def prompts(
+    group: Group, names: Sequence[Name], counts: Mapping[str, int]
+) -> list[tuple[str, str, str | None, int | None]]:
+    """(kind, prompt, place, subject) of every picture of a run; ``names`` without tokens ask the bare base."""
+    free = [place for place in BACKGROUNDS if place not in reference_places(group)]
+    asked: list[tuple[str, str, str | None, int | None]] = []
+    for i in range(counts["joint"]):
+        place = free[i % len(free)]
+        asked.append(("joint", f"a photo of {join_phrases(names)}, {PLACES[place][0]}", place, None))
+    for i in range(counts["solo"]):
+        place, subject = free[i % len(free)], i % len(names)
+        asked.append(("solo", f"a photo of {join_phrases([names[subject]])}, {PLACES[place][0]}", place, subject))
+    if len(names) == 2:
+        left, right = (with_article(name.phrase) for name in names)
+        asked += [("binding", f"a photo of {left} on the left and {right} on the right", None, None)] * counts[
+            "binding"
+        ]
+    for i in range(counts["prior"]):
+        subject = i % len(names)
+        asked.append(("prior", f"a photo of {with_article(names[subject].noun)}", None, subject))
+    return asked
+
+
+def attention_figures(base: BaseModel, vocabulary: Vocabulary, group: Group) -> dict[str, float]:
+    """Where the modifiers look on noised held-out renders: shares of a map's mass on its own subject and on others, and
+    how often its hottest cell is on its own. A check of the mechanism, never a quality score."""
+    own, other, hits = [], [], []
+    caption = f"a photo of {join_phrases(group.names)}"
+    for k in range(PROBES):
+        order = np.random.default_rng([PROBE_SEED, k]).permutation(len(group.names))[:3]
+        scene = render_scene(PROBE_SEED, k, SIZE, identities=[group.identities[i] for i in order])
+        maps = attention_maps(base, vocabulary, scene.image, caption, group.names, timestep=300 + 100 * k)
+        masks = F.adaptive_avg_pool2d(torch.stack(scene.masks), maps.shape[-2:])
+        for place, i in enumerate(order):
+            share = maps[i] / maps[i].sum()
+            own.append(float((share * masks[place]).sum()))
+            other.append(float((share * masks.sum(0)).sum()) - own[-1])
+            hits.append(float(masks[place].flatten()[int(share.argmax())] > 0.5))
+    return {"attention_own": np.mean(own), "attention_other": np.mean(other), "attention_hit": np.mean(hits)}

@@ -1,0 +1,23 @@
+"""Settings of the bench, in a module that loads at once: the command line reads them for its help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..config import Config, setting
+
+
+@dataclass(frozen=True)
+class BenchConfig(Config):
+    """What ``python -m far_train bench`` runs."""
+
+    plan: str = setting(
+        "reduced",
+        "reduced: core arms on two dev pairs; dev: all arms on four dev pairs; core: core arms on eight test pairs, "
+        "two seeds; full: all arms on all test groups, three seeds",
+        choices=("reduced", "dev", "core", "full"),
+    )
+    arms: tuple[str, ...] = setting((), "these arms alone, by name")
+    steps: int | None = setting(
+        None, "training steps of every arm (default: as the arms have them)", low=1, high=100_000
+    )

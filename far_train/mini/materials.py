@@ -1,0 +1,59 @@
+"""What a training in the small world needs beside the photos: class pictures with masks, and empty scenes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ..backbone import BaseModel
+from ..concepts import Background, ClassPicture
+from ..errors import SubjectError
+from ..photos import Photo, load_photo, save_picture
+from ..priors import draw_class_pictures
+from ..sampling import draw_pictures
+from ..subjects import SubjectExtractor
+from ..tokens import Vocabulary
+from .scenery import PLACES
+from .shipped import DRAWING
+
+OnProgress = Callable[[int, int], None]
+
+
+def plain_vocabulary(base: BaseModel) -> Vocabulary:
+    """The base's own words, with no concept added."""
+    return Vocabulary(base.tokenizer, (), base.tokenizer_size)
+
+
+def cut_class_pictures(
+    base: BaseModel,
+    extractor: SubjectExtractor,
+    nouns: Sequence[str],
+    count: int,
+    folder: Path,
+    on_progress: OnProgress = lambda done, total: None,
+) -> list[ClassPicture]:
+    """What the base draws for each noun, cut out where a subject is found; pictures in ``folder`` are used again."""
+    pictures = draw_class_pictures(base, nouns, count, folder, DRAWING, on_progress=on_progress)
+    cut = []
+    for i, picture in enumerate(pictures):
+        try:
+            subject = extractor.extract(Photo(f"class-{i}", picture.image, None, Path(f"class-{i}")))
+            cut.append(ClassPicture(picture.noun, picture.image, subject.mask))
+        except SubjectError:
+            cut.append(picture)
+    return cut
+
+
+def draw_empty_scenes(
+    base: BaseModel, each: int, folder: Path, on_progress: OnProgress = lambda done, total: None
+) -> list[Background]:
+    """``each`` pictures of every empty place, as the base draws them; those in ``folder`` are used again."""
+    wanted = [
+        (phrase, prompt, folder / f"{place}-{k}.png") for place, (phrase, prompt) in PLACES.items() for k in range(each)
+    ]
+    if not all(path.exists() for _, _, path in wanted):
+        prompts = [prompt for _, prompt, _ in wanted]
+        pictures = draw_pictures(base, plain_vocabulary(base), prompts, DRAWING, on_progress=on_progress)
+        for (_, _, path), picture in zip(wanted, pictures):
+            save_picture(path, picture)
+    return [Background(load_photo(path).image, phrase) for phrase, _, path in wanted]

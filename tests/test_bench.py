@@ -1,0 +1,195 @@
+"""The bench: its subjects, the rivals' pictures, and a short run from end to end."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+import torch
+
+from far_train.bench import run as bench_run
+from far_train.bench.arms import ALL, CORE, find_arms
+from far_train.bench.groups import core_groups, dev_groups, larger_groups, test_groups
+from far_train.bench.plans import Plan, build_plan
+from far_train.bench.rivals import ResizedPhotos, SegMix, ShuffledMasks, TrueScenes, degrade
+from far_train.bench.run import concepts, prompts, reference_places
+from far_train.bench.settings import BenchConfig
+from far_train.bench.tables import contrasts, per_group, summarise, write_report
+from far_train.captions import Name
+from far_train.errors import CheckpointError, ConfigError, Interrupted
+from far_train.mini import shipped
+from far_train.mini.held_out import held_out_identities
+from far_train.photos import load_photo
+
+PAIR = dev_groups()[0]
+
+
+def test_dev_and_test_subjects_are_apart_and_unknown_to_the_base():
+    dev = {i for g in dev_groups() for i in g.identities}
+    test = {i for g in test_groups() for i in g.identities}
+    assert len(dev) == 8 and len(test) == 32 and not dev & test
+    assert dev | test <= held_out_identities()
+    assert {i for g in larger_groups() for i in g.identities} <= test
+    assert not (dev | test) & {identity for _, identity in shipped.SUBJECTS.values()}
+    assert set(core_groups()) <= set(test_groups()) and len(core_groups()) == 8
+
+
+@pytest.mark.parametrize("group", (*dev_groups(), *test_groups()), ids=lambda g: g.key)
+def test_pairs_are_as_alike_as_their_kind_says(group):
+    first, second = group.identities
+    differ = first.differs(second)
+    assert (first.noun == second.noun) == (group.kind != "classes")
+    if group.kind != "classes":
+        assert len(differ) in {"near": (1, 2), "far": (4, 5)}[group.kind]
+    assert group.telling == set(differ) - {"noun"}
+
+
+def test_prompts_never_ask_for_the_places_of_the_photos():
+    asked = prompts(PAIR, PAIR.names, {"joint": 12, "solo": 4, "binding": 2, "prior": 3})
+    assert [sum(a[0] == kind for a in asked) for kind in ("joint", "solo", "binding", "prior")] == [12, 4, 2, 3]
+    assert len(reference_places(PAIR)) == 4
+    assert not {a[2] for a in asked} & reference_places(PAIR)
+    assert "<v1> dog and a <v2> dog" in asked[0][1]
+    bare = prompts(PAIR, [Name("dog"), Name("dog")], {"joint": 1, "solo": 0, "binding": 0, "prior": 0})
+    assert "a dog and another dog" in bare[0][1]
+
+
+def test_resized_photos_count_the_photo_alone():
+    pictures = ResizedPhotos(concepts(PAIR), 128, 40, 0)
+    for i in range(40):
+        composite = pictures.composite(i)
+        (mention,) = composite.mentions
+        outside = composite.image[mention.mask == 0]
+        assert torch.allclose(outside, torch.full_like(outside, 128 / 255))
+        if "close up" in composite.caption:
+            assert bool((mention.mask == 1).all())
+        if "far away" in composite.caption:
+            assert mention.mask.mean() < 0.37
+    captions = " ".join(pictures.composite(i).caption for i in range(40))
+    assert "far away" in captions and "close up" in captions
+    assert torch.equal(pictures.composite(3).image, ResizedPhotos(concepts(PAIR), 128, 40, 0).composite(3).image)
+
+
+def test_seg_mix_shows_two_cut_outs_on_black_in_three_of_ten():
+    pictures = SegMix(concepts(PAIR), 128, 100, 0)
+    made = [pictures.composite(i) for i in range(100)]
+    pairs = [c for c in made if c.recipe == "pair"]
+    assert 18 <= len(pairs) <= 42
+    for composite in pairs[:5]:
+        assert {m.name for m in composite.mentions} == set(PAIR.names)
+        union = torch.stack([m.mask for m in composite.mentions]).amax(0)
+        assert float(composite.image[union == 0].max()) == 0
+
+
+def test_true_scenes_put_every_mask_on_its_own_subject():
+    group = dev_groups()[3]  # a bird and a cup: colours tell them apart
+    scene = TrueScenes(concepts(group), group.identities, 128, 4, 0).composite(0)
+    assert {m.name for m in scene.mentions} == set(group.names)
+    means = {m.name.noun: (scene.image * m.mask[..., None]).sum((0, 1)) / m.mask.sum() for m in scene.mentions}
+    assert means["cup"][0] > means["cup"][2]  # yellow: more red than blue
+    assert means["bird"][2] > means["bird"][1]  # purple: more blue than green
+
+
+def test_shuffled_masks_belong_to_the_other_subject():
+    true = TrueScenes(concepts(PAIR), PAIR.identities, 128, 4, 0)
+    wrong = ShuffledMasks(true)
+    right, shuffled = true.composite(1), wrong.composite(1)
+    assert torch.equal(right.mentions[0].mask, shuffled.mentions[1].mask)
+    assert torch.equal(right.mentions[1].mask, shuffled.mentions[0].mask)
+    assert right.caption == shuffled.caption and true.digest() != wrong.digest()
+
+
+def test_degraded_masks_are_off_but_still_on_the_subject():
+    for concept in concepts(PAIR):
+        for before, after in zip(concept.masks, degrade(concept, 0).masks):
+            common = (torch.minimum(before, after) > 0.5).sum() / (torch.maximum(before, after) > 0.5).sum()
+            assert 0.5 < common < 0.97
+
+
+def test_arms_differ_from_far_in_what_they_say_and_spend_the_same_budget():
+    budgets = {(a.train_config(0).steps, a.train_config(0).batch_size, a.train_config(0).prior_batch_size) for a in ALL}
+    assert len(budgets) == 1
+    assert {a.name for a in ALL if a.train_config(0).refinement_weight == 0} == {
+        "custom-diffusion",
+        "seg-mix",
+        "fusion",
+        "textual-inversion",
+        "masked-loss",
+    }
+    with pytest.raises(ConfigError, match="unknown arm 'fra'"):
+        find_arms(("fra",))
+
+
+def test_plans():
+    assert len(build_plan(BenchConfig()).runs()) == 2 * len(CORE)
+    assert len(build_plan(BenchConfig(plan="core")).runs()) == 8 * 2 * len(CORE)
+    assert {g.kind for g in build_plan(BenchConfig(plan="full")).groups} == {"near", "far", "classes", "triple", "five"}
+    assert len(build_plan(BenchConfig(arms=("far",))).runs()) == 2
+
+
+@pytest.fixture(scope="module")
+def models():
+    return shipped.small_sam(), shipped.small_oracle()
+
+
+def make_bench(models, out, arms=("floor", "custom-diffusion", "far"), **options):
+    plan = Plan(find_arms(arms), (PAIR,), 1, {"joint": 2, "solo": 2, "binding": 1, "prior": 2})
+    return bench_run.Bench(out, plan, shipped.BASE, *models, {}, steps=options.pop("steps", 2), **options)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(bench_run, "CLASS_PICTURES", 2)
+    monkeypatch.setattr(bench_run, "EMPTY_SCENES", 1)
+    monkeypatch.setattr(bench_run, "PROBES", 1)
+    monkeypatch.setattr(bench_run, "FUSION", bench_run.FUSION.replace(count=8))
+    for place in ("far_train.bench.run.DRAWING", "far_train.mini.materials.DRAWING"):
+        monkeypatch.setattr(place, shipped.DRAWING.replace(sampling_steps=1))
+    monkeypatch.setattr(bench_run, "corrected_leakage", lambda *_: 0.0)
+
+
+def test_a_run_from_end_to_end_goes_on_where_it_stopped(quick, models, tmp_path):
+    asked = []
+
+    def stop() -> bool:
+        asked.append(1)
+        return (tmp_path / "runs" / "floor").exists()
+
+    with pytest.raises(Interrupted, match="start again"):
+        make_bench(models, tmp_path, should_stop=stop).run()
+    rows = make_bench(models, tmp_path).run()
+    assert [row["arm"] for row in rows] == ["floor", "custom-diffusion", "far"]
+    assert "solo" not in rows[0]["figures"] and 0 <= rows[2]["figures"]["attention_own"] <= 1
+    folder = tmp_path / "runs" / "far" / f"{PAIR.key}-s0"
+    assert (folder / "training" / "weights.safetensors").exists()
+    assert not (folder / "training" / "checkpoints").exists()
+    assert len((folder / "seen.jsonl").read_text().splitlines()) == 7
+    before = (folder / "row.json").read_bytes()
+    assert make_bench(models, tmp_path).run() == rows and (folder / "row.json").read_bytes() == before
+    with pytest.raises(CheckpointError, match="other settings"):
+        make_bench(models, tmp_path, steps=3).run()
+
+    report = write_report(rows, tmp_path, "A short bench")
+    text = report.read_text()
+    assert "# A short bench" in text and "| custom-diffusion |" in text and "Near twins (1)" in text
+    table = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert [r["arm"] for r in table] == ["floor", "custom-diffusion", "far"]
+    for name in ("success-drift.png", "leakage-similarity.png", "sheets/far.jpg"):
+        assert load_photo(tmp_path / name).image.shape[2] == 3
+
+
+def rows_of(**success: list[float]) -> list[dict]:
+    return [
+        {"arm": arm.replace("_", "-"), "group": f"g{i // 2}", "kind": "near", "seed": i % 2, "figures": {"success": v}}
+        for arm, values in success.items()
+        for i, v in enumerate(values)
+    ]
+
+
+def test_seeds_are_averaged_before_pairs_are_compared():
+    rows = rows_of(far=[1.0, 0.5, 0.5, 0.5], custom_diffusion=[0.25, 0.25, 0.0, 0.0])
+    assert per_group(rows, "far", "success", ("near",)) == {"g0": 0.75, "g1": 0.5}
+    assert summarise(rows, ("near",))["far"]["success"] == pytest.approx((0.625, 0.5, 0.75))
+    (contrast,) = contrasts(rows)
+    assert (contrast["first"], contrast["second"], contrast["pairs"]) == ("far", "custom-diffusion", 2)
+    assert contrast["difference"] == pytest.approx(0.5) and contrast["p"] == 0.5
