@@ -160,7 +160,9 @@ def learn_diffusion(
         latents = data["latents"][rows].float()
         ids = data["ids"][rows, random(torch.randint, CAPTIONS, (len(rows),))]
         ids = torch.where(random(torch.rand, (len(rows), 1)) < CAPTION_DROPOUT, empty, ids).long()
-        timesteps = random(torch.randint, len(alphas_cumprod), (len(rows),))
+        # Spread evenly over the schedule: less varies from step to step (Kingma et al. 2021, arXiv 2107.00630).
+        spread = (random(torch.rand, 1) + torch.arange(len(rows), device=device) / len(rows)) % 1
+        timesteps = (spread * len(alphas_cumprod)).long()
         alphas = alphas_cumprod[timesteps]
         noisy, target = add_noise(latents, random(torch.randn, latents.shape), alphas, "v_prediction")
         context = model["text_encoder"](ids).last_hidden_state
