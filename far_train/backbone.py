@@ -275,7 +275,7 @@ def _assemble(
         unet=unet,
         vae=parts["vae"],
         text_encoder=parts["text_encoder"],
-        tokenizer=_load_tokenizer(configs["tokenizer"]),
+        tokenizer=load_tokenizer(configs["tokenizer"]),
         scheduler={**configs["scheduler"], "prediction_type": prediction_type, "clip_sample": False},
         prediction_type=prediction_type,
         native_size=unet.config.sample_size * 2 ** (len(parts["vae"].config.block_out_channels) - 1),
@@ -318,7 +318,7 @@ def _measured_prediction_type(unet: Mapping[str, Tensor]) -> str | None:
     return "v_prediction" if float(bias.float().std(unbiased=False)) > V_THRESHOLD else "epsilon"
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
     from transformers import CLIPTokenizerFast
 
     return CLIPTokenizerFast.from_pretrained(str(folder), local_files_only=True)
