@@ -102,6 +102,15 @@ def set_checkpointing(unet: nn.Module, on: bool) -> None:
     unet.train(on)  # diffusers checkpoints in training mode only; the UNet has no dropout
 
 
+def set_compiled(unet: nn.Module, on: bool) -> None:
+    """Compile the transformer blocks, which repeat (diffusers' regional compilation), or run them as they are again."""
+    if on:
+        unet.compile_repeated_blocks()
+    else:
+        for module in unet.modules():
+            module._compiled_call_impl = None  # compiling a module has no public way back
+
+
 def kv_layers(unet: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """The cross-attention K and V projections: original (LDM) layer name → (attention layer, "to_k" or "to_v").
 

@@ -74,7 +74,7 @@ def prior_sampling(config: TrainConfig) -> SampleConfig:
 
 def prior_key(base: BaseModel, sampling: SampleConfig, size: int) -> str:
     """Hex key of all that decides what class picture i of a noun looks like."""
-    key = hashlib.sha256(json.dumps([base.prediction_type, size, sampling.to_dict()]).encode())
+    key = hashlib.sha256(json.dumps([base.prediction_type, size, sampling.replace(sample_batch=1).to_dict()]).encode())
     for part in (base.unet, base.text_encoder, base.vae):
         for name, weight in sorted(part.state_dict().items()):
             # Some values of every weight: a fine-tune changes them all, and hashing five gigabytes would take long.
@@ -94,10 +94,9 @@ def with_class_pictures(
     base: BaseModel,
     config: TrainConfig,
     folder: Path,
-    world: World,
     on_progress: Callable[[int, int], None],
 ) -> WithPriors:
-    """A training set with the class pictures that ``config`` asks for, drawn by one process of ``world``.
+    """A training set with the class pictures that ``config`` asks for; of several processes, one draws.
 
     They go into ``folder``, or into the config's cache, where a run with the same inputs finds them.
     ``on_progress(done, total)`` may raise to stop, also within a batch of pictures.
@@ -125,6 +124,7 @@ def with_class_pictures(
             on_step=lambda *_: report(*last),
         )
 
+    world = World.current()
     if world.writes:
         draw(on_progress)
     world.wait()

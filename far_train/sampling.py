@@ -122,8 +122,9 @@ def draw_pictures(
             output_type="latent",
             callback_on_step_end=count,
         ).images
-        decoded = base.vae.decode(latents.to(base.vae.dtype) / base.vae.config.scaling_factor).sample
-        pictures.append((decoded.float().cpu() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1))
+        for latent in latents.to(base.vae.dtype).split(1):  # one by one: the decoder fills a GPU with a single picture
+            decoded = base.vae.decode(latent / base.vae.config.scaling_factor).sample
+            pictures.append((decoded.float().cpu() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1))
     return torch.cat(pictures)
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from .backbone import BaseModel, kv_layers
 from .config import TrainConfig
+from .frozen import FrozenLayers
 from .tokens import ModifierEmbedding, Vocabulary, initial_rows, norm_limits
 
 
@@ -79,6 +80,7 @@ class Trainables:
         }
         self._bank = ProjectionBank([linear for _, _, linear in self._layers.values()])
         self.projecting = self._bank.projecting
+        self._frozen = FrozenLayers(base.unet)
         for (layer, part, _), banked in zip(self._layers.values(), self._bank.layers):
             setattr(layer, part, banked)
 
@@ -92,6 +94,13 @@ class Trainables:
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return {"rows": self.rows, "kv": self._bank.delta}
+
+    def gradients(self) -> list[Tensor]:
+        """The gradient of each parameter; zeros where samples left it out, as class pictures do the modifiers."""
+        for parameter in self.named_parameters().values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [parameter.grad for parameter in self.named_parameters().values()]
 
     def optimizer(self, config: TrainConfig, samples_per_step: int) -> torch.optim.Optimizer:
         """AdamW over both parameters; K/V learn at a rate per sample of the whole step, embeddings don't decay."""
@@ -112,6 +121,7 @@ class Trainables:
 
     def remove(self) -> None:
         """Leave the base as it was found."""
+        self._frozen.remove()
         self._base.text_encoder.set_input_embeddings(self._embedding.table)
         for layer, part, linear in self._layers.values():
             setattr(layer, part, linear)
