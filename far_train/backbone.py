@@ -103,6 +103,15 @@ def set_checkpointing(unet: nn.Module, on: bool) -> None:
     unet.train(on)  # diffusers checkpoints in training mode only; the UNet has no dropout
 
 
+def set_compiled(unet: nn.Module, on: bool) -> None:
+    """Compile the transformer blocks, which repeat (diffusers' regional compilation), or run them as they are again."""
+    if on:
+        unet.compile_repeated_blocks()
+    else:
+        for module in unet.modules():
+            module._compiled_call_impl = None  # compiling a module has no public way back
+
+
 def kv_layers(unet: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """The cross-attention K and V projections: original (LDM) layer name → (attention layer, "to_k" or "to_v").
 
@@ -296,7 +305,7 @@ def _assemble(
         unet=unet,
         vae=parts["vae"],
         text_encoder=parts["text_encoder"],
-        tokenizer=_load_tokenizer(configs["tokenizer"]),
+        tokenizer=load_tokenizer(configs["tokenizer"]),
         scheduler={**configs["scheduler"], "prediction_type": prediction_type, "clip_sample": False},
         prediction_type=prediction_type,
         native_size=unet.config.sample_size * 2 ** (len(parts["vae"].config.block_out_channels) - 1),
@@ -342,7 +351,7 @@ def _measured_prediction_type(unet: Mapping[str, Tensor]) -> str | None:
     return "v_prediction" if float(bias.float().std(unbiased=False)) > V_THRESHOLD else "epsilon"
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
     from transformers import CLIPTokenizerFast
 
     return CLIPTokenizerFast.from_pretrained(str(folder), local_files_only=True)

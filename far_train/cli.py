@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from . import __version__
 from .bench.settings import BenchConfig
-from .config import Config, ExtractConfig, FusionConfig, SampleConfig, TrainConfig, read_settings
+from .config import Config, ExtractConfig, FusionConfig, SampleConfig, SpeedConfig, TrainConfig, read_settings
 from .errors import ConfigError, FarError, Interrupted
 
 
@@ -209,6 +209,12 @@ COMMANDS = (
         ),
     ),
     Command(
+        "bench-speed",
+        "measure the training step beside Custom Diffusion's, and the phases of a whole run",
+        (Argument("out", "folder for speed.md and speed.json (default: outputs/bench-speed)"), DEVICE),
+        SpeedConfig,
+    ),
+    Command(
         "demo",
         "the whole line on sample subjects that the project draws itself",
         (Argument("out", "folder for the results (default: outputs/demo)"), DEVICE),
@@ -276,6 +282,8 @@ def _flag_options(field: Any, hint: Any) -> dict[str, Any]:
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
     if typing.get_origin(kind) is tuple:
+        if typing.get_args(kind)[0] is int:
+            return {"nargs": "+", "metavar": "INT", "type": _reader(name, int, False)}
         return {"nargs": "+", "metavar": "TEXT"}
     if typing.get_origin(kind) is dict:
         return {"nargs": "+", "metavar": "KEY=VALUE"}
@@ -367,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         inputs, settings = collect(command, flags)
         from . import commands
 
-        getattr(commands, command.name)(inputs, settings)
+        getattr(commands, command.name.replace("-", "_"))(inputs, settings)
     except Interrupted as e:
         print(f"far_train: {e}", file=sys.stderr)
         return e.exit_status

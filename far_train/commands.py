@@ -17,12 +17,13 @@ from tqdm import tqdm
 from .backbone import BaseModel, load_base
 from .bench.settings import BenchConfig
 from .concepts import Background, ClassPicture, Concept
-from .config import ExtractConfig, FusionConfig, SampleConfig, TrainConfig, read_settings
+from .config import ExtractConfig, FusionConfig, SampleConfig, SpeedConfig, TrainConfig, read_settings
 from .dataset import DatasetFolder, write_dataset
 from .devices import choose_device
 from .errors import CaptionError, ConfigError, SubjectError
 from .files import make_folder, write_text
 from .fusion import ConceptFusion
+from .parallel import joined
 from .photos import Photo, list_photos, load_photo, save_picture
 from .queue_grid import GridRunner, Run, collect, finished, plan, read_axis
 from .queueing import DEFAULT_HOST, RunningHost, read_workflow, run_workflow, set_inputs
@@ -239,14 +240,18 @@ def train(inputs: Inputs, config: TrainConfig) -> None:
     dataset = DatasetFolder(Path(inputs["dataset"]))
     base = _open_base(inputs)
     steps = config.steps_for(len(dataset.names))
-    with progress_bars() as bars, stop_on_interrupt() as should_stop:
+    with joined(config.device) as world, progress_bars() as bars, stop_on_interrupt() as should_stop:
 
         def on_step(step: int, metrics: dict[str, float]) -> None:
             bars("training", step, steps)
             bars.note(loss=f"{metrics['loss']:.4f}", refinement=f"{metrics['refinement']:.4f}")
 
         callbacks = Callbacks(on_phase=bars, on_step=on_step, should_stop=should_stop)
+        if not world.writes:
+            callbacks = Callbacks(should_stop=should_stop)
         train_recipe(base, dataset, config, out, resume=bool(inputs.get("resume")), callbacks=callbacks)
+    if not world.writes:
+        return
     save_sheet(out / "curves.png", loss_curves(read_metrics(out / "metrics.jsonl")))
     print(f"{steps} steps → {out / 'weights.safetensors'}; look at {out / 'curves.png'} and {out / 'samples'}")
 
@@ -395,3 +400,12 @@ def bench(inputs: Inputs, config: BenchConfig) -> None:
             should_stop=should_stop,
         ).run()
     print(f"Tables and plots → {write_report(rows, out, f'Bench: {config.plan}')}")
+
+
+def bench_speed(inputs: Inputs, config: SpeedConfig) -> None:
+    from .bench_speed import run_bench_speed
+
+    with progress_bars() as bars:
+        page = run_bench_speed(Path(inputs.get("out") or "outputs/bench-speed"), config, bars)
+    print(page.read_text(encoding="utf-8"))
+    print(f"The same as JSON → {page.with_suffix('.json')}")

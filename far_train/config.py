@@ -234,9 +234,15 @@ class TrainConfig(Config):
         16, "supervise the smallest attention maps of at least this many cells a side", low=2, high=256
     )
     prior_pictures: int = setting(
-        100, "class pictures per noun that the base draws where the dataset has none", low=1, high=10_000
+        50, "class pictures per noun that the base draws where the dataset has none", low=1, high=10_000
     )
-    prior_steps: int = setting(50, "sampling steps of those class pictures", low=1, high=1000)
+    prior_steps: int = setting(20, "sampling steps of those class pictures (DPM-Solver++)", low=1, high=1000)
+    prior_cache: str | None = setting(
+        None,
+        "folder that keeps those class pictures for other runs with the same base, size, steps and seed; "
+        "default: the run's own",
+        shapes_result=False,
+    )
     gradient_checkpointing: bool = setting(False, "trade time for memory in the UNet", shapes_result=False)
     memory: str = setting(
         "auto",
@@ -273,7 +279,8 @@ class SampleConfig(Config):
     """How pictures are drawn."""
 
     sample_seed: int = setting(0, "seed of the first picture; the next has the next", low=0, high=2**63 - 1)
-    sampling_steps: int = setting(50, "DDIM steps", low=1, high=1000)
+    sampler: str = setting("ddim", "ddim, or dpm++ (DPM-Solver++), which needs fewer steps", choices=("ddim", "dpm++"))
+    sampling_steps: int = setting(50, "sampling steps", low=1, high=1000)
     guidance: float = setting(7.0, "classifier-free guidance scale", low=1, high=50)
     negative_prompt: str = setting("", "what the pictures should not show")
     width: int | None = setting(None, "width in pixels; default: the base's own", low=64, high=4096)
@@ -288,6 +295,31 @@ class SampleConfig(Config):
         for token, value in (self.concept_strength or {}).items():
             if not -4 <= value <= 4:
                 raise ConfigError(f"concept_strength: {value} for {token} is out of range; it must be between -4 and 4")
+
+
+@dataclass(frozen=True)
+class SpeedConfig(Config):
+    """What the benchmark of speed measures, and how often."""
+
+    model: str = setting(
+        "auto",
+        "small: the trained model that comes with the project; sd21: Stable Diffusion 2.1 at its real size with random "
+        "weights, which are as fast as real ones; auto: sd21 on an accelerator, small on a CPU",
+        choices=("auto", "small", "sd21"),
+    )
+    sizes: tuple[int, ...] = setting((), "sides of the pictures in pixels; default 512 768 (on a CPU 256, small 128)")
+    batches: tuple[int, ...] = setting((), "samples in a step; default 1 2 4 8 (sd21 on a CPU: 1 2)")
+    warmup: int = setting(3, "steps before anything is measured", low=1, high=1000)
+    repeats: int = setting(10, "how often a step, or a block of five on a GPU, is measured", low=1, high=1000)
+    phases: bool = setting(True, "also measure what the phases of a whole run take")
+    compile: bool = setting(False, "also measure the fast mode with compiled blocks")
+    precision: str = setting("auto", "arithmetic of the frozen model", choices=("auto", "fp32", "bf16", "fp16"))
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps, xpu …")
+
+    def check(self) -> None:
+        for name, values in (("sizes", self.sizes), ("batches", self.batches)):
+            if any(v < 1 for v in values):
+                raise ConfigError(f"{name}: {min(values)} is out of range; it must be at least 1")
 
 
 def read_settings(path: Path) -> dict[str, Any]:

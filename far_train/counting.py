@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
@@ -27,7 +28,7 @@ _FREE = {
 }  # fmt: skip
 # Operations whose result the host needs before it can go on.
 _WAITS = {
-    "aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero", "aten::masked_select",
+    "aten::nonzero", "aten::equal", "aten::is_nonzero", "aten::masked_select",
     "aten::_unique2", "aten::unique_consecutive", "aten::unique_dim",
 }  # fmt: skip
 _INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
@@ -63,8 +64,12 @@ class Counts:
 
 
 @contextmanager
-def counting(constants: Iterable[Tensor] = ()) -> Iterator[Counts]:
-    """Count what runs in here. ``constants`` (weights) are there anyway and don't count as kept for the backward."""
+def counting(constants: Iterable[Tensor] = (), on_host: Iterable[Tensor] = ()) -> Iterator[Counts]:
+    """Count what runs in here.
+
+    ``constants`` (weights) are there anyway and don't count as kept for the backward. Everything else is taken to be on
+    the device, but for tensors ``on_host``, which are read without a wait. Fake tensors read as 1.
+    """
     counts = Counts()
     known = {_storage(t) for t in constants}
     kept = []  # an address could be given out again
@@ -78,28 +83,31 @@ def counting(constants: Iterable[Tensor] = ()) -> Iterator[Counts]:
         return tensor
 
     flops = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
-    with flops, _OperationCounter(counts), saved_tensors_hooks(pack, lambda tensor: tensor):
+    with (
+        flops,
+        _OperationCounter(counts, {_storage(t) for t in on_host}),
+        saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
         yield counts
     counts.flops = flops.get_total_flops()
 
 
 class _OperationCounter(TorchDispatchMode):
-    def __init__(self, counts: Counts):
+    def __init__(self, counts: Counts, on_host: set[int]):
         super().__init__()
-        self.counts = counts
+        self.counts, self.on_host = counts, on_host
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = func._schema.name
+        if name == "aten::_local_scalar_dense":
+            if _storage(args[0]) not in self.on_host:
+                self.counts.waits[name] += 1
+            return 1.0 if isinstance(args[0], FakeTensor) else func(*args, **(kwargs or {}))
         if not func.is_view and name not in _FREE and name.startswith("aten::"):
             self.counts.operations[name] += 1
         if name in _WAITS or (name in _INDEXING and any(_is_mask(i) for i in args[1])):
             self.counts.waits[name] += 1
-        result = func(*args, **(kwargs or {}))
-        if name in ("aten::_to_copy", "aten::copy_") and _leaves_device(
-            args[-1 if name == "aten::copy_" else 0], result
-        ):
-            self.counts.waits[name] += 1
-        return result
+        return func(*args, **(kwargs or {}))
 
 
 def _storage(tensor: Tensor) -> int:
@@ -108,7 +116,3 @@ def _storage(tensor: Tensor) -> int:
 
 def _is_mask(index: Tensor | None) -> bool:
     return index is not None and index.dtype in (torch.bool, torch.uint8)
-
-
-def _leaves_device(source: Any, result: Tensor) -> bool:
-    return isinstance(source, Tensor) and source.device.type != "cpu" and result.device.type == "cpu"

@@ -80,13 +80,13 @@ def encode_pool(
     map_stride: int,
     *,
     seed: int,
-    world: World = World(),
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[Sample], list[Sample]]:
-    """Encode all composites and all class pictures, each process of ``world`` its share of the latents.
+    """Encode all composites and all class pictures, each process its share of the latents.
 
     Calls ``on_progress(done, total)``, which may raise to stop.
     """
+    world = World.current()
     composites, priors = training_set.composite_count(), training_set.prior_count()
     total = composites + priors
     pools: tuple[list[Sample], list[Sample]] = ([], [])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from .backbone import BaseModel
 from .captions import Name, with_article, write_caption
@@ -61,6 +64,26 @@ def draw_class_pictures(
     return [ClassPicture(noun, load_photo(path).image) for noun, _, path in wanted]
 
 
+def prior_sampling(config: TrainConfig) -> SampleConfig:
+    """How a training draws its class pictures.
+
+    A class picture stands for its class, not for one result of one sampler, so a solver that needs few steps will do.
+    """
+    return SampleConfig(sampler="dpm++", sampling_steps=config.prior_steps, sample_seed=config.train_seed)
+
+
+def prior_key(base: BaseModel, sampling: SampleConfig, size: int) -> str:
+    """Hex key of all that decides what class picture i of a noun looks like."""
+    key = hashlib.sha256(json.dumps([base.prediction_type, size, sampling.replace(sample_batch=1).to_dict()]).encode())
+    for part in (base.unet, base.text_encoder, base.vae):
+        for name, weight in sorted(part.state_dict().items()):
+            # Some values of every weight: a fine-tune changes them all, and hashing five gigabytes would take long.
+            values = weight.detach().flatten()
+            values = values[:: max(len(values) // 256, 1)].to("cpu", torch.float32).contiguous()
+            key.update(f"{name} {weight.dtype}".encode() + values.view(torch.uint8).numpy().tobytes())
+    return key.hexdigest()[:16]
+
+
 def picture_path(folder: Path, noun: str, index: int) -> Path:
     """Where :func:`draw_class_pictures` keeps picture ``index`` of a noun."""
     return folder / noun.replace(" ", "_") / f"{index:04d}.png"
@@ -71,11 +94,16 @@ def with_class_pictures(
     base: BaseModel,
     config: TrainConfig,
     folder: Path,
-    world: World,
     on_progress: Callable[[int, int], None],
 ) -> WithPriors:
-    """A training set with the class pictures that ``config`` asks for, drawn into ``folder`` by one process of
-    ``world``. ``on_progress(done, total)`` may raise to stop, also within a batch of pictures."""
+    """A training set with the class pictures that ``config`` asks for; of several processes, one draws.
+
+    They go into ``folder``, or into the config's cache, where a run with the same inputs finds them.
+    ``on_progress(done, total)`` may raise to stop, also within a batch of pictures.
+    """
+    sampling = prior_sampling(config)
+    if config.prior_cache:
+        folder = Path(config.prior_cache) / prior_key(base, sampling, training_set.size)
 
     def draw(report: Callable[[int, int], None] = lambda done, total: None) -> list[ClassPicture]:
         last = (0, 1)
@@ -90,12 +118,13 @@ def with_class_pictures(
             [n.noun for n in training_set.names],
             config.prior_pictures,
             folder,
-            SampleConfig(sampling_steps=config.prior_steps, sample_seed=config.train_seed),
+            sampling,
             size=training_set.size,
             on_progress=remember,
             on_step=lambda *_: report(*last),
         )
 
+    world = World.current()
     if world.writes:
         draw(on_progress)
     world.wait()

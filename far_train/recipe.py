@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import losses
 from .attention import AttentionRecorder, layer_stride, supervised_layers
-from .backbone import BaseModel, set_checkpointing
+from .backbone import BaseModel, set_checkpointing, set_compiled
 from .captions import default_prompts
 from .concepts import TrainingSet
 from .config import SampleConfig, TrainConfig
@@ -113,20 +113,14 @@ class TrainingRun:
         """Draw missing class pictures, encode the pool, put the learning parameters in, restore a checkpoint."""
         config, base = self.config, self.base.to(self.device, self.dtype)
         if config.prior_batch_size and not self.training_set.prior_count():
-            self.training_set = with_class_pictures(
-                self.training_set, base, config, self.folder / "priors", self.world, self._reporter("class pictures")
-            )
+            folder, report = self.folder / "priors", self._reporter("class pictures")
+            self.training_set = with_class_pictures(self.training_set, base, config, folder, report)
         side = self.training_set.size // base.downscale
         layers = supervised_layers(base.unet, side, side, config.attention_cells)
         stride = layer_stride(layers[0], len(base.unet.config.block_out_channels))
+        report = self._reporter("encoding")
         self.pools = encode_pool(
-            self.training_set,
-            base,
-            self.vocabulary,
-            stride,
-            seed=config.train_seed,
-            world=self.world,
-            on_progress=self._reporter("encoding"),
+            self.training_set, base, self.vocabulary, stride, seed=config.train_seed, on_progress=report
         )
         self.alphas_cumprod = base.alphas_cumprod.to(self.device)
         self.text_cache = TextCache(base, [sample.prompt for pool in self.pools for sample in pool])
@@ -140,6 +134,8 @@ class TrainingRun:
         self.scaler = torch.amp.GradScaler(self.device.type, self.first_scale)
         self.readback = Readback(self.device)
         self.step = load_checkpoint(self.folder / "checkpoints", self.trainables.named_parameters(), self.optimizer)
+        if config.compile:
+            set_compiled(base.unet, True)
         if self.world.writes:
             cut_metrics(self.folder / METRICS_FILE, self.step)
         self._fit_memory(-(-samples_per_step // self.world.size))
@@ -200,13 +196,9 @@ class TrainingRun:
         starts = range(0, len(batch.latents), self.micro_batch)
         parts = [self.backward(slice_batch(batch, i, i + self.micro_batch).to(self.device)) for i in starts]
         shares = torch.stack(parts).sum(0)
-        parameters = list(self.trainables.named_parameters().values())
-        for parameter in parameters:
-            if parameter.grad is None:  # a share of class pictures alone leaves the modifiers out
-                parameter.grad = torch.zeros_like(parameter)
-        self.world.sum([shares, *(p.grad for p in parameters)])
+        self.world.sum([shares, *self.trainables.gradients()])
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.trainables.named_parameters().values(), self.config.grad_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update(None if self.dtype == torch.float16 else self.first_scale)
         self.trainables.cap_norms()
@@ -288,7 +280,7 @@ class TrainingRun:
                 nouns={n.token: n.noun for n in names},
                 steps=self.step,
                 size=self.training_set.size,
-                config=self.config.to_dict(),
+                config=self.config.replace(prior_cache=None).to_dict(),  # files travel; this user's folders don't
             ),
         )
         if self.world.writes:
@@ -302,3 +294,5 @@ class TrainingRun:
         if self.trainables:
             self.trainables.remove()
         set_checkpointing(self.base.unet, False)
+        if self.config.compile:
+            set_compiled(self.base.unet, False)

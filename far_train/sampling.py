@@ -67,14 +67,17 @@ def draw_pictures(
     seeds: Sequence[int] | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tensor:
-    """Draw one picture per prompt, [n, H, W, 3] float 0..1 on the CPU. DDIM with classifier-free guidance.
+    """Draw one picture per prompt, [n, H, W, 3] float 0..1 on the CPU, with classifier-free guidance.
+
+    By DDIM (Song et al. 2021, arXiv 2010.02502) or by DPM-Solver++ of second order (Lu et al. 2022, arXiv 2211.01095).
 
     Picture i has the seed ``seeds[i]``, by default ``sample_seed`` + i, whatever the batch size. ``size``: height and
     width in pixels, where the config has none; default the base's own. ``on_progress(done, total)`` counts sampling
     steps and may raise to stop.
     """
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 
+    scheduler = DDIMScheduler if config.sampler == "ddim" else DPMSolverMultistepScheduler
     seeds = seeds or range(config.sample_seed, config.sample_seed + len(prompts))
     height = config.height or (size or (base.native_size,) * 2)[0]
     width = config.width or (size or (base.native_size,) * 2)[1]
@@ -86,7 +89,7 @@ def draw_pictures(
         text_encoder=base.text_encoder,
         tokenizer=base.tokenizer,
         unet=base.unet,
-        scheduler=DDIMScheduler.from_config(base.scheduler),
+        scheduler=scheduler.from_config(base.scheduler),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -119,8 +122,9 @@ def draw_pictures(
             output_type="latent",
             callback_on_step_end=count,
         ).images
-        decoded = base.vae.decode(latents.to(base.vae.dtype) / base.vae.config.scaling_factor).sample
-        pictures.append((decoded.float().cpu() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1))
+        for latent in latents.to(base.vae.dtype).split(1):  # one by one: the decoder fills a GPU with a single picture
+            decoded = base.vae.decode(latent / base.vae.config.scaling_factor).sample
+            pictures.append((decoded.float().cpu() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1))
     return torch.cat(pictures)
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from .backbone import BaseModel, kv_layers
 from .config import TrainConfig
+from .frozen import FrozenLayers
 from .tokens import ModifierEmbedding, Vocabulary, initial_rows, norm_limits
 
 
@@ -22,11 +23,12 @@ class ProjectionBank:
     one product serves all layers; elsewhere, as when pictures are sampled, each layer projects for itself.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear]):
-        self.sizes = [layer.out_features for layer in layers]
-        self.weight = torch.cat([layer.weight.detach() for layer in layers])
+    def __init__(self, linears: Sequence[nn.Linear]):
+        self.sizes = [linear.out_features for linear in linears]
+        self.weight = torch.cat([linear.weight.detach() for linear in linears])
         self.delta = nn.Parameter(torch.zeros_like(self.weight, dtype=torch.float32))
-        self._projected: Sequence[Tensor] = ()
+        views = zip(self.weight.split(self.sizes), self.delta.split(self.sizes))
+        self.layers = [_BankedLinear(weight, delta) for weight, delta in views]
 
     @contextmanager
     def projecting(self, context: Tensor) -> Iterator[None]:
@@ -35,29 +37,29 @@ class ProjectionBank:
         The backward pass belongs in here too: a checkpointed layer runs again then and must find the same.
         """
         projected = F.linear(context, self.weight) + F.linear(context, self.delta.to(context.dtype))
-        self._projected = projected.split(self.sizes, -1)
+        for layer, part in zip(self.layers, projected.split(self.sizes, -1)):
+            layer.projected = part
         try:
             yield
         finally:
-            self._projected = ()
-
-    def project(self, index: int, context: Tensor) -> Tensor:
-        """The rows of layer ``index``: [B, length, width] → [B, length, channels]."""
-        if self._projected:
-            return self._projected[index]
-        weight, delta = self.weight.split(self.sizes)[index], self.delta.split(self.sizes)[index]
-        return F.linear(context, weight) + F.linear(context, delta.to(context.dtype))
+            for layer in self.layers:
+                layer.projected = None
 
 
 class _BankedLinear(nn.Module):
-    """Stands in a layer's ``to_k`` or ``to_v`` while it is trained."""
+    """Stands in a layer's ``to_k`` or ``to_v`` while it is trained, with its rows of the bank."""
 
-    def __init__(self, bank: ProjectionBank, index: int):
+    def __init__(self, weight: Tensor, delta: Tensor):
         super().__init__()
-        self.bank, self.index = bank, index
+        self.rows = (weight, delta)  # no parameters of this module: the bank has them
+        self.projected: Tensor | None = None
 
     def forward(self, context: Tensor) -> Tensor:
-        return self.bank.project(self.index, context)
+        """[B, length, width] → [B, length, channels]."""
+        if self.projected is not None:
+            return self.projected
+        weight, delta = self.rows
+        return F.linear(context, weight) + F.linear(context, delta.to(context.dtype))
 
 
 class Trainables:
@@ -78,8 +80,9 @@ class Trainables:
         }
         self._bank = ProjectionBank([linear for _, _, linear in self._layers.values()])
         self.projecting = self._bank.projecting
-        for i, (layer, part, _) in enumerate(self._layers.values()):
-            setattr(layer, part, _BankedLinear(self._bank, i))
+        self._frozen = FrozenLayers(base.unet)
+        for (layer, part, _), banked in zip(self._layers.values(), self._bank.layers):
+            setattr(layer, part, banked)
 
     @property
     def rows(self) -> nn.Parameter:
@@ -91,6 +94,13 @@ class Trainables:
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return {"rows": self.rows, "kv": self._bank.delta}
+
+    def gradients(self) -> list[Tensor]:
+        """The gradient of each parameter; zeros where samples left it out, as class pictures do the modifiers."""
+        for parameter in self.named_parameters().values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [parameter.grad for parameter in self.named_parameters().values()]
 
     def optimizer(self, config: TrainConfig, samples_per_step: int) -> torch.optim.Optimizer:
         """AdamW over both parameters; K/V learn at a rate per sample of the whole step, embeddings don't decay."""
@@ -111,6 +121,7 @@ class Trainables:
 
     def remove(self) -> None:
         """Leave the base as it was found."""
+        self._frozen.remove()
         self._base.text_encoder.set_input_embeddings(self._embedding.table)
         for layer, part, linear in self._layers.values():
             setattr(layer, part, linear)

@@ -203,6 +203,7 @@ class Train(io.ComfyNode):
                 "batch_size": batch_size,
                 "train_seed": train_seed,
                 "device": str(host.compute_device()),
+                "prior_cache": str(host.output_folder() / "far" / "priors"),
                 "sample_prompts": [line.strip() for line in sample_prompt.splitlines() if line.strip()],
             }
         )

@@ -1,0 +1,228 @@
+"""``bench-speed``: how fast a training step is on this device, beside Custom Diffusion's, and what a whole run takes.
+
+Everything is measured in one process on the same work. The reference is :mod:`far_train.reference`.
+"""
+
+from __future__ import annotations
+
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .backbone import BaseModel, packaged_configs, read_configs
+from .config import SpeedConfig, TrainConfig
+from .counting import Counts
+from .devices import choose_device
+from .files import write_json, write_text
+from .memory import PeakMemory
+from .mini.shipped import BASE as SMALL_BASE
+from .mini.shipped import small_base
+from .sampling import check_size
+from .speed_phases import Phase, measure_phases
+from .speed_work import count_steps, our_run, random_base, reference_run, work_config
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One step measured: seconds as median and quartiles, ``peak_bytes`` where they could be read.
+
+    ``share_of_peak`` is the FLOPs of the UNet's and text encoder's forward and backward pass, the same for all modes,
+    against the measured matrix product. A row without ``seconds`` did not fit the memory.
+    """
+
+    size: int
+    batch: int
+    mode: str
+    seconds: float | None = None
+    quartiles: tuple[float, float] | None = None
+    samples_per_second: float | None = None
+    share_of_peak: float | None = None
+    peak_bytes: int | None = None
+
+
+def run_bench_speed(out: Path, config: SpeedConfig, on_progress: Progress = lambda *_: None) -> Path:
+    """Measure, and write ``speed.md`` and ``speed.json`` into ``out``; returns the former. Raises ConfigError."""
+    device, dtype = choose_device(config.device, config.precision)
+    model = config.model
+    if model == "auto":
+        model = "small" if device.type == "cpu" else "sd21"
+    sizes = config.sizes or ((128,) if model == "small" else (256,) if device.type == "cpu" else (512, 768))
+    batches = config.batches or ((1, 2) if (model, device.type) == ("sd21", "cpu") else (1, 2, 4, 8))
+    configs = packaged_configs("v_prediction") if model == "sd21" else read_configs(SMALL_BASE)
+    started = time.perf_counter()
+    base = random_base(configs, str(device), dtype) if model == "sd21" else small_base().to(device, dtype)
+    loading = time.perf_counter() - started
+    for size in sizes:
+        check_size(base, size, size)
+    modes = ("reference", "fast", "lean", *(("compiled",) if config.compile else ()))
+
+    peak = matmul_peak(device, dtype)
+    rows: list[Row] = []
+    counts: dict[int, dict[str, Counts]] = {}
+    phases: list[Phase] = []
+    total = len(sizes) * len(batches) * len(modes)
+    for size in sizes:
+        counts[size] = count_steps(configs, size, 4, dtype)
+        for batch in batches:
+            for mode in modes:
+                on_progress("steps", len(rows), total)
+                row = measure_step(base, size, batch, mode, config, device)
+                rows.append(_rated(row, counts[size]["fast"].flops / 4, peak))
+    on_progress("steps", total, total)
+    if config.phases:
+        defaults = TrainConfig(device=config.device, precision=config.precision, memory="fast")
+        phases = measure_phases(base, sizes[0], defaults, loading, lambda work: seconds_of(work, device), on_progress)
+    report = {
+        "machine": _machine(device),
+        "model": model,
+        "dtype": str(dtype).removeprefix("torch."),
+        "matmul_flops_per_second": peak,
+        "steps": [asdict(r) for r in rows],
+        "phases": {"size": sizes[0], "of": [asdict(p) for p in phases]},
+        "counts": {str(s): {k: c.to_dict() for k, c in of.items()} for s, of in counts.items()},
+        "config": config.to_dict(),
+    }
+    write_json(out / "speed.json", report)
+    write_text(out / "speed.md", _as_markdown(report, rows, phases, counts))
+    return out / "speed.md"
+
+
+# ---- measuring
+
+
+def measure_step(base: BaseModel, size: int, batch: int, mode: str, config: SpeedConfig, device: torch.device) -> Row:
+    """Warm up, then take the time of single steps on a CPU, or of blocks of five on a GPU, which runs on its own."""
+    settings: dict[str, Any] = {"device": config.device, "precision": config.precision}
+    if mode == "reference":
+        prepared = reference_run(base, size, batch)
+    else:
+        settings |= {"memory": "lean" if mode == "lean" else "fast", "compile": mode == "compiled"}
+        prepared = our_run(base, size, work_config(batch, **settings))
+    block = 1 if device.type == "cpu" else 5
+    seconds = []
+    try:
+        with PeakMemory(device) as memory, prepared as run:
+
+            def steps() -> None:
+                for _ in range(block):
+                    run.take_step()
+                    if mode != "reference":
+                        run.readback.take()
+
+            for _ in range(config.warmup):
+                steps()
+            memory.restart()
+            for _ in range(config.repeats):
+                seconds.append(seconds_of(steps, device) / block)
+            peak = memory.peak()
+    except torch.OutOfMemoryError:
+        return Row(size, batch, mode)
+    finally:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    spread = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [seconds[0]] * 3
+    return Row(size, batch, mode, statistics.median(seconds), (spread[0], spread[2]), peak_bytes=peak)
+
+
+def _rated(row: Row, sample_flops: float, peak: float) -> Row:
+    if row.seconds is None:
+        return row
+    rate = row.batch / row.seconds
+    return Row(**{**asdict(row), "samples_per_second": rate, "share_of_peak": rate * sample_flops / peak})
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds that ``work`` takes, until the device is done with it."""
+    _finish(device)
+    started = time.perf_counter()
+    work()
+    _finish(device)
+    return time.perf_counter() - started
+
+
+def _finish(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product on this device: the best of several."""
+    side = 1024 if device.type == "cpu" else 8192
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    return 2 * side**3 / min(seconds_of(lambda: a @ a, device) for _ in range(12))
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    about: dict[str, Any] = {"device": device.type, "name": name, "torch": torch.__version__}
+    if device.type == "cpu":
+        about["threads"] = torch.get_num_threads()
+    return about
+
+
+# ---- the tables
+
+
+def _as_markdown(
+    report: dict[str, Any], rows: list[Row], phases: list[Phase], counts: dict[int, dict[str, Counts]]
+) -> str:
+    machine = ", ".join(f"{k} {v}" for k, v in report["machine"].items())
+    random = ", random weights" if report["model"] == "sd21" else ""
+    lines = [
+        "# Speed",
+        "",
+        f"{machine}; model {report['model']}{random}; {report['dtype']}; a large matrix product reaches "
+        f"{report['matmul_flops_per_second'] / 1e12:.3g} TFLOP/s.",
+        "",
+        "## A training step",
+        "",
+        "Median, with quartiles. The reference is Custom Diffusion's step from diffusers' own parts.",
+        "",
+        "| px | batch | mode | ms a step | samples/s | against reference | of peak | peak memory | against reference |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    by_key = {(r.size, r.batch, r.mode): r for r in rows}
+    lines += [_step_line(row, by_key[row.size, row.batch, "reference"]) for row in rows]
+    lines += ["", "## Counts of a step of 4 samples, whatever the machine", ""]
+    lines += [
+        "| px | what | kernels | waits for the device | TFLOP | kept for the backward |",
+        "| --- |" + " --- |" * 5,
+    ]
+    lines += [
+        f"| {size} | {name} | {c.kernels} | {c.waits.total()} | {c.flops / 1e12:.3f} | {c.saved_bytes / 1e6:.0f} MB |"
+        for size, of in counts.items()
+        for name, c in of.items()
+    ]
+    if phases:
+        total = sum(p.seconds for p in phases)
+        lines += ["", f"## A whole run: two concepts at {report['phases']['size']} px, default settings", ""]
+        lines += ["| phase | of | in a run | seconds of one | seconds of all |", "| --- |" + " --- |" * 4]
+        lines += [f"| {p.name} | {p.unit} | {p.count} | {p.each:.3g} | {p.seconds:.3g} |" for p in phases]
+        lines += [f"| all | | | | {total:.3g} |", "", "Each is measured on a part and multiplied up."]
+    return "\n".join(lines) + "\n"
+
+
+def _step_line(row: Row, reference: Row) -> str:
+    cells = [str(row.size), str(row.batch), row.mode]
+    if row.seconds is None:
+        return "| " + " | ".join([*cells, "does not fit", *[""] * 5]) + " |"
+    low, high = row.quartiles or (row.seconds,) * 2
+    cells += [
+        f"{1000 * row.seconds:.4g} ({1000 * low:.4g}–{1000 * high:.4g})",
+        f"{row.samples_per_second:.3g}",
+        f"{reference.seconds / row.seconds:.2f}×" if reference.seconds else "",
+        f"{row.share_of_peak:.0%}" if row.share_of_peak is not None else "",
+        f"{row.peak_bytes / 2**30:.2f} GB" if row.peak_bytes else "",
+        f"{row.peak_bytes / reference.peak_bytes:.2f}×" if row.peak_bytes and reference.peak_bytes else "",
+    ]
+    return "| " + " | ".join(cells) + " |"

@@ -1,0 +1,125 @@
+"""What makes a step fast must not change what is learned: bf16, one matrix for K and V, scaled or skipped steps."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+from far_train.backbone import load_base
+from far_train.config import TrainConfig
+from far_train.memory import MARGIN, MemoryPlan, choose_plan, plan_memory
+from far_train.recipe import FP16_SCALE, TrainingRun
+from far_train.sampling import encode_prompts
+
+STEPS = 100
+QUICK = TrainConfig(steps=STEPS, batch_size=1, prior_batch_size=1, sample_every=0, device="cpu")
+
+
+def prepared(tiny_folder: Path, fusion, folder: Path, **settings) -> TrainingRun:
+    run = TrainingRun(load_base(tiny_folder), fusion, QUICK.replace(**settings), folder)
+    run.set_up()
+    return run
+
+
+def curve(run: TrainingRun) -> list[float]:
+    losses = [run.train_step()["loss"] for _ in range(STEPS)]
+    run.clean_up()
+    return losses
+
+
+def make_plain(run: TrainingRun) -> None:
+    """Each layer projects for itself, and AdamW goes from tensor to tensor."""
+    run.trainables.projecting = lambda context: nullcontext()
+    groups = [{**group, "fused": False, "foreach": False} for group in run.optimizer.param_groups]
+    run.optimizer = torch.optim.AdamW(groups)
+
+
+def test_the_fast_path_has_the_loss_curve_of_plain_fp32(tiny_folder: Path, fusion, tmp_path: Path):
+    """Same samples, noise and times, so that single steps can be compared; rates are high, so that they differ."""
+    rates = {"kv_lr": 1e-4, "embedding_lr": 5e-3}
+    plain = prepared(tiny_folder, fusion, tmp_path / "plain", precision="fp32", **rates)
+    make_plain(plain)
+    fast = prepared(tiny_folder, fusion, tmp_path / "fast", precision="bf16", **rates)
+    expected, got = curve(plain), curve(fast)
+    assert got == pytest.approx(expected, rel=2e-2)
+    assert fast.trainables.rows.dtype == torch.float32
+    moved = [run.trainables.deltas for run in (plain, fast)]
+    for name, delta in moved[0].items():
+        assert torch.cosine_similarity(delta.flatten(), moved[1][name].flatten(), 0) > 0.9, name
+
+
+def test_one_product_for_all_layers_gives_what_each_layer_gives(tiny_folder: Path, fusion, tmp_path: Path):
+    run = prepared(tiny_folder, fusion, tmp_path)
+    run.train_step()  # deltas that are not zero
+    context = encode_prompts(run.base, [run.pools[0][0].prompt]).detach().requires_grad_()
+    layers = [layer.attn2.to_k for layer in run.base.unet.mid_block.attentions[0].transformer_blocks]
+    results = []
+    for projecting in (nullcontext(), run.trainables.projecting(context)):
+        with projecting:
+            keys = layers[0](context)
+        kv = run.trainables.named_parameters()["kv"]
+        results.append((keys, *torch.autograd.grad(keys.square().sum(), (context, kv))))
+    run.clean_up()
+    for own, shared in zip(*results):
+        assert own.abs().sum() > 0 and torch.allclose(own, shared, rtol=1e-4, atol=1e-6)
+
+
+def test_fp16_scales_the_loss_and_skips_what_overflows(tiny_folder: Path, fusion, tmp_path: Path):
+    run = prepared(tiny_folder, fusion, tmp_path, precision="fp16")
+    assert run.base.unet.dtype == torch.float16 and run.scaler.get_scale() == FP16_SCALE
+    metrics = run.train_step()
+    assert metrics["finite"] and metrics["loss"] < 10  # what is reported is not scaled
+    before = {k: p.detach().clone() for k, p in run.trainables.named_parameters().items()}
+    run.scaler.update(2.0**40)
+    assert not run.train_step()["finite"]
+    assert run.scaler.get_scale() == 2.0**39
+    assert all(torch.equal(before[k], p) for k, p in run.trainables.named_parameters().items())
+    run.clean_up()
+
+
+# ---- memory plans
+
+GB = 2**30
+
+
+def plan(samples: int, free: float, fast: float, lean: float, **settings) -> MemoryPlan:
+    """The plan for ``free`` GB, where one sample takes ``fast`` or, checkpointed, ``lean`` GB."""
+    peaks = {False: fast * GB, True: lean * GB}
+    return choose_plan(TrainConfig(**settings), samples, peaks.__getitem__, lambda: int(free * GB / MARGIN))
+
+
+@pytest.mark.parametrize(
+    ("free", "expected"),
+    [
+        (40, MemoryPlan(4, False)),  # all at once
+        (6.1, MemoryPlan(4, False)),
+        (5, MemoryPlan(2, False)),  # three fit, but two halves are as many parts and more even
+        (2, MemoryPlan(1, False)),
+        (1.1, MemoryPlan(4, True)),  # checkpointing only where not even one fits without
+        (0.6, MemoryPlan(2, True)),
+        (0.01, MemoryPlan(1, True)),  # nothing is known to fit: the least there is
+    ],
+)
+def test_the_fastest_plan_that_fits(free: float, expected: MemoryPlan):
+    assert plan(4, free, 1.5, 0.25) == expected
+
+
+def test_one_sample_that_does_not_fit_is_checkpointed():
+    assert plan(4, 1.1, math.inf, 0.25) == MemoryPlan(4, True)
+
+
+def test_what_the_user_sets_is_kept():
+    assert plan(8, 40, 1.5, 0.25, micro_batch=3) == MemoryPlan(3, False)
+    assert plan(8, 40, 1.5, 0.25, gradient_checkpointing=True) == MemoryPlan(8, True)
+    cpu = torch.device("cpu")
+
+    def never(checkpointing: bool) -> None:
+        raise AssertionError("nothing is measured on a CPU")
+
+    assert plan_memory(TrainConfig(), 4, cpu, never) == MemoryPlan(4, False)
+    assert plan_memory(TrainConfig(memory="lean"), 4, cpu, never) == MemoryPlan(4, True)
+    assert plan_memory(TrainConfig(micro_batch=9), 4, cpu, never) == MemoryPlan(4, False)

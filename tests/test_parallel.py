@@ -1,0 +1,75 @@
+"""Several processes on one training, as ``torchrun`` starts them: the same weights as from one, written once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import distributed
+
+from far_train.backbone import kv_weights, load_base
+from far_train.config import TrainConfig
+from far_train.dataset import write_dataset
+from far_train.errors import ConfigError
+from far_train.parallel import World, joined
+from far_train.recipe import TrainingRun
+from far_train.runs import read_metrics
+
+ROOT = Path(__file__).parents[1]
+STEPS = 5
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+@pytest.fixture(scope="module")
+def dataset(fusion, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(fusion, tmp_path_factory.mktemp("data") / "dataset").folder
+
+
+def learn(tiny_folder: Path, dataset: Path, run: Path, launcher: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
+    """Train with the command line; the fp32 values of the last checkpoint."""
+    settings = f"--steps {STEPS} --batch-size 3 --prior-batch-size 2 --sample-every 0 --device cpu".split()
+    inputs = ["--base", str(tiny_folder), "--dataset", str(dataset), "--out", str(run)]
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", "far_train", "train", *inputs, *settings],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"{STEPS} steps →") == 1  # one process speaks
+    return load_file(run / "checkpoints" / f"checkpoint-{STEPS:08d}.safetensors")
+
+
+@pytest.mark.skipif(not distributed.is_available(), reason="this PyTorch comes without torch.distributed")
+def test_two_processes_learn_what_one_learns(tiny_folder: Path, dataset: Path, tmp_path: Path):
+    """Five samples a step, so that the shares differ in size."""
+    alone = learn(tiny_folder, dataset, tmp_path / "alone")
+    together = learn(tiny_folder, dataset, tmp_path / "together", TORCHRUN)
+    frozen = torch.cat(list(kv_weights(load_base(tiny_folder).unet).values()))
+    assert together["value/kv"].any()
+    assert torch.allclose(alone["value/rows"], together["value/rows"], rtol=1e-5, atol=0)
+    assert torch.allclose(frozen + alone["value/kv"], frozen + together["value/kv"], rtol=1e-5, atol=1e-7)
+    # AdamW takes a gradient that is nothing but rounding for as large as any other, so the changes alone agree less.
+    assert (alone["value/kv"] - together["value/kv"]).norm() < 1e-4 * alone["value/kv"].norm()
+    losses = [[m["loss"] for m in read_metrics(tmp_path / run / "metrics.jsonl")] for run in ("alone", "together")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == STEPS
+
+
+def test_alone_nothing_is_joined(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with joined("cpu") as world:
+        assert world == World(0, 1) and world.writes
+        assert world.any(True) and not world.any(False)
+
+
+def test_a_batch_smaller_than_the_number_of_processes(base, fusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(World, "current", classmethod(lambda cls: World(0, 4)))
+    with pytest.raises(ConfigError, match="batch_size: 2 composites are too few for 4 processes"):
+        TrainingRun(base, fusion, TrainConfig(device="cpu"), tmp_path)
+    assert not any(tmp_path.iterdir())
