@@ -6,12 +6,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,12 +25,14 @@ from .concepts import TrainingSet
 from .config import SampleConfig, TrainConfig
 from .devices import choose_device
 from .errors import DatasetError, Interrupted, TrainingDiverged
+from .files import check_space
 from .photos import save_picture
 from .pool import Batch, draw_batch, encode_pool, slice_batch
 from .priors import WithPriors, draw_class_pictures
-from .runs import METRICS_FILE, WEIGHTS_FILE, cut_metrics, open_run, run_identity
+from .runs import METRICS_FILE, WEIGHTS_FILE, MetricsLog, cut_metrics, open_run, run_identity
 from .sampling import TextCache, check_size, draw_pictures, encode_prompts
-from .state import load_checkpoint, save_checkpoint
+from .state import checkpoint_bytes, load_checkpoint, save_checkpoint
+from .thrift import Thrift, skip_without_memory
 from .tokens import Vocabulary
 from .trainable import Trainables
 from .weights import FarWeights, Provenance
@@ -67,7 +68,7 @@ def train(
     """Teach ``base`` the concepts of ``training_set``; the base comes back as it was, on the training device.
 
     ``run_folder`` gets run.json, metrics.jsonl, checkpoints, samples and ``weights.safetensors``. Raises Interrupted
-    when ``should_stop`` says so (after saving), TrainingDiverged, DatasetError, CheckpointError, OutputError.
+    when ``should_stop`` says so (after saving), TrainingDiverged, OutOfMemory, or errors of dataset and disk.
     """
     run = TrainingRun(base, training_set, config, Path(run_folder), resume, callbacks)
     try:
@@ -100,6 +101,7 @@ class TrainingRun:
         self.device, self.dtype = choose_device(config.device, config.precision)
         self.trainables: Trainables | None = None
         self.recorder: AttentionRecorder | None = None
+        self.thrift: Thrift | None = None
         open_run(folder, run_identity(base, training_set, config), resume)
 
     # ---- set up
@@ -125,11 +127,10 @@ class TrainingRun:
         self.trainables = Trainables(base, self.vocabulary)
         if config.refinement_weight > 0:
             self.recorder = AttentionRecorder(base.unet, layers)
-        if config.gradient_checkpointing:
-            base.unet.enable_gradient_checkpointing()
-            base.unet.train()  # diffusers checkpoints in training mode only; the UNet has no dropout
+        self.thrift = Thrift(base.unet, config.micro_batch, config.gradient_checkpointing)
         samples_per_step = config.batch_size + (config.prior_batch_size if self.pools[1] else 0)
         self.optimizer = self.trainables.optimizer(config, samples_per_step)
+        check_space(self.folder, checkpoint_bytes(self.trainables.named_parameters()))
         self.step = load_checkpoint(self.folder / "checkpoints", self.trainables.named_parameters(), self.optimizer)
         cut_metrics(self.folder / METRICS_FILE, self.step)
 
@@ -162,11 +163,10 @@ class TrainingRun:
     def fit(self) -> None:
         """All remaining steps, with checkpoints and sample pictures."""
         failures, saved = 0, self.step
-        with open(self.folder / METRICS_FILE, "a", encoding="utf-8") as metrics_file:
+        with MetricsLog(self.folder / METRICS_FILE) as history:
             while self.step < self.steps:
                 if self.callbacks.should_stop():
                     if saved != self.step:
-                        metrics_file.flush()
                         self._save_checkpoint()
                     raise Interrupted(f"stopped at step {self.step} of {self.steps}, which is saved; resume to go on")
                 started = time.perf_counter()
@@ -178,14 +178,14 @@ class TrainingRun:
                         "kept. Lower kv_lr or embedding_lr, or use precision fp32"
                     )
                 metrics["seconds"] = round(time.perf_counter() - started, 4)
-                metrics_file.write(json.dumps({"step": self.step, **metrics}) + "\n")
+                history.add(self.step, metrics)
                 self.callbacks.on_step(self.step, metrics)
                 if self.step % self.config.save_every == 0 or self.step == self.steps:
-                    metrics_file.flush()
                     self._save_checkpoint()
                     saved = self.step
                 if self.config.sample_every and self.step % self.config.sample_every == 0:
-                    self._sample()
+                    with suppress(Interrupted), skip_without_memory("the sample pictures"):  # a stop is met above
+                        self._sample()
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step on this step's batch; a gradient that isn't finite leaves every parameter as it is."""
@@ -197,13 +197,17 @@ class TrainingRun:
             seed=config.train_seed,
             step=self.step,
         )
-        self.optimizer.zero_grad(set_to_none=True)
-        size = config.micro_batch or len(batch.latents)
-        starts = range(0, len(batch.latents), size)
-        parts = [self.backward(slice_batch(batch, start, start + size).to(self.device)) for start in starts]
+
+        def gradient(size: int) -> Tensor:
+            self.optimizer.zero_grad(set_to_none=True)
+            starts = range(0, len(batch.latents), size)
+            parts = [self.backward(slice_batch(batch, start, start + size).to(self.device)) for start in starts]
+            return torch.stack(parts).sum(0)
+
+        shares = self.thrift.run(gradient, len(batch.latents))
         parameters = list(self.trainables.named_parameters().values())
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
-        values = torch.cat([torch.stack(parts).sum(0), norm[None]]).tolist()
+        values = torch.cat([shares, norm[None]]).tolist()
         metrics = dict(zip(("loss", "denoising", "refinement", "prior", "grad_norm"), values))
         metrics["finite"] = math.isfinite(metrics["grad_norm"])
         if metrics["finite"]:
@@ -265,7 +269,8 @@ class TrainingRun:
     def _sample(self) -> None:
         prompts = self.config.sample_prompts or default_prompts(self.training_set.names)
         settings = SampleConfig(sampling_steps=self.config.sample_steps, sample_batch=1)
-        pictures = draw_pictures(self.base, self.vocabulary, prompts, settings, size=(self.training_set.size,) * 2)
+        size, stop = (self.training_set.size,) * 2, lambda *_: self._check_stop("sample pictures")
+        pictures = draw_pictures(self.base, self.vocabulary, prompts, settings, size=size, on_progress=stop)
         for i, picture in enumerate(pictures):
             save_picture(self.folder / "samples" / f"step-{self.step:06d}-{i}.png", picture)
         self.callbacks.on_samples(self.step, prompts, pictures)
@@ -291,10 +296,6 @@ class TrainingRun:
 
     def clean_up(self) -> None:
         """Leave the base as it was found."""
-        if self.recorder:
-            self.recorder.remove()
-        if self.trainables:
-            self.trainables.remove()
-        if self.config.gradient_checkpointing:
-            self.base.unet.disable_gradient_checkpointing()
-            self.base.unet.eval()
+        for installed in (self.recorder, self.trainables, self.thrift):
+            if installed:
+                installed.remove()
