@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -102,6 +102,7 @@ class Composite:
         return cls(image, caption, mentions, recipe)
 
 
+@runtime_checkable
 class TrainingSet(Protocol):
     """What a training reads: composites and class pictures, each built when asked for.
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import TrainingDiverged
+from .runs import MetricsLog
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Readback:
 
 
 class StepReports:
-    """Passes on the metrics of the steps that a readback gives out: to a file of JSON lines, if any, and to a callback.
+    """Passes on the metrics of the steps that a readback gives out: to metrics.jsonl, if any, and to a callback.
 
     Raises TrainingDiverged after ``patience`` steps in a row that were not finite.
     """
@@ -62,11 +62,11 @@ class StepReports:
     def __init__(
         self,
         readback: Readback,
-        file: TextIO | None,
+        history: MetricsLog | None,
         on_step: Callable[[int, dict[str, Any]], None],
         patience: int,
     ):
-        self._readback, self._file, self._on_step, self._patience = readback, file, on_step, patience
+        self._readback, self._history, self._on_step, self._patience = readback, history, on_step, patience
         self._failures = 0
         self.start_clock()
 
@@ -89,8 +89,6 @@ class StepReports:
                 )
             last, self._last = self._last, time.perf_counter()
             metrics["seconds"] = round(self._last - last, 4)
-            if self._file:
-                self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            if self._history:
+                self._history.add(step, metrics)
             self._on_step(step, metrics)
-        if self._file and all:
-            self._file.flush()

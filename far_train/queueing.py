@@ -201,12 +201,21 @@ class RunningHost:
         return answer["prompt_id"]
 
     def cancel(self, prompt_id: str) -> None:
-        """Take a prompt out of the queue, or interrupt it if it is running; others are left alone."""
-        self.ask("/queue", {"delete": [prompt_id]})
-        # Hosts that don't know the field interrupt whatever runs, so look first.
-        running = json.loads(self.ask("/queue"))["queue_running"]
-        if any(item[1] == prompt_id for item in running):
+        """Take a prompt out of the queue, or interrupt it if it is running; others are left alone.
+
+        Says so again until the prompt has ended or PATIENCE is over: one that just starts forgets what came before.
+        """
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            self.ask("/queue", {"delete": [prompt_id]})
+            # Hosts that don't know the field interrupt whatever runs, so look first.
+            running = json.loads(self.ask("/queue"))["queue_running"]
+            if all(item[1] != prompt_id for item in running):
+                return
             self.ask("/interrupt", {"prompt_id": prompt_id})
+            if time.monotonic() > deadline:
+                return
+            time.sleep(POLL_SECONDS)
 
     def wait(
         self,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,17 @@ from .concepts import TrainingSet
 from .config import SampleConfig, TrainConfig
 from .devices import choose_device
 from .errors import ConfigError, DatasetError, Interrupted
+from .files import check_space
 from .memory import plan_memory
 from .metrics import Readback, StepReports
 from .parallel import World
 from .photos import save_picture
 from .pool import Batch, draw_batch, encode_pool, slice_batch
 from .priors import with_class_pictures
-from .runs import METRICS_FILE, WEIGHTS_FILE, cut_metrics, open_run, run_identity
+from .runs import METRICS_FILE, WEIGHTS_FILE, MetricsLog, cut_metrics, open_run, run_identity
 from .sampling import TextCache, check_size, draw_pictures, encode_prompts
-from .state import load_checkpoint, save_checkpoint
+from .state import checkpoint_bytes, load_checkpoint, save_checkpoint
+from .thrift import Thrift, skip_without_memory
 from .tokens import Vocabulary
 from .trainable import Trainables
 from .weights import FarWeights, Provenance
@@ -67,7 +69,7 @@ def train(
     """Teach ``base`` the concepts of ``training_set``; the base comes back as it was, on the training device.
 
     ``run_folder`` gets run.json, metrics.jsonl, checkpoints, samples and ``weights.safetensors``. Raises Interrupted
-    when ``should_stop`` says so (after saving), TrainingDiverged, DatasetError, CheckpointError, OutputError.
+    when ``should_stop`` says so (after saving), TrainingDiverged, OutOfMemory, or errors of dataset and disk.
     """
     run = TrainingRun(base, training_set, config, Path(run_folder), resume, callbacks)
     try:
@@ -100,6 +102,7 @@ class TrainingRun:
         self.device, self.dtype = choose_device(config.device, config.precision)
         self.trainables: Trainables | None = None
         self.recorder: AttentionRecorder | None = None
+        self.thrift: Thrift | None = None
         self.world = World.current()
         if config.batch_size < self.world.size:
             raise ConfigError(f"batch_size: {config.batch_size} composites are too few for {self.world.size} processes")
@@ -133,14 +136,15 @@ class TrainingRun:
         self.first_scale = FP16_SCALE if self.dtype == torch.float16 else 1.0
         self.scaler = torch.amp.GradScaler(self.device.type, self.first_scale)
         self.readback = Readback(self.device)
+        check_space(self.folder, checkpoint_bytes(self.trainables.named_parameters()))
         self.step = load_checkpoint(self.folder / "checkpoints", self.trainables.named_parameters(), self.optimizer)
         if config.compile:
             set_compiled(base.unet, True)
         if self.world.writes:
             cut_metrics(self.folder / METRICS_FILE, self.step)
-        self._fit_memory(-(-samples_per_step // self.world.size))
+        self.thrift = self._plan_memory(-(-samples_per_step // self.world.size))
 
-    def _fit_memory(self, samples: int) -> None:
+    def _plan_memory(self, samples: int) -> Thrift:
         """Choose how many of this process's samples run at once, and whether the UNet is checkpointed."""
 
         def one_sample(checkpointing: bool) -> None:
@@ -149,8 +153,7 @@ class TrainingRun:
             self.optimizer.zero_grad(set_to_none=True)
 
         plan = plan_memory(self.config, samples, self.device, one_sample)
-        self.micro_batch = plan.micro_batch
-        set_checkpointing(self.base.unet, plan.checkpointing)
+        return Thrift(self.base.unet, plan.micro_batch, plan.checkpointing)
 
     def _reporter(self, phase: str) -> Callable[[int, int], None]:
         def report(done: int, total: int) -> None:
@@ -165,8 +168,8 @@ class TrainingRun:
     def fit(self) -> None:
         """All remaining steps, with checkpoints and sample pictures."""
         saved, patience = self.step, PATIENCE + int(math.log2(self.first_scale))
-        with open(self.folder / METRICS_FILE, "a", encoding="utf-8") if self.world.writes else nullcontext() as file:
-            reports = StepReports(self.readback, file, self.callbacks.on_step, patience)
+        with MetricsLog(self.folder / METRICS_FILE) if self.world.writes else nullcontext() as history:
+            reports = StepReports(self.readback, history, self.callbacks.on_step, patience)
             while self.step < self.steps:
                 if self.world.any(self.callbacks.should_stop()):
                     reports.pass_on(all=True)
@@ -181,7 +184,8 @@ class TrainingRun:
                     self._save_checkpoint()
                     saved = self.step
                 if sample and self.world.writes:
-                    self._sample()
+                    with suppress(Interrupted), skip_without_memory("the sample pictures"):  # a stop is met above
+                        self._sample()
                 reports.start_clock()
 
     def train_step(self) -> dict[str, Any]:
@@ -192,10 +196,14 @@ class TrainingRun:
     def take_step(self) -> None:
         """Queue one optimizer step without waiting for it; a gradient that isn't finite leaves all as it is."""
         batch = slice_batch(self._draw(), self.world.rank, None, self.world.size)
-        self.optimizer.zero_grad(set_to_none=True)
-        starts = range(0, len(batch.latents), self.micro_batch)
-        parts = [self.backward(slice_batch(batch, i, i + self.micro_batch).to(self.device)) for i in starts]
-        shares = torch.stack(parts).sum(0)
+
+        def gradient(size: int) -> Tensor:
+            self.optimizer.zero_grad(set_to_none=True)
+            starts = range(0, len(batch.latents), size)
+            parts = [self.backward(slice_batch(batch, i, i + size).to(self.device)) for i in starts]
+            return torch.stack(parts).sum(0)
+
+        shares = self.thrift.run(gradient, len(batch.latents))
         self.world.sum([shares, *self.trainables.gradients()])
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.trainables.named_parameters().values(), self.config.grad_clip)
@@ -262,7 +270,8 @@ class TrainingRun:
     def _sample(self) -> None:
         prompts = self.config.sample_prompts or default_prompts(self.training_set.names)
         settings = SampleConfig(sampling_steps=self.config.sample_steps, sample_batch=1)
-        pictures = draw_pictures(self.base, self.vocabulary, prompts, settings, size=(self.training_set.size,) * 2)
+        size, report = (self.training_set.size,) * 2, self._reporter("sample pictures")
+        pictures = draw_pictures(self.base, self.vocabulary, prompts, settings, size=size, on_progress=report)
         for i, picture in enumerate(pictures):
             save_picture(self.folder / "samples" / f"step-{self.step:06d}-{i}.png", picture)
         self.callbacks.on_samples(self.step, prompts, pictures)
@@ -289,10 +298,9 @@ class TrainingRun:
 
     def clean_up(self) -> None:
         """Leave the base as it was found."""
-        if self.recorder:
-            self.recorder.remove()
-        if self.trainables:
-            self.trainables.remove()
+        for installed in (self.recorder, self.trainables):
+            if installed:
+                installed.remove()
         set_checkpointing(self.base.unet, False)
         if self.config.compile:
             set_compiled(self.base.unet, False)

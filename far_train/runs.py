@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,35 @@ def open_run(folder: Path, identity: dict[str, Any], resume: bool) -> None:
             f"{folder}: the run to resume differs in {'; '.join(differing)}; undo that or choose another folder"
         )
     remove_leftovers(folder)
+
+
+class MetricsLog:
+    """metrics.jsonl, open for more lines; a context manager. Raises OutputError."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with _named(path):
+            self._file = open(path, "a", encoding="utf-8")
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with _named(self.path):
+            self._file.close()
+
+    def add(self, step: int, metrics: Mapping[str, Any]) -> None:
+        with _named(self.path):
+            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.flush()
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise OutputError(f"{path}: can't be written ({e.strerror or e}); free space or choose another place") from e
 
 
 def cut_metrics(path: Path, step: int) -> None:

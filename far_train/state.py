@@ -40,6 +40,11 @@ def save_checkpoint(
     return path
 
 
+def checkpoint_bytes(parameters: Mapping[str, nn.Parameter]) -> int:
+    """About how large a checkpoint of these parameters is: their values and AdamW's two moments."""
+    return 3 * sum(p.numel() * p.element_size() for p in parameters.values())
+
+
 def load_checkpoint(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
     """Restore the newest checkpoint that is whole; returns its step, or 0 where there is none.
 

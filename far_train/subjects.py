@@ -172,7 +172,7 @@ class SubjectExtractor:
         missing = [n for n in ("image_encoder", "prompt_encoder", "mask_decoder", "preprocess") if not hasattr(sam, n)]
         if missing:
             raise SubjectError(
-                f"this {type(sam).__name__} is no segment-anything model (it has no {', '.join(missing)}); "
+                f"sam_model: this {type(sam).__name__} is no segment-anything model (it has no {', '.join(missing)}); "
                 "load a SAM ViT-B, ViT-L or ViT-H"
             )
         self.sam = sam

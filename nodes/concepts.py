@@ -22,7 +22,7 @@ from .pictures import (
     unroll_masks,
 )
 from .previews import shown, subject_sheet
-from .sockets import Carried, FarConcepts, schema
+from .sockets import Carried, FarConcepts, all_of, schema
 
 
 class MakeConcept(io.ComfyNode):
@@ -86,7 +86,7 @@ class MakeConcept(io.ComfyNode):
         invert_mask: Sequence[bool],
         concepts: Sequence[Sequence[Concept]] = (),
     ) -> io.NodeOutput:
-        before = [concept for given in concepts for concept in given]
+        before = all_of("concepts", concepts, Concept, "FAR_CONCEPTS")
         if any(concept.token == token[0] for concept in before):
             raise TokenError(f"token: {token[0]} is the name of an earlier concept; give each its own")
         pictures = unroll_images(images)

@@ -20,7 +20,7 @@ from .naming import file_name
 from .photos import files_fingerprint
 from .pictures import counted
 from .previews import shown
-from .sockets import FarDataset, schema
+from .sockets import FarDataset, check_choice, check_sockets, schema
 
 PREVIEWS = 16
 PREVIEW_SIDE = 512
@@ -56,6 +56,7 @@ class SaveDataset(io.ComfyNode):
 
     @classmethod
     def execute(cls, dataset: TrainingSet, name: str) -> io.NodeOutput:
+        check_sockets(dataset=(dataset, TrainingSet, "FAR_DATASET"))
         digest = dataset.digest()
         folder = free_folder(datasets_folder(), file_name(name, "dataset"), digest)
         if folder.exists():
@@ -113,7 +114,7 @@ class LoadDataset(io.ComfyNode):
     def validate_inputs(cls, folder: str) -> bool | str:
         if folder is None or folder in dataset_folders():
             return True
-        return f"there is no dataset '{folder}' in {datasets_folder()}; make one with FaR Save Dataset"
+        return f"folder: there is no dataset '{folder}' in {datasets_folder()}; make one with FaR Save Dataset"
 
     @classmethod
     def fingerprint_inputs(cls, folder: str) -> str:
@@ -123,6 +124,7 @@ class LoadDataset(io.ComfyNode):
 
     @classmethod
     def execute(cls, folder: str) -> io.NodeOutput:
+        check_choice(cls.validate_inputs(folder or ""))
         dataset = DatasetFolder(dataset_path(folder))
         composites = build_previews(dataset, cls.hidden.unique_id)
         report = describe(dataset)

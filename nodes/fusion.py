@@ -16,7 +16,7 @@ from .datasets import NODES as DATASET_NODES
 from .datasets import build_previews, describe, overlays
 from .pictures import unroll_images
 from .previews import shown
-from .sockets import FarConcepts, FarDataset, FarPrior, ReportsMemory, schema
+from .sockets import FarConcepts, FarDataset, FarPrior, ReportsMemory, all_of, schema
 
 AUTOMATIC = -1.0
 
@@ -141,15 +141,15 @@ class FuseConcepts(io.ComfyNode):
         backgrounds: Sequence[Tensor] = (),
         background_captions: Sequence[str] = (),
     ) -> io.NodeOutput:
-        named = [concept for given in concepts for concept in given]
+        named = all_of("concepts", concepts, Concept, "FAR_CONCEPTS")
         weights = recipe_weights(
             len(named), dict(zip(RECIPES, (original[0], solo[0], pair[0], triple[0], beside_prior[0])))
         )
         config = FusionConfig(
             size=size[0], count=count[0], fusion_seed=fusion_seed[0], flip=flip[0], recipe_weights=weights
         )
-        pictures = [picture for given in prior for picture in given]
-        scenes = with_phrases(unroll_images(backgrounds), background_captions)
+        pictures = all_of("prior", prior, ClassPicture, "FAR_PRIOR")
+        scenes = with_phrases(unroll_images(backgrounds, "background"), background_captions)
         fusion = Fusion(named, pictures, scenes, config)
         composites = build_previews(fusion, cls.hidden.unique_id)
         report = describe(fusion, fusion.notes)

@@ -11,7 +11,7 @@ import gc
 import html
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,6 +214,7 @@ def read_base(model: Any, clip: Any, vae: Any) -> BaseModel:
     Raises BaseModelError where they are not Stable Diffusion 2.1's.
     """
     check_family(model, clip)
+    _check_kind("vae", vae, "VAE", ("patcher", "first_stage_model"))
     family = FAMILIES["sd21"]
     unet = _weights(model, "diffusion_model.")
     text_prefix = f"{family.embedding_key}.transformer.text_model."
@@ -294,10 +295,18 @@ def _weights(patcher: Any, prefix: str | None = None, ends: tuple[str, ...] = ("
 
 
 def check_family(model: Any, clip: Any) -> None:
+    _check_kind("model", model, "MODEL", ("model", "get_key_patches"))
+    _check_kind("clip", clip, "CLIP", ("tokenizer", "patcher", "cond_stage_model"))
     config = model.model.model_config
     kind = type(config).__name__
     name = getattr(getattr(clip, "tokenizer", None), "clip", None)
     layout.check_family(config.unet_config, kind, name, FAMILIES["sd21"].embedding_key)
+
+
+def _check_kind(name: str, value: Any, called: str, attributes: Sequence[str]) -> None:
+    """Refuse what a queue wrote down in place of a link. By attributes, since packs have classes of their own."""
+    if not all(hasattr(value, a) for a in attributes):
+        raise BaseModelError(f"{name}: expected a {called} of another node, got {type(value).__name__}; connect one")
 
 
 def _text_layer(clip: Any, encoder: torch.nn.Module) -> int | None:

@@ -21,7 +21,7 @@ from . import host
 from .pictures import HOW_TO_GET_MASKS, counted, match_masks, photo_labels, unroll_images, unroll_masks
 from .previews import as_image, shown, subject_sheet
 from .prompts import BOX_FORMATS, read_prompts
-from .sockets import SamModel, schema
+from .sockets import SamModel, check_choice, schema
 
 MAX_SIDE = 8192
 SMALL_SAM = "FaR mini SAM (built in)"
@@ -73,7 +73,7 @@ class LoadPhotos(io.ComfyNode):
         if folder is None or folder in host.input_subfolders():
             return True
         return (
-            f"there is no folder '{folder}' in {host.input_folder()}; "
+            f"folder: there is no folder '{folder}' in {host.input_folder()}; "
             "make one there and put the photos of a subject in it"
         )
 
@@ -87,6 +87,7 @@ class LoadPhotos(io.ComfyNode):
 
     @classmethod
     def execute(cls, folder: str, max_side: int) -> io.NodeOutput:
+        check_choice(cls.validate_inputs(folder or ""))
         photos, skipped = [], []
         paths = list_photos(host.input_folder() / folder)
         progress = host.Progress(len(paths), cls.hidden.unique_id)
@@ -145,7 +146,7 @@ class LoadSam(io.ComfyNode):
         if model_name in (None, SMALL_SAM) or model_name in host.model_files("sams"):
             return True
         return (
-            f"there is no '{model_name}' in models/sams; put a segment-anything file there, such as "
+            f"model_name: there is no '{model_name}' in models/sams; put a segment-anything file there, such as "
             "sam_vit_b_01ec64.pth from https://github.com/facebookresearch/segment-anything"
         )
 
@@ -158,6 +159,7 @@ class LoadSam(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str) -> io.NodeOutput:
+        check_choice(cls.validate_inputs(model_name or ""))
         # It rests on the CPU, and is on the compute device only while a node works with it.
         return io.NodeOutput(small_sam() if model_name == SMALL_SAM else load_sam(sam_path(model_name)))
 

@@ -24,13 +24,16 @@ INVERT_TOOLTIP = (
 )
 
 
-def unroll_images(values: Sequence[Tensor]) -> list[Tensor]:
-    """A list of IMAGEs, each a batch [B,H,W,C] or one [H,W,C], as single pictures [H,W,3]. Raises SubjectError."""
+def unroll_images(values: Sequence[Tensor], called: str = "image") -> list[Tensor]:
+    """A list of IMAGEs, each a batch [B,H,W,C] or one [H,W,C], as single pictures [H,W,3].
+
+    Raises SubjectError, which calls a picture ``called`` and its number.
+    """
     pictures: list[Tensor] = []
     for value in values:
         if not isinstance(value, Tensor) or value.ndim not in (3, 4) or value.shape[-1] not in (1, 3, 4):
             raise SubjectError(
-                f"image {len(pictures) + 1}: expected an IMAGE [batch, height, width, 3], got {_form(value)}"
+                f"{called} {len(pictures) + 1}: expected an IMAGE [batch, height, width, 3], got {_form(value)}"
             )
         for picture in value if value.ndim == 4 else (value,):
             picture = picture.detach().float().cpu()

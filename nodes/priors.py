@@ -21,12 +21,12 @@ from ..far_train.errors import FarError
 from ..far_train.files import make_folder, write_json
 from ..far_train.photos import load_mask, load_photo, mask_path, save_mask, to_pil
 from ..far_train.priors import draw_class_pictures, picture_path
-from ..far_train.subjects import Prompt
+from ..far_train.subjects import Prompt, SubjectExtractor
 from . import host
 from .photos import find_subjects
 from .pictures import INVERT_TOOLTIP, counted, match_masks, tidy_noun, unroll_images, unroll_masks
 from .previews import MAX_SHOWN, as_image, shown, subject_sheet
-from .sockets import Carried, Clip, FarConcepts, FarPrior, Model, SamModel, Vae, schema
+from .sockets import Carried, Clip, FarConcepts, FarPrior, Model, SamModel, Vae, all_of, schema
 
 
 class ClassPrior(io.ComfyNode):
@@ -103,7 +103,9 @@ class ClassPrior(io.ComfyNode):
         size: int,
         sam_model: Any = None,
     ) -> io.NodeOutput:
-        nouns = sorted({concept.noun for concept in concepts})
+        nouns = sorted({concept.noun for concept in all_of("concepts", [concepts], Concept, "FAR_CONCEPTS")})
+        if sam_model is not None:
+            SubjectExtractor(sam_model)  # so that a wrong one is refused before the pictures are drawn
         wanted = [(noun, i) for noun in nouns for i in range(count)]
         config = SampleConfig(
             sample_seed=prior_seed, sampler="dpm++", sampling_steps=steps, guidance=guidance, sample_batch=1
@@ -234,7 +236,7 @@ class PriorFromImages(io.ComfyNode):
             found = match_masks(pictures, unroll_masks(masks), invert=invert_mask[0])
         own = [ClassPicture(word, picture, mask) for picture, mask in zip(pictures, found)]
         masked = sum(p.mask is not None for p in own)
-        everything = [*(picture for given in prior for picture in given), *own]
+        everything = [*all_of("prior", prior, ClassPicture, "FAR_PRIOR"), *own]
         return prior_output(
             cls, everything, f"{counted(len(own), 'picture')} of a {word}, {masked} of them with a mask"
         )

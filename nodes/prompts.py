@@ -97,7 +97,10 @@ def _one_box(value: Any, box_format: str) -> Box:
         value = [value[name] for name in keys]
     if not _are_numbers(value, 4):
         raise ConfigError(f"box: {value!r} must be four numbers in pixels")
-    x, y, right, bottom = (float(v) for v in value)
+    try:
+        x, y, right, bottom = (float(v) for v in value)
+    except OverflowError as e:
+        raise ConfigError(f"box: {str(value)[:60]} must be four numbers in pixels") from e
     return (x, y, x + right, y + bottom) if has_size else (x, y, right, bottom)
 
 
@@ -115,7 +118,10 @@ def _points(value: Any) -> Points:
             point = [point.get("x"), point.get("y"), point.get("label", 1)]
         if not (_are_numbers(point, 2) or _are_numbers(point, 3)):
             raise ConfigError(f"points: {json.dumps(point)} is no point; {POINTS_HELP}")
-        points.append((float(point[0]), float(point[1]), int(point[2]) if len(point) == 3 else 1))
+        try:
+            points.append((float(point[0]), float(point[1]), int(point[2]) if len(point) == 3 else 1))
+        except (OverflowError, ValueError) as e:  # numbers of hundreds of digits, or a label that is none
+            raise ConfigError(f"points: {str(point)[:60]} is no point; {POINTS_HELP}") from e
     return tuple(points)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from ..far_train.runs import METRICS_FILE, WEIGHTS_FILE, find_run, read_metrics,
 from ..far_train.weights import FarWeights
 from . import host, sockets
 from .naming import file_name
+
+log = logging.getLogger(__name__)
 
 PREVIEW_SECONDS = 10.0  # between live pictures; a curve takes a tenth of a second to draw
 
@@ -195,7 +198,8 @@ class Train(io.ComfyNode):
         sample_prompt: str = "",
         options: Options | None = None,
     ) -> io.NodeOutput:
-        options = options or Options()
+        options = Options() if options is None else options
+        sockets.check_sockets(dataset=(dataset, TrainingSet, "FAR_DATASET"), options=(options, Options, "FAR_OPTIONS"))
         config = TrainConfig(
             **options.settings
             | {
@@ -249,7 +253,7 @@ class LiveView:
         picture = None
         if now - self.shown > PREVIEW_SECONDS:
             self.shows_samples = self.samples is not None and not self.shows_samples
-            picture = self.samples if self.shows_samples else loss_curves(self.metrics)
+            picture = self.samples if self.shows_samples else preview(lambda: loss_curves(self.metrics))
             self.shown = time.monotonic()
             pace = (now - self.began) / max(step - self.first, 1)
             left = round(pace * (self.steps - step) / 60)
@@ -257,9 +261,18 @@ class LiveView:
         self.progress.update(step, self.steps, picture)
 
     def on_samples(self, step: int, prompts: Sequence[str], pictures: Tensor) -> None:
-        self.samples = picture_grid(pictures, prompts)
+        self.samples = preview(lambda: picture_grid(pictures, prompts))
         self.progress.update(step, self.steps, self.samples)
         self.shows_samples, self.shown = True, time.monotonic()
+
+
+def preview(draw: Callable[[], Image.Image]) -> Image.Image | None:
+    """The picture, or None where it can't be drawn: what only informs must not end a training of hours."""
+    try:
+        return draw()
+    except Exception as e:
+        log.warning("A preview could not be drawn (%s: %s); the training goes on.", type(e).__name__, e)
+        return None
 
 
 def _train(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..far_train.backbone import kv_digest
 from ..far_train.errors import ConfigError, WeightsError
+from ..far_train.files import parse_json
 from ..far_train.weights import FarWeights, describe
 from . import host, sockets
 from .naming import file_name, place
@@ -68,6 +69,7 @@ class SaveWeights(io.ComfyNode):
     def execute(
         cls, weights: FarWeights, name: str, export_lora: bool, export_embeddings: bool, lora_rank: int = 0
     ) -> io.NodeOutput:
+        sockets.check_sockets(weights=(weights, FarWeights, "FAR_WEIGHTS"))
         stem = file_name(name.removesuffix(".safetensors"), "weights")
         files = []
         # Exports are made aside and then placed, so that none of them lands on a file of the same name.
@@ -106,7 +108,7 @@ class LoadWeights(io.ComfyNode):
     def validate_inputs(cls, file: str | None) -> bool | str:
         if file is None or file in host.model_files("far"):  # None: linked, known only when it runs
             return True
-        return f"models/far holds no file '{file}'; train with FaR Train and FaR Save Weights, or copy it there"
+        return f"file: models/far holds no file '{file}'; train with FaR Train and FaR Save Weights, or copy it there"
 
     @classmethod
     def fingerprint_inputs(cls, file: str | None) -> str:
@@ -117,6 +119,7 @@ class LoadWeights(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
+        sockets.check_choice(cls.validate_inputs(file or ""))
         with host.no_inference_mode():
             weights = sockets.CarriedWeights.load(host.model_path("far", file))
         return io.NodeOutput(weights, json.dumps(describe(weights), indent=2))
@@ -167,6 +170,9 @@ class ApplyWeights(io.ComfyNode):
     def execute(
         cls, model: Any, clip: Any, weights: FarWeights, strength: float, concept_strength: str = ""
     ) -> io.NodeOutput:
+        sockets.check_sockets(weights=(weights, FarWeights, "FAR_WEIGHTS"))
+        if not -4 <= strength <= 4:  # the host lets NaN pass
+            raise ConfigError(f"strength: {strength} is out of range; it must be between -4 and 4")
         strengths = parse_strengths(concept_strength, weights)
         for node_id, tokens in unpatched_prompts(cls.hidden.prompt or {}, list(weights.embeddings)).items():
             host.tell(
@@ -201,13 +207,15 @@ def parse_strengths(text: str, weights: FarWeights) -> dict[str, float]:
     text = text.strip()
     try:
         if text.startswith("{"):
-            entries = list(json.loads(text).items())
+            entries = list(parse_json(text).items())
         else:
             lines = [line.strip() for line in re.split(r"[\n,;]", text) if line.strip()]
             entries = [_STRENGTH_LINE.fullmatch(line).groups() for line in lines]
         strengths = {f"<{token.strip('<> ').lower()}>": float(value) for token, value in entries}
-    except (ValueError, TypeError, AttributeError) as e:
-        raise ConfigError(f"concept_strength: {text!r} can't be read; write one token a line: <corgi-dog>=0.8") from e
+    except (ValueError, TypeError, AttributeError, OverflowError) as e:
+        raise ConfigError(
+            f"concept_strength: {text[:60]!r} can't be read; write one token a line: <corgi-dog>=0.8"
+        ) from e
     for token, value in strengths.items():
         if token not in weights.embeddings:
             raise ConfigError(f"concept_strength: there is no {token}; known: {', '.join(weights.embeddings)}")

@@ -335,7 +335,7 @@ class ComfyServer:
     def wait(self, prompt_id: str, timeout: float = 300) -> dict[str, Any]:
         """Wait until a prompt has ended, well or badly; returns its history entry (written after the last node)."""
         path = f"/history/{urllib.parse.quote(prompt_id)}"
-        return self._until(f"finish prompt {prompt_id}", timeout, lambda: self.get(path).get(prompt_id))
+        return self._until(f"finish prompt {prompt_id}", timeout, lambda: self.get(path).get(prompt_id), every=0.05)
 
     def wait_running(self, prompt_id: str, timeout: float = 60) -> None:
         """Wait until a prompt has left the queue and is being executed (or has ended)."""
@@ -356,6 +356,16 @@ class ComfyServer:
     def interrupt(self, prompt_id: str | None = None) -> None:
         """Cancel what runs now, as the front end's red button does; with an id, only if that prompt is running."""
         self.post("/interrupt", {} if prompt_id is None else {"prompt_id": prompt_id})
+
+    def cancel(self, prompt_id: str, timeout: float = 60) -> dict[str, Any]:
+        """Interrupt a running prompt until it ends, since one that is just starting forgets it; its history entry."""
+        path = f"/history/{urllib.parse.quote(prompt_id)}"
+
+        def ended() -> Any:
+            self.interrupt(prompt_id)
+            return self.get(path).get(prompt_id)
+
+        return self._until(f"cancel prompt {prompt_id}", timeout, ended)
 
     def file(self, image: Mapping[str, str]) -> Path:
         """The file behind one item of a ui output: {"filename", "subfolder", "type"} → path."""

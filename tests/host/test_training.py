@@ -63,8 +63,7 @@ def cancel_after_a_checkpoint(comfy: ComfyServer, prompt: dict, folder: Path) ->
     deadline = time.monotonic() + 120
     while not list(folder.glob("checkpoints/checkpoint-*.safetensors")) and time.monotonic() < deadline:
         time.sleep(0.1)
-    comfy.interrupt(prompt_id)
-    return comfy.wait(prompt_id)
+    return comfy.cancel(prompt_id)
 
 
 def test_a_training_gives_pictures_and_a_finished_run(comfy: ComfyServer):

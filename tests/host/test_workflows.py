@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -135,10 +134,7 @@ def files(comfy: ComfyServer) -> Iterator[None]:
 @pytest.mark.parametrize("path", WORKFLOWS.values(), ids=lambda p: p.stem)
 def test_templates_validate(comfy: ComfyServer, files, path: Path):
     prompt_id = comfy.queue(twin(path))  # raises if any node did not validate
-    deadline = time.monotonic() + 60
-    while any(comfy.get("/queue").values()) and time.monotonic() < deadline:
-        RunningHost(comfy.url).cancel(prompt_id)  # again and again: a run that begins forgets a cancel before it
-        time.sleep(0.1)  # it may have begun, to fail on the empty files: nothing may run beside the next test
+    RunningHost(comfy.url).cancel(prompt_id)  # it may have begun, to fail on the empty files
     assert not any(comfy.get("/queue").values())
 
 

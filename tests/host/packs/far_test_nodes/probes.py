@@ -48,21 +48,22 @@ class Dataset(io.ComfyNode):
             inputs=[
                 io.Int.Input("count", default=4, min=1, max=100),
                 io.Int.Input("fusion_seed", default=0, min=0, max=100),
+                io.Int.Input("priors", default=2, min=0, max=10, optional=True),
             ],
             outputs=[io.Custom("FAR_DATASET").Output()],
         )
 
     @classmethod
-    def execute(cls, count: int, fusion_seed: int) -> io.NodeOutput:
+    def execute(cls, count: int, fusion_seed: int, priors: int = 2) -> io.NodeOutput:
         concepts, config = far("far_train.concepts"), far("far_train.config")
         balls = {"red-ball": (0.9, 0.1, 0.1), "blue-ball": (0.1, 0.1, 0.9)}
         learned = [
             concepts.Concept(f"<{token}>", "ball", *((part,) for part in disc(colour)))
             for token, colour in balls.items()
         ]
-        priors = [concepts.ClassPicture("ball", *disc((0.1, 0.8, 0.3 * i))) for i in range(2)]
+        pictures = [concepts.ClassPicture("ball", *disc((0.1, 0.8, 0.3 * i))) for i in range(priors)]
         settings = config.FusionConfig(size=128, count=count, fusion_seed=fusion_seed)
-        return io.NodeOutput(far("far_train.fusion").ConceptFusion(learned, priors, (), settings))
+        return io.NodeOutput(far("far_train.fusion").ConceptFusion(learned, pictures, (), settings))
 
 
 class SaveBase(io.ComfyNode):

@@ -1,0 +1,204 @@
+"""What goes wrong in a training in the graph doesn't take the host with it, and the next run passes."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from far_train.runs import read_metrics
+from far_train.weights import FarWeights
+
+from .comfy_server import REPO, ComfyServer, ExecutionFailed, Host, default_packs
+from .graphs import node
+from .test_mini import line
+from .test_training import run_folder, steps_of, training
+
+FAULTS = Path(__file__).parent / "packs" / "far_test_faults"
+PRIORS = {"prior_pictures": 1, "prior_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def frail(host: Host) -> Iterator[ComfyServer]:
+    """A host whose pack can be made to fail."""
+    with ComfyServer(host, {**default_packs(), "far_test_faults": FAULTS}) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def learned(frail: ComfyServer) -> FarWeights:
+    """What a training that nothing disturbs learns."""
+    return finished(frail, prompt_of(frail, "undisturbed"), "undisturbed")
+
+
+def prompt_of(comfy: ComfyServer, name: str, priors: int = 2, options: dict | None = None) -> dict[str, Any]:
+    """Four steps with a checkpoint after the second and sample pictures after the third."""
+    options = {"save_every": 2, "sample_every": 3, **PRIORS, **(options or {})}
+    prompt = training(comfy, name, steps=4, sample_prompt="a <red-ball> ball", options=options)
+    prompt["2"] = node("FaRTest_Dataset", count=3, fusion_seed=0, priors=priors)
+    return prompt
+
+
+def finished(comfy: ComfyServer, prompt: dict, name: str) -> FarWeights:
+    """Run to the end; what was learned."""
+    comfy.run(prompt)
+    assert steps_of(run_folder(comfy, name)) == [1, 2, 3, 4]
+    return FarWeights.load(run_folder(comfy, name) / "weights.safetensors")
+
+
+def same(a: FarWeights, b: FarWeights) -> bool:
+    return all(torch.equal(a.deltas[k], b.deltas[k]) for k in a.deltas) and all(
+        torch.equal(a.embeddings[k], b.embeddings[k]) for k in a.embeddings
+    )
+
+
+def held_bytes(comfy: ComfyServer) -> int:
+    """Bytes of tensors in the host's process once it has let go of all results."""
+    comfy.post("/free", {"unload_models": True, "free_memory": True})
+    comfy.run({"1": node("FaRTest_LiveModels")})
+    comfy.post("/free", {"unload_models": True, "free_memory": True})
+    time.sleep(1.5)  # its worker frees between prompts
+    return comfy.get("/far_test/state?memory=1")["bytes"]
+
+
+def fault(comfy: ComfyServer, name: str | None) -> None:
+    comfy.post("/far_test/fault", {"name": name})
+
+
+@pytest.mark.parametrize("phase", ["priors", "encoding", "step", "save", "sampling"])
+def test_a_cancel_in_every_phase(frail: ComfyServer, learned: FarWeights, phase: str):
+    """Cancelled in the middle of the phase; queued again it goes on, and learns what it would have learned."""
+    name, priors = f"cancel-{phase}", 0 if phase == "priors" else 2
+    prompt = prompt_of(frail, name, priors)
+    before = held_bytes(frail)
+    fault(frail, phase)
+    prompt_id = frail.queue(prompt)
+    deadline = time.monotonic() + 120
+    while not frail.get("/far_test/state")["reached"]:
+        assert time.monotonic() < deadline, f"it never came to {phase}"
+        time.sleep(0.05)
+    entry = frail.cancel(prompt_id)
+    assert [(e.kind, e.node_type) for e in frail.errors(entry)] == [("interrupted", "FaR_Train")]
+    fault(frail, None)
+    assert held_bytes(frail) == before
+    folder = run_folder(frail, name)
+    done = {"step": 1, "save": 2, "sampling": 3}.get(phase, 0)
+    saved = sorted(p.name for p in folder.glob("checkpoints/*"))
+    assert saved[-1:] == ([f"checkpoint-{done:08d}.safetensors"] if done else [])
+    assert not (folder / "weights.safetensors").exists()
+    again = finished(frail, prompt, name)
+    if phase == "priors":  # with class pictures of its own it learns something else than ``learned``
+        assert not run_folder(frail, f"{name}-2").exists()
+    else:
+        assert same(again, learned)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("memory", "OutOfMemory.*even one sample at a time"),
+        ("memory while encoding", "can't allocate memory"),
+        ("disk", "OutputError.*free space"),
+        ("crash", "ZeroDivisionError"),
+    ],
+)
+def test_a_failure_ends_the_run_and_not_the_host(frail: ComfyServer, learned: FarWeights, name: str, message: str):
+    run = name.replace(" ", "-")
+    prompt = prompt_of(frail, run)
+    before = held_bytes(frail)
+    fault(frail, name)
+    with pytest.raises(ExecutionFailed, match=f"(?s)node 4 .FaR_Train.*{message}"):
+        frail.run(prompt)
+    fault(frail, None)
+    assert held_bytes(frail) == before
+    assert same(finished(frail, prompt, run), learned)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("memory once", "gradient checkpointing"), ("preview", "preview could not be drawn")]
+)
+def test_a_failure_that_the_run_gets_over(frail: ComfyServer, name: str, told: str):
+    before, logged = held_bytes(frail), len(frail.log())
+    fault(frail, name)
+    try:
+        weights = finished(frail, prompt_of(frail, f"over-{name.replace(' ', '-')}"), f"over-{name.replace(' ', '-')}")
+    finally:
+        fault(frail, None)
+    assert weights.provenance.steps == 4 and told in frail.log()[logged:]
+    assert held_bytes(frail) == before
+
+
+@pytest.mark.parametrize("what", ["run", "output"])
+def test_a_deleted_folder(frail: ComfyServer, learned: FarWeights, what: str):
+    """Taken away in the middle of a step. Whatever becomes of that run, the next one passes."""
+    prompt = prompt_of(frail, f"deleted-{what}", options={"save_every": 1})
+    fault(frail, "step")
+    prompt_id = frail.queue(prompt)
+    while not frail.get("/far_test/state")["reached"]:
+        time.sleep(0.05)
+    shutil.rmtree(run_folder(frail, f"deleted-{what}") if what == "run" else frail.base / "output")
+    frail.post("/far_test/fault", {})
+    frail.cancel(prompt_id)
+    (frail.base / "output").mkdir(exist_ok=True)
+    assert same(finished(frail, prompt_of(frail, f"after-{what}"), f"after-{what}"), learned)
+
+
+def test_two_runs_queued_back_to_back(frail: ComfyServer, learned: FarWeights):
+    ids = [frail.queue(prompt_of(frail, f"queued-{i}")) for i in range(2)]
+    assert [frail.wait(i)["status"]["status_str"] for i in ids] == ["success"] * 2
+    for i in range(2):
+        assert same(FarWeights.load(run_folder(frail, f"queued-{i}") / "weights.safetensors"), learned)
+
+
+def test_the_pack_loaded_twice(host: Host, learned: FarWeights):
+    """A user has it in two folders: the host takes each node once, and trains."""
+    with ComfyServer(host, {**default_packs(), "ComfyUI-FaR-copy": REPO}) as server:
+        assert "IMPORT FAILED" not in server.start_log() and "Traceback" not in server.start_log()
+        server.run(mini_training(server, "twice"))
+        assert len(read_metrics(run_folder(server, "twice") / "metrics.jsonl")) == 2
+
+
+# ---- soak
+
+
+def mini_training(comfy: ComfyServer, name: str, seed: int = 0) -> dict[str, Any]:
+    """The small model that comes with the pack learns a drawn dog for two steps."""
+    return line(comfy, name, train_seed=seed)
+
+
+def resident(comfy: ComfyServer) -> int:
+    lines = Path(f"/proc/{comfy._process.pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
+
+
+def soak(comfy: ComfyServer, count: int) -> None:
+    """``count`` trainings of the small model, all queued at once; memory after each of them."""
+    fault(comfy, None)
+    comfy.run(mini_training(comfy, "warm"))
+    before = held_bytes(comfy)
+    ids = [comfy.queue(mini_training(comfy, f"soak-{i}", seed=i)) for i in range(count)]
+    sizes = []
+    for i in ids:
+        assert comfy.wait(i, 600)["status"]["status_str"] == "success"
+        sizes.append(resident(comfy))
+    assert held_bytes(comfy) == before
+    assert all((run_folder(comfy, f"soak-{i}") / "weights.safetensors").exists() for i in range(count))
+    settled = np.array(sizes[count // 3 :]) / 2**20  # allocators and caches fill up first
+    slope = float(np.polyfit(np.arange(len(settled)), settled, 1)[0])
+    print(f"\n{count} runs; RSS {sizes[0] / 2**20:.0f} → {sizes[-1] / 2**20:.0f} MB, {slope:+.2f} MB a run at the end")
+    assert slope * len(settled) < 0.05 * settled.mean(), sizes
+
+
+def test_five_runs_queued_at_once(frail: ComfyServer):
+    soak(frail, 5)
+
+
+@pytest.mark.torture
+def test_fifty_runs_queued_at_once(frail: ComfyServer):
+    soak(frail, 50)
