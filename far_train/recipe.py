@@ -61,15 +61,17 @@ def train(
     config: TrainConfig,
     run_folder: Path,
     *,
+    start: FarWeights | None = None,
     resume: bool = False,
     callbacks: Callbacks = Callbacks(),
 ) -> FarWeights:
     """Teach ``base`` the concepts of ``training_set``; the base comes back as it was, on the training device.
 
+    ``start``: weights of the same base to learn on from, instead of from nothing; new concepts may join them.
     ``run_folder`` gets run.json, metrics.jsonl, checkpoints, samples and ``weights.safetensors``. Raises Interrupted
     when ``should_stop`` says so (after saving), TrainingDiverged, DatasetError, CheckpointError, OutputError.
     """
-    run = TrainingRun(base, training_set, config, Path(run_folder), resume, callbacks)
+    run = TrainingRun(base, training_set, config, Path(run_folder), resume, callbacks, start)
     try:
         run.set_up()
         run.fit()
@@ -89,18 +91,21 @@ class TrainingRun:
         folder: Path,
         resume: bool = False,
         callbacks: Callbacks = Callbacks(),
+        start: FarWeights | None = None,
     ):
         if not training_set.composite_count():
             raise DatasetError("dataset: it holds no composites; fuse at least one")
         check_size(base, training_set.size, training_set.size)
+        if start is not None:
+            start.check_fits(base)
         self.base, self.training_set, self.config = base, training_set, config
-        self.folder, self.callbacks = folder, callbacks
+        self.folder, self.callbacks, self.start = folder, callbacks, start
         self.steps = config.steps_for(len(training_set.names))
         self.vocabulary = Vocabulary(base.tokenizer, training_set.names, base.tokenizer_size, config.vectors_per_token)
         self.device, self.dtype = choose_device(config.device, config.precision)
         self.trainables: Trainables | None = None
         self.recorder: AttentionRecorder | None = None
-        open_run(folder, run_identity(base, training_set, config), resume)
+        open_run(folder, run_identity(base, training_set, config, start), resume)
 
     # ---- set up
 
@@ -123,6 +128,8 @@ class TrainingRun:
         self.alphas_cumprod = base.alphas_cumprod.to(self.device)
         self.text_cache = TextCache()
         self.trainables = Trainables(base, self.vocabulary)
+        if self.start is not None:
+            self.start.initialize(self.vocabulary, self.trainables.rows, self.trainables.deltas)
         if config.refinement_weight > 0:
             self.recorder = AttentionRecorder(base.unet, layers)
         if config.gradient_checkpointing:
