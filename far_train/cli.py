@@ -142,6 +142,8 @@ COMMANDS = (
             Argument("dataset", "dataset folder made by fuse", required=True),
             Argument("out", "run folder: metrics, checkpoints, samples, weights.safetensors", required=True),
             Argument("resume", "go on with the run that is in the run folder", options=SWITCH),
+            Argument("continue_from", "FaR weights of the same base to learn on from, in a new run folder"),
+            Argument("dry_run", "only say what it will cost: steps, time, memory, disk", options=SWITCH),
         ),
         TrainConfig,
     ),

@@ -18,6 +18,7 @@ from .backbone import BaseModel, load_base
 from .bench.settings import BenchConfig
 from .concepts import Background, ClassPicture, Concept
 from .config import ExtractConfig, FusionConfig, SampleConfig, SpeedConfig, TrainConfig, read_settings
+from .cost import measure_cost
 from .dataset import DatasetFolder, write_dataset
 from .devices import choose_device
 from .errors import CaptionError, ConfigError, SubjectError
@@ -30,7 +31,7 @@ from .queueing import DEFAULT_HOST, RunningHost, read_workflow, run_workflow, se
 from .recipe import Callbacks
 from .recipe import train as train_recipe
 from .report import checkerboard, contact_sheet, dataset_sheet, loss_curves, picture_grid, save_sheet
-from .runs import read_metrics
+from .runs import METRICS_FILE, read_metrics
 from .sampling import draw_pictures
 from .subjects import Prompt, SubjectExtractor, extract_folder
 from .tokens import Vocabulary
@@ -239,7 +240,12 @@ def train(inputs: Inputs, config: TrainConfig) -> None:
     out = Path(inputs["out"])
     dataset = DatasetFolder(Path(inputs["dataset"]))
     base = _open_base(inputs)
+    start = FarWeights.load(Path(inputs["continue_from"])) if inputs.get("continue_from") else None
     steps = config.steps_for(len(dataset.names))
+    if inputs.get("dry_run"):
+        done = read_metrics(out / METRICS_FILE) if (out / METRICS_FILE).exists() else []
+        print(measure_cost(base, dataset, config, start=start, steps_done=len(done)).words)
+        return
     with joined(config.device) as world, progress_bars() as bars, stop_on_interrupt() as should_stop:
 
         def on_step(step: int, metrics: dict[str, float]) -> None:
@@ -249,10 +255,11 @@ def train(inputs: Inputs, config: TrainConfig) -> None:
         callbacks = Callbacks(on_phase=bars, on_step=on_step, should_stop=should_stop)
         if not world.writes:
             callbacks = Callbacks(should_stop=should_stop)
-        train_recipe(base, dataset, config, out, resume=bool(inputs.get("resume")), callbacks=callbacks)
+        resume = bool(inputs.get("resume"))
+        train_recipe(base, dataset, config, out, start=start, resume=resume, callbacks=callbacks)
     if not world.writes:
         return
-    save_sheet(out / "curves.png", loss_curves(read_metrics(out / "metrics.jsonl")))
+    save_sheet(out / "curves.png", loss_curves(read_metrics(out / METRICS_FILE)))
     print(f"{steps} steps → {out / 'weights.safetensors'}; look at {out / 'curves.png'} and {out / 'samples'}")
 
 

@@ -63,15 +63,17 @@ def train(
     config: TrainConfig,
     run_folder: Path,
     *,
+    start: FarWeights | None = None,
     resume: bool = False,
     callbacks: Callbacks = Callbacks(),
 ) -> FarWeights:
     """Teach ``base`` the concepts of ``training_set``; the base comes back as it was, on the training device.
 
+    ``start``: weights of the same base to learn on from, instead of from nothing; new concepts may join them.
     ``run_folder`` gets run.json, metrics.jsonl, checkpoints, samples and ``weights.safetensors``. Raises Interrupted
     when ``should_stop`` says so (after saving), TrainingDiverged, OutOfMemory, or errors of dataset and disk.
     """
-    run = TrainingRun(base, training_set, config, Path(run_folder), resume, callbacks)
+    run = TrainingRun(base, training_set, config, Path(run_folder), resume, callbacks, start)
     try:
         run.set_up()
         run.fit()
@@ -91,12 +93,15 @@ class TrainingRun:
         folder: Path,
         resume: bool = False,
         callbacks: Callbacks = Callbacks(),
+        start: FarWeights | None = None,
     ):
         if not training_set.composite_count():
             raise DatasetError("dataset: it holds no composites; fuse at least one")
         check_size(base, training_set.size, training_set.size)
+        if start is not None:
+            start.check_fits(base)
         self.base, self.training_set, self.config = base, training_set, config
-        self.folder, self.callbacks = folder, callbacks
+        self.folder, self.callbacks, self.start = folder, callbacks, start
         self.steps = config.steps_for(len(training_set.names))
         self.vocabulary = Vocabulary(base.tokenizer, training_set.names, base.tokenizer_size, config.vectors_per_token)
         self.device, self.dtype = choose_device(config.device, config.precision)
@@ -107,7 +112,7 @@ class TrainingRun:
         if config.batch_size < self.world.size:
             raise ConfigError(f"batch_size: {config.batch_size} composites are too few for {self.world.size} processes")
         if self.world.writes:
-            open_run(folder, run_identity(base, training_set, config), resume)
+            open_run(folder, run_identity(base, training_set, config, start), resume)
         self.world.wait()
 
     # ---- set up
@@ -128,6 +133,8 @@ class TrainingRun:
         self.alphas_cumprod = base.alphas_cumprod.to(self.device)
         self.text_cache = TextCache(base, [sample.prompt for pool in self.pools for sample in pool])
         self.trainables = Trainables(base, self.vocabulary)
+        if self.start is not None:
+            self.start.initialize(self.vocabulary, self.trainables.rows, self.trainables.deltas)
         if config.refinement_weight > 0:
             self.recorder = AttentionRecorder(base.unet, layers)
         samples_per_step = config.batch_size + (config.prior_batch_size if self.pools[1] else 0)

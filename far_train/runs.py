@@ -15,14 +15,20 @@ from .concepts import TrainingSet
 from .config import SCHEMA_VERSION, TrainConfig
 from .errors import CheckpointError, OutputError
 from .files import make_folder, parse_json, remove_leftovers, write_json, write_text
+from .weights import FarWeights
 
 RUN_FILE = "run.json"
 WEIGHTS_FILE = "weights.safetensors"
 METRICS_FILE = "metrics.jsonl"
 
 
-def run_identity(base: BaseModel, training_set: TrainingSet, config: TrainConfig) -> dict[str, Any]:
-    """What decides a run's result, as JSON types: two runs with equal identities learn the same."""
+def run_identity(
+    base: BaseModel, training_set: TrainingSet, config: TrainConfig, start: FarWeights | None = None
+) -> dict[str, Any]:
+    """What decides a run's result, as JSON types: two runs with equal identities learn the same.
+
+    ``start``: the weights that it continues from, if any.
+    """
     identity = {
         "schema": SCHEMA_VERSION,
         "config": config.result_shaping(),
@@ -30,6 +36,8 @@ def run_identity(base: BaseModel, training_set: TrainingSet, config: TrainConfig
         "dataset": training_set.digest(),
         "concepts": [{"token": n.token, "noun": n.noun} for n in training_set.names],
     }
+    if start is not None:
+        identity["continue_from"] = start.digest()
     return json.loads(json.dumps(identity))
 
 
@@ -128,6 +136,8 @@ def _differences(begun: Any, now: Any, name: str = "") -> list[str]:
         return [d for k in {**begun, **now} for d in _differences(begun.get(k), now.get(k), f"{name}.{k}".lstrip("."))]
     if begun == now:
         return []
+    if name == "continue_from":
+        return [f"{name} (other weights)" if begun and now else f"{name} ({'only then' if begun else 'only now'})"]
     if name.endswith(("digest", "dataset")):
         return [f"{name.split('.')[0]} (its content changed)"]
     return [f"{name.removeprefix('config.')} ({begun!r} then, {now!r} now)"]

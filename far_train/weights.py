@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -108,6 +109,33 @@ class FarWeights:
             )
         if about.base_digest != base.digest:
             log.warning("These weights were trained on another base of the same shape; likeness may suffer.")
+
+    def digest(self) -> str:
+        """Identifies what was learned, whatever file it came from."""
+        content = hashlib.sha256()
+        for name, value in sorted({**self.embeddings, **self.deltas}.items()):
+            content.update(name.encode() + value.detach().cpu().float().contiguous().numpy().tobytes())
+        return content.hexdigest()
+
+    @torch.no_grad()
+    def initialize(self, vocabulary: Vocabulary, rows: Tensor, deltas: Mapping[str, Tensor]) -> None:
+        """Write what was learned into parameters that learn on: ``rows`` [concepts × vectors, width] of the
+        vocabulary's tokens and the K/V ``deltas`` by layer name. Tokens that these weights lack keep their rows.
+
+        Raises WeightsError if a token has another number of vectors.
+        """
+        known = [name.token for name in vocabulary.names]
+        if left := [token for token in self.embeddings if token not in known]:
+            log.warning("The weights to continue from also know %s, which the dataset lacks.", ", ".join(left))
+        for token in self.embeddings.keys() & set(known):
+            own, learned = vocabulary.rows(token), self.embeddings[token]
+            if len(own) != len(learned):
+                raise WeightsError(
+                    f"continue_from: {token} has {len(learned)} vectors there; set vectors_per_token to {len(learned)}"
+                )
+            rows[own.start : own.stop] = learned.to(rows)
+        for name, delta in deltas.items():
+            delta.copy_(self.deltas[name])
 
     def apply(self, base: BaseModel, config: SampleConfig = SampleConfig()) -> Vocabulary:
         """Put the weights into ``base`` for good and return the vocabulary for its prompts.

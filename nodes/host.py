@@ -24,6 +24,7 @@ import comfy.model_sampling
 import comfy.utils
 import folder_paths
 import torch
+from comfy_execution.graph_utils import ExecutionBlocker
 from PIL import Image
 from server import PromptServer
 from torch import Tensor
@@ -87,6 +88,11 @@ def tell(text: str, node_id: str | None) -> None:
         server.send_progress_text(html.escape(text, quote=False), node_id)
 
 
+def nothing() -> Any:
+    """In the place of a node's output: what is connected to it doesn't run, and no error is shown."""
+    return ExecutionBlocker(None)
+
+
 # --- folders
 
 
@@ -144,6 +150,13 @@ def model_folder(kind: str) -> Path:
 def compute_device() -> torch.device:
     """The device on which the host computes."""
     return comfy.model_management.get_torch_device()
+
+
+def memory_in_use() -> tuple[int, int]:
+    """Bytes in use on the compute device, by everyone, and in all."""
+    device = compute_device()
+    total = int(comfy.model_management.get_total_memory(device))
+    return total - int(comfy.model_management.get_free_memory(device)), total
 
 
 def free_everything() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,24 @@ from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
+from ..far_train.backbone import BaseModel
 from ..far_train.concepts import TrainingSet
 from ..far_train.config import TrainConfig
+from ..far_train.cost import measure_cost
 from ..far_train.errors import Interrupted
 from ..far_train.photos import from_pil, load_photo
 from ..far_train.recipe import Callbacks, train
 from ..far_train.report import loss_curves, picture_grid
 from ..far_train.runs import METRICS_FILE, WEIGHTS_FILE, find_run, read_metrics, run_identity
 from ..far_train.weights import FarWeights
+from ..far_train.wording import duration, rate, size_in_words
 from . import host, sockets
 from .naming import file_name
 
 log = logging.getLogger(__name__)
 
-PREVIEW_SECONDS = 10.0  # between live pictures; a curve takes a tenth of a second to draw
+PREVIEW_SECONDS = 6.0  # between live pictures; a curve takes a tenth of a second to draw
+FIRST_PREVIEW = 1.5  # seconds after the first step, so that one sees early that it learns, and how long it will take
 
 # TrainConfig's fields that FaR_TrainOptions shows, in order; FaR_Train itself asks for the few that matter most.
 COMMON = ("prior_batch_size", "micro_batch", "gradient_checkpointing", "precision", "sample_every", "save_every")
@@ -172,6 +177,19 @@ class Train(io.ComfyNode):
                 sockets.FarOptions.Input(
                     "options", optional=True, tooltip="From FaR Train Options: the rare settings."
                 ),
+                sockets.FarWeightsSocket.Input(
+                    "continue_from",
+                    optional=True,
+                    tooltip="Weights of the same base to learn on from, for more steps or with one more concept. They "
+                    "make it another run.",
+                ),
+                io.Boolean.Input(
+                    "dry_run",
+                    default=False,
+                    optional=True,
+                    tooltip="Only say what the training will cost: steps, time, memory, disk. Takes a few steps aside "
+                    "to measure it and keeps nothing; what is behind this node doesn't run.",
+                ),
             ],
             outputs=[
                 sockets.FarWeightsSocket.Output(
@@ -197,6 +215,8 @@ class Train(io.ComfyNode):
         name: str,
         sample_prompt: str = "",
         options: Options | None = None,
+        continue_from: FarWeights | None = None,
+        dry_run: bool = False,
     ) -> io.NodeOutput:
         options = Options() if options is None else options
         sockets.check_sockets(dataset=(dataset, TrainingSet, "FAR_DATASET"), options=(options, Options, "FAR_OPTIONS"))
@@ -214,13 +234,25 @@ class Train(io.ComfyNode):
         total = config.steps_for(len(dataset.names))
         config = config.replace(sample_every=min(config.sample_every, total))  # so that a short run has samples, too
         with host.no_inference_mode():
-            identity = run_identity(host.mark_base(model, clip), dataset, config)
+            identity = run_identity(host.mark_base(model, clip), dataset, config, continue_from)
             folder, finished = find_run(host.output_folder() / "far", file_name(name, "run"), identity)
             if finished:
                 host.tell(f"{folder.name} is trained already: loaded from {folder}", cls.hidden.unique_id)
+            elif dry_run:
+                with _freed_base(model, clip, vae) as base:
+                    cost = measure_cost(
+                        base,
+                        dataset,
+                        config,
+                        start=continue_from,
+                        steps_done=len(_metrics(folder)),
+                        should_stop=host.interrupted,
+                    )
+                host.tell(f"dry run of {folder.name}\n{cost.words}", cls.hidden.unique_id)
+                return io.NodeOutput(*[host.nothing()] * 4, ui={"text": (cost.words,)})
             else:
                 live = LiveView(cls.hidden.unique_id, folder, total)
-                _train(model, clip, vae, dataset, config, folder, options.time_limit, live)
+                _train(model, clip, vae, dataset, config, folder, continue_from, options.time_limit, live)
             weights = FarWeights.load(folder / WEIGHTS_FILE)
             curve = from_pil(loss_curves(_metrics(folder)))[None]
             return io.NodeOutput(sockets.CarriedWeights.of(weights), curve, _last_samples(folder), str(folder))
@@ -236,7 +268,7 @@ class LiveView:
         self.metrics: list[dict[str, Any]] | None = None
         self.samples: Image.Image | None = None
         self.shows_samples = False
-        self.began = self.shown = time.monotonic()
+        self.began = self.next_picture = time.monotonic()
 
     def on_phase(self, phase: str, done: int, total: int) -> None:
         if phase != self.phase:
@@ -249,21 +281,26 @@ class LiveView:
         if self.metrics is None:  # the first step of this session; a resumed run has earlier ones on disk
             self.metrics = [m for m in _metrics(self.folder) if m["step"] < step]
             self.began, self.first = now, step
+            self.next_picture = now + FIRST_PREVIEW
         self.metrics.append({"step": step, **metrics})
         picture = None
-        if now - self.shown > PREVIEW_SECONDS:
+        if now > self.next_picture:
             self.shows_samples = self.samples is not None and not self.shows_samples
             picture = self.samples if self.shows_samples else preview(lambda: loss_curves(self.metrics))
-            self.shown = time.monotonic()
+            self.next_picture = time.monotonic() + PREVIEW_SECONDS
             pace = (now - self.began) / max(step - self.first, 1)
-            left = round(pace * (self.steps - step) / 60)
-            host.tell(f"step {step} of {self.steps}, loss {metrics['loss']:.4f}, {left} min left", self.node_id)
+            used, total = map(size_in_words, host.memory_in_use())
+            host.tell(
+                f"step {step} of {self.steps}, loss {metrics['loss']:.4f}, {rate(pace)}, "
+                f"{duration(pace * (self.steps - step))} left, {used} of {total} in use",
+                self.node_id,
+            )
         self.progress.update(step, self.steps, picture)
 
     def on_samples(self, step: int, prompts: Sequence[str], pictures: Tensor) -> None:
         self.samples = preview(lambda: picture_grid(pictures, prompts))
         self.progress.update(step, self.steps, self.samples)
-        self.shows_samples, self.shown = True, time.monotonic()
+        self.shows_samples, self.next_picture = True, time.monotonic() + PREVIEW_SECONDS
 
 
 def preview(draw: Callable[[], Image.Image]) -> Image.Image | None:
@@ -282,6 +319,7 @@ def _train(
     dataset: TrainingSet,
     config: TrainConfig,
     folder: Path,
+    start: FarWeights | None,
     time_limit: float,
     live: LiveView,
 ) -> None:
@@ -293,23 +331,31 @@ def _train(
         on_samples=live.on_samples,
         should_stop=lambda: host.interrupted() or time.monotonic() > deadline,
     )
-    base = host.read_base(model, clip, vae)
     stopped = None
-    try:
-        host.free_everything()
-        train(base, dataset, config, folder, resume=True, callbacks=callbacks)
-    except Interrupted as e:
-        stopped = str(e)
-    finally:
-        base.to("meta")  # frees the weights even where a traceback still holds the modules
-        del base
-        host.give_back()
+    with _freed_base(model, clip, vae) as base:
+        try:
+            train(base, dataset, config, folder, start=start, resume=True, callbacks=callbacks)
+        except Interrupted as e:
+            stopped = str(e)
     if stopped and host.interrupted():
         host.raise_interrupted()
     if stopped:
         raise Interrupted(
             f"the time limit of {time_limit:g} minutes is over; queue the graph again to go on. ({stopped})"
         )
+
+
+@contextmanager
+def _freed_base(model: Any, clip: Any, vae: Any) -> Iterator[BaseModel]:
+    """The graph's base for a while, with the device to itself; gives the memory back however it ends."""
+    base = host.read_base(model, clip, vae)
+    try:
+        host.free_everything()
+        yield base
+    finally:
+        base.to("meta")  # frees the weights even where a traceback still holds the modules
+        del base
+        host.give_back()
 
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -92,6 +93,45 @@ def test_progress_and_pictures_are_seen_while_it_trains(comfy: ComfyServer):
     picture = next(payload for kind, payload in seen.binaries if kind == PREVIEW)
     assert b"JFIF" in picture[:2000]
     assert any(kind == NODE_TEXT and b"encoding (5 pictures)" in text for kind, text in seen.binaries)
+
+
+def test_step_rate_time_left_and_memory_are_told(comfy: ComfyServer):
+    with Listener(comfy) as seen:
+        comfy.run(training(comfy, "told", steps=40))
+    told = [payload.decode(errors="replace") for kind, payload in seen.binaries if kind == NODE_TEXT]
+    line = next(text for text in told if "step " in text)
+    assert re.search(r"step \d+ of 40, loss \d\.\d+, [\d.]+ (steps/s|s/step), \d+ s left, .+B of .+B in use", line)
+    assert [kind for kind, _ in seen.binaries].count(PREVIEW) >= 1  # the curve, without any sample pictures
+
+
+def test_a_dry_run_tells_the_cost_and_trains_nothing(comfy: ComfyServer):
+    prompt = training(comfy, "dry", steps=30, dry_run=True, options={"sample_every": 10})
+    prompt["7"] = node("FaR_SaveWeights", weights=["4", 0], name="dry", export_lora=False, export_embeddings=False,
+                       lora_rank=0)  # fmt: skip
+    entry = comfy.wait(comfy.queue(prompt))
+    assert entry["status"]["status_str"] == "success" and set(entry["outputs"]) == {"4"}  # nothing behind it ran
+    lines = entry["outputs"]["4"]["text"][0].splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        "pictures to encode", "steps", "sample pictures", "in all", "memory"
+    ]  # fmt: skip
+    assert "encode: 5," in lines[0] and "steps: 30," in lines[1] and "pictures: 9," in lines[2]
+    assert not run_folder(comfy, "dry").exists()
+    comfy.run(training(comfy, "dry", steps=30, dry_run=False))
+    told = comfy.wait(comfy.queue(prompt))["outputs"]  # what is trained already costs nothing
+    assert "7" in told
+
+
+def test_a_training_goes_on_from_given_weights_as_another_run(comfy: ComfyServer):
+    comfy.run(training(comfy, "start", options={"kv_lr": 1e-3}))
+    start = training(comfy, "start", options={"kv_lr": 1e-3})
+    prompt = training(comfy, "start", continue_from=["14", 0])
+    prompt |= {"14": start["4"], "3": start["3"]}
+    comfy.run(prompt)
+    first, on = (FarWeights.load(run_folder(comfy, n) / "weights.safetensors") for n in ("start", "start-2"))
+    about = [json.loads((run_folder(comfy, n) / "run.json").read_text()) for n in ("start", "start-2")]
+    assert "continue_from" not in about[0] and about[1]["continue_from"] == first.digest()
+    for token in first.embeddings:  # two steps away from the start, and not from nothing
+        assert 0 < float((on.embeddings[token] - first.embeddings[token]).norm()) < 0.5
 
 
 def test_memory_is_given_back_however_a_training_ends(comfy: ComfyServer):

@@ -1,0 +1,99 @@
+"""What a training will cost: counted to the picture, measured on its own steps, and nothing is left of the trial."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from far_train.concepts import ClassPicture
+from far_train.config import FusionConfig, TrainConfig
+from far_train.cost import Cost, LiveBytes, measure_cost
+from far_train.errors import Interrupted
+from far_train.fusion import ConceptFusion
+from far_train.wording import duration, rate, size_in_words
+
+CONFIG = TrainConfig(steps=40, sample_every=10, sample_steps=2, prior_pictures=7, device="cpu")
+
+
+def test_steps_and_pictures_are_counted(base, fusion):
+    before = {k: v.clone() for k, v in base.unet.state_dict().items()}
+    cost = measure_cost(base, fusion, CONFIG)
+    assert (cost.steps, cost.encoded, cost.drawn, cost.sampled) == (40, 12 + 4, 0, 4 * 3)
+    assert cost.step_seconds > 0 and cost.encode_seconds > 0 and cost.sample_seconds > 0
+    assert all(torch.equal(before[k], v) for k, v in base.unet.state_dict().items())
+    assert not any(type(m).__name__ == "ModifierEmbedding" for m in base.text_encoder.modules())
+    expected = 40 * cost.step_seconds + 16 * cost.encode_seconds + 12 * cost.sample_seconds
+    assert cost.seconds == pytest.approx(expected)
+
+
+def test_what_is_done_already_is_not_counted_again(base, concepts):
+    bare = ConceptFusion(concepts, config=FusionConfig(size=128, count=3))
+    cost = measure_cost(base, bare, CONFIG)
+    assert (cost.drawn, cost.encoded) == (7, 3 + 7)  # one noun, seven class pictures
+    assert cost.draw_seconds > cost.sample_seconds  # 50 sampling steps against 2
+    resumed = measure_cost(base, bare, CONFIG, steps_done=25)
+    assert (resumed.steps, resumed.sampled, resumed.drawn) == (15, 3, 0)
+    without = measure_cost(base, bare, CONFIG.replace(prior_batch_size=0, sample_every=0))
+    assert (without.drawn, without.encoded, without.sampled) == (0, 3, 0)
+
+
+def test_settings_that_save_memory_are_seen_to_do_so(base, fusion):
+    plain, lean, small = (
+        measure_cost(base, fusion, CONFIG.replace(**s)).memory
+        for s in ({}, {"gradient_checkpointing": True}, {"micro_batch": 1})
+    )
+    assert lean < plain and small < plain
+
+
+def test_a_trial_leaves_no_files_and_can_be_stopped(base, fusion, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    with pytest.raises(Interrupted):
+        measure_cost(base, fusion, CONFIG, should_stop=lambda: True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_live_bytes_by_hand():
+    layer, x = nn.Linear(10, 10, bias=False), torch.ones(100, 10)
+    size = 100 * 10 * 4
+    with LiveBytes() as counted:
+        y = layer(x)  # the weight and x were there before
+        assert counted.now == size
+        y = y.exp()  # keeps its result for the backward pass; the layer's own output is gone
+        assert counted.now == size and counted.peak == 2 * size
+        z = y.view(10, 100)  # the same memory
+        assert counted.now == size
+        del y, z
+        assert counted.now == 0
+    with LiveBytes() as plain:
+        layer(x).exp().exp().exp().sum().backward()
+    with LiveBytes() as lean:
+        y = checkpoint(lambda x: layer(x).exp().exp().exp(), x.clone().requires_grad_(), use_reentrant=False)
+        assert lean.now < plain.peak / 1.5
+        y.sum().backward()  # runs again, and that is counted, too
+    assert lean.peak >= plain.peak
+
+
+def test_the_words():
+    cost = Cost("cuda", 1000, 0.5, 500, 0.1, 200, 3.0, 12, 4.0, 6_100_000_000, 640_000_000)
+    assert cost.words.splitlines() == [
+        "class pictures to draw: 200, 10 min",
+        "pictures to encode: 500, 50 s",
+        "steps: 1000, 8 min (0.50 s each)",
+        "sample pictures: 12, 48 s",
+        "in all: 20 min on cuda",
+        "memory: about 6.1 GB; disk: about 640 MB",
+    ]
+    assert [duration(s) for s in (40, 200, 12_000)] == ["40 s", "3 min", "3 h 20 min"]
+    assert [rate(s) for s in (0.4, 4.0)] == ["2.5 steps/s", "4.0 s/step"]
+    assert size_in_words(51e6) == "51 MB"
+
+
+def test_class_pictures_of_the_user_are_not_drawn(base, concepts):
+    priors = [ClassPicture("ball", torch.rand(96, 96, 3)) for _ in range(2)]
+    cost = measure_cost(base, ConceptFusion(concepts, priors, (), FusionConfig(size=128, count=3)), CONFIG)
+    assert (cost.drawn, cost.encoded) == (0, 3 + 2)
