@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import pytest
 
 from .comfy_server import REPO, ComfyServer, script
 
+locales = script("locales")
 TEMPLATES = sorted((REPO / "workflows").glob("*.json"))
 SMALL = TEMPLATES[0]
 MINUTES = 60_000  # milliseconds
@@ -38,6 +40,8 @@ BOXES = """() => app.graph._nodes.map(
     n => [n.title, n.pos[0], n.pos[1] - 30, n.pos[0] + n.size[0], n.pos[1] + n.size[1]])"""
 SEE_ALL = """() => { const [x, y] = [0, 1].map(i => Math.min(...app.graph._nodes.map(n => n.pos[i])));
     Object.assign(app.canvas.ds, {scale: 0.3, offset: [300 - x, 400 - y]}); app.canvas.setDirty(true, true); }"""
+TRANSLATED = """keys => { const {$t} = document.querySelector('#vue-app').__vue_app__.config.globalProperties;
+    return Object.fromEntries(keys.map(key => [key, $t(key)])); }"""
 DIALOGS = "() => [...document.querySelectorAll('.p-dialog, .p-toast-message')].map(d => d.innerText)"
 
 
@@ -100,3 +104,18 @@ def test_the_small_one_runs_by_its_button(front_end: FrontEnd):
     assert front_end.dialogs() == "" and front_end.crashes == []
     for (first, *a), (second, *b) in combinations(page.evaluate(BOXES), 2):
         assert not (a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]), (first, second)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_names_and_tooltips_in_other_languages(front_end: FrontEnd, language):
+    """Every text as the front end shows it: its message format must not eat or break any of them."""
+    page = front_end.page
+    page.evaluate("language => app.extensionManager.setting.set('Comfy.Locale', language)", language)
+    page.wait_for_timeout(3000)
+    expected = {
+        ".".join(("nodeDefs", *path)): re.sub(r"\{'(.)'\}", r"\1", text)
+        for path, text in locales.texts(locales.read(language))
+    }
+    shown = page.evaluate(TRANSLATED, list(expected))
+    page.evaluate("() => app.extensionManager.setting.set('Comfy.Locale', 'en')")
+    assert shown == expected
