@@ -210,7 +210,7 @@ class TrainConfig(Config):
         2, "class pictures per step (prior preservation); 0 switches them off", low=0, high=4096
     )
     micro_batch: int | None = setting(
-        None, "samples run at once; a smaller number needs less memory for the same step", low=1, high=4096
+        None, "samples run at once, none for all; fewer need less memory for the same step", low=1, high=4096
     )
     train_seed: int = setting(0, "seed of noise, timesteps and batch order", low=0, high=2**63 - 1)
     embedding_lr: float = setting(5e-4, "learning rate of the modifier tokens' embeddings", low=0, high=1)
@@ -260,7 +260,7 @@ class TrainConfig(Config):
     sample_every: int = setting(
         250, "steps between sample pictures; 0 switches them off", low=0, high=10_000_000, shapes_result=False
     )
-    sample_steps: int = setting(25, "sampling steps of those pictures", low=1, high=1000, shapes_result=False)
+    sample_steps: int = setting(25, "sampling steps of the sample pictures", low=1, high=1000, shapes_result=False)
     sample_prompts: tuple[str, ...] = setting(
         (), "prompts of the sample pictures; default: each concept, and all together", shapes_result=False
     )

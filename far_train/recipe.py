@@ -7,9 +7,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from . import losses
 from .attention import AttentionRecorder, layer_stride, supervised_layers
 from .backbone import BaseModel, set_checkpointing, set_compiled
+from .callbacks import Callbacks
 from .captions import default_prompts
 from .concepts import TrainingSet
 from .config import SampleConfig, TrainConfig
@@ -41,20 +41,6 @@ from .weights import FarWeights, Provenance
 
 PATIENCE = 3  # non-finite steps in a row that end a run
 FP16_SCALE = 2.0**12  # of the loss at first; each overflow halves it, and is then no failure
-
-
-@dataclass(frozen=True)
-class Callbacks:
-    """How a training talks to its caller: all are optional, none may change what is learned.
-
-    ``on_phase(name, done, total)`` reports progress before the first step, ``on_step(step, metrics)`` each step,
-    ``on_samples(step, prompts, pictures [n, H, W, 3])`` sample pictures; ``should_stop()`` is asked between steps.
-    """
-
-    on_phase: Callable[[str, int, int], None] = lambda phase, done, total: None
-    on_step: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
-    on_samples: Callable[[int, Sequence[str], Tensor], None] = lambda step, prompts, pictures: None
-    should_stop: Callable[[], bool] = lambda: False
 
 
 def train(

@@ -109,7 +109,7 @@ def _setting_input(setting: dataclasses.Field, advanced: bool) -> io.Input:
         return io.Boolean.Input(setting.name, default=default, **shared)
     none_allowed = "None" in str(setting.type)
     if none_allowed:
-        shared["tooltip"] += " 0: none."
+        shared["tooltip"] += " 0 stands for none."
     low = 0 if none_allowed else about["low"]
     if "float" in str(setting.type):
         step = 1e-6 if setting.name.endswith("_lr") else 0.001

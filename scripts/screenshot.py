@@ -19,6 +19,8 @@ import sys
 import tempfile
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ LOOK_AT = """([x, y, scale]) => {
     app.canvas.ds.offset[1] = y;
     app.canvas.setDirty(true, true);
 }"""
+READY = "() => window.app?.graph && window.app.extensionManager?.setting"
 FAULTS = """() => [
     ...[...document.querySelectorAll('.p-dialog')].map(d => 'a dialog: ' + d.innerText.slice(0, 200)),
     ...app.graph._nodes.filter(n => n.has_errors || !LiteGraph.registered_node_types[n.type])
@@ -71,12 +74,37 @@ def last_results(host: str, graph: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def photograph(page: Any, host: str, name: str, scale: float, with_results: bool) -> tuple[bytes, list[str]]:
-    """Open a template as the template browser does; returns a PNG of the graph, and what is wrong with it."""
+@contextmanager
+def front_end(host: str, browser: str | None = None) -> Iterator[tuple[Any, list[str]]]:
+    """A Playwright page of a host's front end, set up and without furniture; a list gets what goes wrong in it."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play, tempfile.TemporaryDirectory() as profile:
+        context = play.chromium.launch_persistent_context(
+            profile, executable_path=browser, args=list(FLAGS), viewport={"width": 1600, "height": 1000}
+        )
+        page, crashes = context.pages[0], []
+        page.on("pageerror", lambda error: crashes.append(f"an error in the page: {error}"))
+        page.goto(host, wait_until="domcontentloaded", timeout=120_000)
+        page.wait_for_function(READY, timeout=120_000)
+        page.wait_for_timeout(5000)  # extensions and the host's node types are set up after the graph exists
+        for setting, value in SETTINGS.items():
+            page.evaluate("([id, value]) => app.extensionManager.setting.set(id, value)", [setting, value])
+        yield page, crashes
+        context.close()
+
+
+def open_template(page: Any, host: str, name: str) -> tuple[dict[str, Any], list[str]]:
+    """Open a template as the template browser does; returns its graph, and what the front end finds wrong with it."""
     graph = get_json(f"{host}/api/workflow_templates/{PACK}/{urllib.parse.quote(name)}.json")
     page.evaluate("([graph, name]) => app.loadGraphData(graph, true, true, name)", [graph, name])
     page.wait_for_timeout(2000)
-    faults = page.evaluate(FAULTS)
+    return graph, page.evaluate(FAULTS)
+
+
+def photograph(page: Any, host: str, name: str, scale: float, with_results: bool) -> tuple[bytes, list[str]]:
+    """Open a template; returns a PNG of the graph, and what is wrong with it."""
+    graph, faults = open_template(page, host, name)
     if with_results:
         for node_id, output in last_results(host, graph).items():
             page.evaluate(SHOW_RESULT, [node_id, output])
@@ -113,21 +141,8 @@ def main() -> int:
     parser.add_argument("--template", metavar="NAME", help="only the template of this name (default: all)")
     parser.add_argument("--browser", help="path of a Chromium")
     arguments = parser.parse_args()
-    from playwright.sync_api import sync_playwright
-
     host, faulty = arguments.host.rstrip("/"), False
-    with sync_playwright() as play, tempfile.TemporaryDirectory() as profile:
-        browser = play.chromium.launch_persistent_context(
-            profile, executable_path=arguments.browser, args=list(FLAGS), viewport={"width": 1600, "height": 1000}
-        )
-        page = browser.pages[0]
-        crashes: list[str] = []
-        page.on("pageerror", lambda error: crashes.append(f"an error in the page: {error}"))
-        page.goto(host, wait_until="domcontentloaded", timeout=120_000)
-        page.wait_for_function("() => window.app?.graph && window.app.extensionManager?.setting", timeout=120_000)
-        page.wait_for_timeout(5000)  # extensions and the host's node types are set up after the graph exists
-        for setting, value in SETTINGS.items():
-            page.evaluate("([id, value]) => app.extensionManager.setting.set(id, value)", [setting, value])
+    with front_end(host, arguments.browser) as (page, crashes):
         for path in sorted(WORKFLOWS.glob(f"{arguments.template or '*'}.json")):
             png, faults = photograph(page, host, path.stem, arguments.scale, arguments.results)
             if arguments.out:
@@ -139,7 +154,6 @@ def main() -> int:
             crashes.clear()
             faulty |= bool(faults)
             print(f"{path.stem}: {'; '.join(faults) or 'in order'}")
-        browser.close()
     return int(faulty)
 
 

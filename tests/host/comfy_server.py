@@ -6,6 +6,7 @@ repository's `nodes/`. Everything here is standard library, so the tests need no
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -22,6 +23,7 @@ import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -403,6 +405,14 @@ class ComfyServer:
         for data in cls.messages(entry, "execution_interrupted"):
             found.append(NodeError(str(data["node_id"]), data["node_type"], "interrupted", "the run was cancelled"))
         return found
+
+
+def script(name: str) -> ModuleType:
+    """One of the repository's scripts as a module."""
+    specification = importlib.util.spec_from_file_location(name, REPO / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
 
 
 def default_packs() -> dict[str, Path]:

@@ -30,6 +30,26 @@ def comfy(host: Host) -> Iterator[ComfyServer]:
         yield server
 
 
+@pytest.fixture
+def template_files(comfy: ComfyServer) -> Iterator[None]:
+    """Whatever the templates name, as empty files and folders: enough to open and to validate them."""
+    names = {
+        "checkpoints": "v2-1_768-ema-pruned.safetensors",
+        "sams": "sam_vit_b_01ec64.pth",
+        "far": "two-dogs.safetensors",
+    }
+    made = [comfy.folder(f"models/{folder}") / name for folder, name in names.items()]
+    made.append(comfy.folder("output/far/datasets/two-dogs") / "dataset.json")
+    folders = [comfy.folder(f"input/{name}") for name in ("corgi", "chow", "husky")] + [made[-1].parent]
+    for path in made:
+        path.touch()
+    yield
+    for path in made:  # other tests share this host
+        path.unlink()
+    for folder in folders:
+        folder.rmdir()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[OUTCOMES] = Counter()
 

@@ -1,0 +1,121 @@
+"""The pack in a real browser: every template opens, the small one is run by its button, and mistakes are told."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .comfy_server import REPO, ComfyServer, script
+
+locales = script("locales")
+TEMPLATES = sorted((REPO / "workflows").glob("*.json"))
+SMALL = TEMPLATES[0]
+MINUTES = 60_000  # milliseconds
+LOWERED = {
+    "Photos of Rex": {"count": 2},
+    "Photos of Max": {"count": 2},
+    "Class pictures": {"count": 2, "steps": 2},
+    "Training pictures": {"count": 4},
+    "Settings for a small model": {"prior_batch_size": 1, "sample_steps": 2},
+    "Learn Rex and Max": {"steps": 2, "batch_size": 1},
+    "Draw": {"steps": 2},
+}
+
+PROMPT = "async () => (await app.graphToPrompt()).output"
+SET_WIDGETS = """values => { for (const node of app.graph._nodes)
+    for (const [name, value] of Object.entries(values[node.title] ?? {}))
+        node.widgets.find(w => w.name === name).value = value; }"""
+LOADED_PICTURES = """title => { const node = app.graph._nodes.find(n => n.title === title);
+    return (node.imgs ?? []).filter(i => i.complete && i.naturalWidth).map(i => [i.naturalWidth, i.naturalHeight]); }"""
+BOXES = """() => app.graph._nodes.map(
+    n => [n.title, n.pos[0], n.pos[1] - 30, n.pos[0] + n.size[0], n.pos[1] + n.size[1]])"""
+SEE_ALL = """() => { const [x, y] = [0, 1].map(i => Math.min(...app.graph._nodes.map(n => n.pos[i])));
+    Object.assign(app.canvas.ds, {scale: 0.3, offset: [300 - x, 400 - y]}); app.canvas.setDirty(true, true); }"""
+TRANSLATED = """keys => { const {$t} = document.querySelector('#vue-app').__vue_app__.config.globalProperties;
+    return Object.fromEntries(keys.map(key => [key, $t(key)])); }"""
+DIALOGS = "() => [...document.querySelectorAll('.p-dialog, .p-toast-message')].map(d => d.innerText)"
+
+
+@dataclass
+class FrontEnd:
+    """The front end of the shared host in a browser, with what went wrong in the page so far."""
+
+    url: str
+    page: Any
+    crashes: list[str]
+    screenshot: Any
+
+    def open(self, template: Path) -> list[str]:
+        _, faults = self.screenshot.open_template(self.page, self.url, template.stem)
+        return [*faults, *self.crashes]
+
+    def run(self) -> None:
+        self.page.get_by_role("button", name="Run", exact=True).first.click()
+
+    def dialogs(self) -> str:
+        return "\n".join(self.page.evaluate(DIALOGS))
+
+
+@pytest.fixture(scope="module")
+def front_end(comfy: ComfyServer) -> Iterator[FrontEnd]:
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if importlib.util.find_spec("playwright") is None or browser is None:
+        pytest.skip("no Chromium, or no playwright in the Python of the tests (python -m pip install playwright)")
+    screenshot = script("screenshot")
+    with screenshot.front_end(comfy.url, browser) as (page, crashes):
+        yield FrontEnd(comfy.url, page, crashes, screenshot)
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
+def test_templates_open(front_end: FrontEnd, template_files, template: Path):
+    """No dialog about missing nodes or models, no faulty node; and the front end would queue just the API twin."""
+    front_end.page.evaluate("() => app.refreshComboInNodes()")
+    assert front_end.open(template) == []
+    queued = front_end.page.evaluate(PROMPT)
+    twin = json.loads((template.parent / "api" / template.name).read_text(encoding="utf-8"))
+    assert {k: (n["class_type"], n["inputs"]) for k, n in queued.items()} == {
+        k: (n["class_type"], n["inputs"]) for k, n in twin.items()
+    }
+
+
+def test_the_small_one_runs_by_its_button(front_end: FrontEnd):
+    """Pictures and words appear on the nodes, which then neither overlap nor hide anything."""
+    assert front_end.open(SMALL) == []
+    page = front_end.page
+    page.evaluate(SET_WIDGETS, LOWERED)
+    page.evaluate(SEE_ALL)  # the front end loads the pictures of nodes that are on screen
+    front_end.run()
+    there = f"title => ({LOADED_PICTURES})(title).length === 4"
+    page.wait_for_function(there, arg="Rex and Max", timeout=2 * MINUTES)
+    assert page.evaluate(LOADED_PICTURES, "Rex and Max") == [[128, 128]] * 4
+    assert len(page.evaluate(LOADED_PICTURES, "Samples while it learned")) == 3
+    for title in ("Photos of Rex", "Cut out Max", "Name Rex", "Class pictures", "Training pictures", "Loss curve"):
+        assert len(page.evaluate(LOADED_PICTURES, title)) == 1, title
+    assert "<rex-dog> dog: 2 photos" in page.inner_text("body")  # as text: the front end would read a token as HTML
+    assert front_end.dialogs() == "" and front_end.crashes == []
+    for (first, *a), (second, *b) in combinations(page.evaluate(BOXES), 2):
+        assert not (a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]), (first, second)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_names_and_tooltips_in_other_languages(front_end: FrontEnd, language):
+    """Every text as the front end shows it: its message format must not eat or break any of them."""
+    page = front_end.page
+    page.evaluate("language => app.extensionManager.setting.set('Comfy.Locale', language)", language)
+    page.wait_for_timeout(3000)
+    expected = {
+        ".".join(("nodeDefs", *path)): re.sub(r"\{'(.)'\}", r"\1", text)
+        for path, text in locales.texts(locales.read(language))
+    }
+    shown = page.evaluate(TRANSLATED, list(expected))
+    page.evaluate("() => app.extensionManager.setting.set('Comfy.Locale', 'en')")
+    assert shown == expected
