@@ -93,7 +93,6 @@ class TrainingRun:
         self.device, self.dtype = choose_device(config.device, config.precision)
         self.trainables: Trainables | None = None
         self.recorder: AttentionRecorder | None = None
-        self.thrift: Thrift | None = None
         self.world = World.current()
         if config.batch_size < self.world.size:
             raise ConfigError(f"batch_size: {config.batch_size} composites are too few for {self.world.size} processes")
@@ -151,10 +150,13 @@ class TrainingRun:
     def _reporter(self, phase: str) -> Callable[[int, int], None]:
         def report(done: int, total: int) -> None:
             self.callbacks.on_phase(phase, done, total)
-            if self.callbacks.should_stop():
-                raise Interrupted(f"stopped in the phase '{phase}'; resume the run to go on")
+            self._check_stop(phase)
 
         return report
+
+    def _check_stop(self, phase: str) -> None:
+        if self.callbacks.should_stop():
+            raise Interrupted(f"stopped in the phase '{phase}'; resume the run to go on")
 
     # ---- train
 
@@ -207,9 +209,8 @@ class TrainingRun:
         self.readback.put(self.step, torch.cat([shares, norm[None]]))
 
     def _draw(self) -> Batch:
-        config = self.config
-        counts = (config.batch_size, config.prior_batch_size)
-        return draw_batch(self.pools, counts, len(self.alphas_cumprod), seed=config.train_seed, step=self.step)
+        counts = (self.config.batch_size, self.config.prior_batch_size)
+        return draw_batch(self.pools, counts, len(self.alphas_cumprod), seed=self.config.train_seed, step=self.step)
 
     def backward(self, batch: Batch) -> Tensor:
         """Add the gradient of one part of the step's batch (method.md, section 3).
@@ -263,8 +264,8 @@ class TrainingRun:
     def _sample(self) -> None:
         prompts = self.config.sample_prompts or default_prompts(self.training_set.names)
         settings = SampleConfig(sampling_steps=self.config.sample_steps, sample_batch=1)
-        size, report = (self.training_set.size,) * 2, self._reporter("sample pictures")
-        pictures = draw_pictures(self.base, self.vocabulary, prompts, settings, size=size, on_progress=report)
+        size, check = (self.training_set.size,) * 2, lambda *_: self._check_stop("sample pictures")
+        pictures = draw_pictures(self.base, self.vocabulary, prompts, settings, size=size, on_progress=check)
         for i, picture in enumerate(pictures):
             save_picture(self.folder / "samples" / f"step-{self.step:06d}-{i}.png", picture)
         self.callbacks.on_samples(self.step, prompts, pictures)

@@ -89,7 +89,8 @@ def _restore(
         value = tensors.get(f"value/{name}")
         moments = {k: tensors[f"{k}/{name}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{name}" in tensors}
         shapes = [tuple(m.shape) for m in moments.values()]
-        if value is None or value.shape != parameter.shape or shapes not in ([], [(), value.shape, value.shape]):
+        fitting = ([], [parameter.shape], [(), parameter.shape, parameter.shape])  # none yet, Muon's, AdamW's
+        if value is None or value.shape != parameter.shape or shapes not in fitting:
             raise CheckpointError(
                 f"{path}: holds no matching '{name}'; it belongs to another run, choose another folder"
             )

@@ -129,6 +129,7 @@ class Bench:
         about = {
             "arm": asdict(arm),
             "training": arm.train_config(seed).replace(**self._changes()).result_shaping(),
+            "fusion": arm.fusion_config(seed).to_dict(),
             "group": [asdict(i) for i in group.identities],
             "pictures": dict(self.plan.pictures),
             "base": self._base.digest,
