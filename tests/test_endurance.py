@@ -204,7 +204,7 @@ def test_other_errors_are_not_taken_for_memory(small: BaseModel):
 def test_free_space_is_looked_at_before_the_first_step(small, balls, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=files.SPARE_BYTES + 1000))
     steps = []
-    with pytest.raises(OutputError, match=r"run.*MB are needed, and 67 MB of the disk are free"):
+    with pytest.raises(OutputError, match=r"run.*MB are needed, and 17 MB of the disk are free"):
         train(small, balls, CONFIG, tmp_path / "run", callbacks=Callbacks(on_step=lambda *a: steps.append(a)))
     assert not steps
     monkeypatch.undo()
