@@ -19,7 +19,7 @@ from torch import Tensor
 from .errors import OutputError, UnreadableFile
 
 MAX_HEADER = 16 * 2**20  # bytes of a safetensors file's header; that of a whole Stable Diffusion is below a megabyte
-SPARE_BYTES = 64 * 2**20  # of free space that a write leaves to everybody else
+SPARE_BYTES = 16 * 2**20  # of free space that a write leaves to everybody else
 
 
 def make_folder(path: Path) -> Path:

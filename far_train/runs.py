@@ -44,7 +44,7 @@ def run_identity(
 def find_run(parent: Path, name: str, identity: dict[str, Any]) -> tuple[Path, bool]:
     """The folder of the run with this identity among ``parent``/NAME, NAME-2, …, and whether it is finished.
 
-    Without such a run, the first free name: what another run has written is never touched.
+    Without such a run, the first free name: what another run has written is never touched, and no link is followed.
     """
     for number in itertools.count(1):
         folder = parent / (name if number == 1 else f"{name}-{number}")

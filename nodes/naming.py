@@ -46,5 +46,5 @@ def _same_content(first: Path, second: Path) -> bool:
                 return False
             pairs = ((a.get_tensor(k), b.get_tensor(k)) for k in a.keys())
             return all(x.dtype == y.dtype and x.shape == y.shape and bool((x == y).all()) for x, y in pairs)
-    except (OSError, SafetensorError):
+    except (OSError, SafetensorError, RuntimeError, TypeError):  # damaged, or of dtypes that can't be compared
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import shutil
 from pathlib import Path
@@ -124,6 +125,12 @@ def test_ten_runs_in_one_process_leave_nothing_behind(small: BaseModel, balls, t
     def run(number: int, callbacks: Callbacks = Callbacks()):
         return train(small, balls, config, tmp_path / str(number), callbacks=callbacks)
 
+    draw = recipe.draw_batch
+
+    def poisoned(*args, **kwargs):
+        batch = draw(*args, **kwargs)
+        return dataclasses.replace(batch, latents=batch.latents * float("nan"))
+
     first = run(0)
     state = state_of(small)
     before = live_bytes()
@@ -140,8 +147,7 @@ def test_ten_runs_in_one_process_leave_nothing_behind(small: BaseModel, balls, t
                     run(number)
         elif kind == 3:
             with monkeypatch.context() as patch:
-                patch.setattr(TrainingRun, "backward", lambda self, batch: torch.full((4,), float("nan")))
-                patch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(float("nan")))
+                patch.setattr(recipe, "draw_batch", poisoned)
                 with pytest.raises(TrainingDiverged):
                     run(number)
         elif kind == 4:
@@ -204,7 +210,7 @@ def test_other_errors_are_not_taken_for_memory(small: BaseModel):
 def test_free_space_is_looked_at_before_the_first_step(small, balls, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=files.SPARE_BYTES + 1000))
     steps = []
-    with pytest.raises(OutputError, match=r"run.*MB are needed, and 67 MB of the disk are free"):
+    with pytest.raises(OutputError, match=r"run.*MB are needed, and 17 MB of the disk are free"):
         train(small, balls, CONFIG, tmp_path / "run", callbacks=Callbacks(on_step=lambda *a: steps.append(a)))
     assert not steps
     monkeypatch.undo()

@@ -15,6 +15,7 @@ from .nodes_pack import pack_module
 naming = pack_module("nodes.naming")
 layout = pack_module("nodes.layout")
 errors = pack_module("far_train.errors")
+runs = pack_module("far_train.runs")
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,22 @@ errors = pack_module("far_train.errors")
 )
 def test_names_are_made_safe(typed: str, name: str):
     assert naming.file_name(typed, "run") == name
+
+
+def test_links_count_as_taken_names(tmp_path: Path):
+    """Whatever lies in the output folder, nothing is written through it to somewhere else."""
+    outside, folder = tmp_path / "outside", tmp_path / "output"
+    folder.mkdir()
+    source = tmp_path / "weights.safetensors"
+    write_tensors(source, {"a": torch.zeros(2)}, {})
+    for target in (outside, outside / "w.safetensors"):  # to nowhere, and then to a folder
+        for name in ("w", "w.safetensors"):
+            (folder / name).unlink(missing_ok=True)
+            (folder / name).symlink_to(target)
+        assert naming.place(source, folder, "w").name == "w-2.safetensors"
+        assert runs.find_run(folder, "w", {}) == (folder / "w-2", False)
+        assert not outside.exists() or not any(outside.iterdir())
+        outside.mkdir(exist_ok=True)
 
 
 def test_place_never_overwrites_and_never_doubles(tmp_path: Path):

@@ -98,9 +98,7 @@ class Lab:
                     time.sleep(0.0005)
             seconds = self.rng.random() * 0.006
         time.sleep(seconds)
-        if self._gone(child):
-            return "over"
-        os.kill(child, signal.SIGKILL)
+        os.kill(child, signal.SIGKILL)  # one that has ended is still there until it is waited for
         _, status = os.waitpid(child, 0)
         if not os.WIFSIGNALED(status):
             return "over"
@@ -134,9 +132,9 @@ class Lab:
 def main(folder: Path, seed: int, kills: int, in_saves: int) -> None:
     torch.set_num_threads(1)
     lab = Lab(folder, seed)
-    seconds = lab.finish(folder / "alone-at-last")
-    whole = load_file(folder / "alone-at-last" / "weights.safetensors")
-    history = [m["loss"] for m in read_metrics(folder / "alone-at-last" / "metrics.jsonl")]
+    seconds = lab.finish(folder / "undisturbed")
+    whole = load_file(folder / "undisturbed" / "weights.safetensors")
+    history = [m["loss"] for m in read_metrics(folder / "undisturbed" / "metrics.jsonl")]
     done, wrong, lost, number = Counter(), [], Counter(), 0
     while sum(done[k] for k in ("save", "elsewhere")) < kills:
         run = folder / f"run-{number}"

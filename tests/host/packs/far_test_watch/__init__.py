@@ -10,6 +10,7 @@ import collections
 import contextlib
 import os
 import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -23,15 +24,15 @@ from server import PromptServer
 
 BASE = os.path.realpath(folder_paths.base_path)
 WRITABLE = [os.path.realpath(os.path.join(BASE, name)) for name in ("input", "output", "temp", "models", "user")]
-# "far-": the pack's own temporary folders. The packs may be links into a repository.
-WRITABLE += [os.path.join(os.path.realpath(tempfile.gettempdir()), "far-"), "/dev/null"]
-PACKS = [
-    os.path.realpath(os.path.join(BASE, "custom_nodes", name))
-    for name in os.listdir(os.path.join(BASE, "custom_nodes"))
-]
+WRITABLE += ["/dev/null"]
+# The pack's own temporary folders; the host's base directory may lie beside them, as far-host-….
+TEMPORARY = re.compile(re.escape(os.path.realpath(tempfile.gettempdir())) + r"/far-\w{8}(/.*)?")
+CUSTOM = os.path.join(BASE, "custom_nodes")
+PACKS = [os.path.realpath(os.path.join(CUSTOM, name)) for name in os.listdir(CUSTOM)]  # may be links
 HOST = os.path.dirname(os.path.realpath(sys.modules["__main__"].__file__))
-READABLE = [BASE, HOST, *PACKS, *map(os.path.realpath, {sys.prefix, sys.base_prefix, *sysconfig.get_paths().values()})]
-READABLE += ["/proc", "/sys", "/dev", "/etc", "/usr"]
+PYTHON = {os.path.realpath(p) for p in (sys.prefix, sys.base_prefix, *sysconfig.get_paths().values())}
+SYSTEM = ["/proc", "/sys", "/dev", "/usr", "/etc/fonts", "/etc/localtime", "/etc/mime.types", "/etc/ssl"]
+READABLE = [CUSTOM, *PACKS, HOST, *PYTHON, *SYSTEM]
 CACHES = [os.path.realpath(os.path.expanduser(p)) for p in ("~/.cache", "~/.config", "~/.triton")]
 # Events that change files, with the place of the changed path among their arguments.
 CHANGES = {"os.mkdir": 0, "os.rmdir": 0, "os.remove": 0, "os.symlink": 1, "os.link": 1, "os.truncate": 0}
@@ -43,7 +44,7 @@ _inside = threading.local()
 
 
 def _within(path: str, roots: list[str]) -> bool:
-    return any(path == root or path.startswith(root if root.endswith("far-") else root + os.sep) for root in roots)
+    return bool(TEMPORARY.fullmatch(path)) or any(path == root or path.startswith(root + os.sep) for root in roots)
 
 
 def _judge(event: str, args: tuple) -> None:
