@@ -37,7 +37,7 @@ class CustomDiffusion:
         self.base, self.priors = base, priors
         unet, encoder = base.unet, base.text_encoder
         self.dtype = unet.conv_in.weight.dtype
-        self.vae = copy.deepcopy(base.vae).to(self.dtype) if base.vae.dtype != self.dtype else base.vae
+        self.vae = _cast(copy.deepcopy(base.vae), self.dtype)
         self.scheduler = DDPMScheduler.from_config(base.scheduler)
         self.pixels = torch.stack([p.image.permute(2, 0, 1) * 2 - 1 for p in pictures])
         vocabulary = Vocabulary(base.tokenizer, names, base.tokenizer_size)
@@ -99,3 +99,11 @@ class CustomDiffusion:
         """Leave the base as it was found."""
         self.base.text_encoder.set_input_embeddings(self._table)
         self.base.unet.set_attn_processor(self._processors)
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A frozen module in another precision; unlike its own method, this also works on fake tensors."""
+    for part in module.modules():
+        for name, weight in part.named_parameters(recurse=False):
+            setattr(part, name, nn.Parameter(weight.to(dtype), requires_grad=False))
+    return module
