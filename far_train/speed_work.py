@@ -23,7 +23,7 @@ from .sampling import encode_prompts
 from .tokens import Vocabulary
 
 NAMES = (Name("dog", "<first-dog>"), Name("dog", "<second-dog>"))
-POOL = 8  # pictures of each half; a pool's size costs nothing in a step
+POOL = 2  # pictures of each half; how many there are costs nothing in a step
 
 
 class RandomPictures:
