@@ -8,7 +8,6 @@ augmenting photos is left out, in its favour; so is what its optimizer does by d
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -37,7 +36,10 @@ class CustomDiffusion:
         self.base, self.priors = base, priors
         unet, encoder = base.unet, base.text_encoder
         self.dtype = unet.conv_in.weight.dtype
-        self.vae = _cast(copy.deepcopy(base.vae), self.dtype)
+        with torch.device("meta"):
+            self.vae = type(base.vae).from_config(base.vae.config)
+        self.vae.load_state_dict({k: v.to(self.dtype) for k, v in base.vae.state_dict().items()}, assign=True)
+        self.vae.requires_grad_(False).eval()
         self.scheduler = DDPMScheduler.from_config(base.scheduler)
         self.pixels = torch.stack([p.image.permute(2, 0, 1) * 2 - 1 for p in pictures])
         vocabulary = Vocabulary(base.tokenizer, names, base.tokenizer_size)
@@ -99,11 +101,3 @@ class CustomDiffusion:
         """Leave the base as it was found."""
         self.base.text_encoder.set_input_embeddings(self._table)
         self.base.unet.set_attn_processor(self._processors)
-
-
-def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A frozen module in another precision; unlike its own method, this also works on fake tensors."""
-    for part in module.modules():
-        for name, weight in part.named_parameters(recurse=False):
-            setattr(part, name, nn.Parameter(weight.to(dtype), requires_grad=False))
-    return module
