@@ -91,8 +91,7 @@ def _restore(
         state = {}
         for key in ("step", "exp_avg", "exp_avg_sq"):
             if f"{key}/{name}" in tensors:
-                moment = tensors[f"{key}/{name}"]
-                state[key] = moment if key == "step" else moment.to(parameter.device)
+                state[key] = tensors[f"{key}/{name}"].to(parameter.device)  # a fused AdamW counts steps there, too
         optimizer.state[parameter] = state
 
 
