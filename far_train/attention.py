@@ -115,7 +115,9 @@ class PlainProcessor:
             for x in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
         )
         self.look(query, key, attn.scale)
-        if query.dtype == torch.float16:  # SD 2.x overflows fp16 in the product of queries and keys
+        # SD 2.x overflows fp16 in the product of queries and keys, unless a kernel keeps that to itself, as those for
+        # long sequences do.
+        if query.dtype == torch.float16 and encoder_hidden_states is not None:
             query, key, value = query.float(), key.float(), value.float()
         out = F.scaled_dot_product_attention(query, key, value, scale=attn.scale)
         out = out.transpose(1, 2).flatten(2).to(hidden_states.dtype)

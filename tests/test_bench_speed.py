@@ -12,7 +12,7 @@ from far_train import bench_speed
 from far_train.backbone import load_base, read_configs
 from far_train.cli import main
 from far_train.mini.tiny import tiny_configs
-from far_train.speed_work import NAMES, RandomPictures, our_run, random_base, reference_run, work_config
+from far_train.speed_work import CONCEPTS, RandomPictures, our_run, random_base, reference_run, work_config
 
 from .command_line import refused
 
@@ -24,7 +24,19 @@ def small_is_tiny(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_command_writes_tables_and_json(small_is_tiny, tmp_path: Path, capsys):
-    argv = ["bench-speed", "--out", str(tmp_path), "--device", "cpu", "--batches", "1", "2", "--repeats", "2"]
+    argv = [
+        "bench-speed",
+        "--out",
+        str(tmp_path),
+        "--device",
+        "cpu",
+        "--batches",
+        "1",
+        "2",
+        "--repeats",
+        "2",
+        "--sweep",
+    ]
     assert main([*argv, "--warmup", "1"]) == 0
     report = json.loads((tmp_path / "speed.json").read_text())
     assert [(r["batch"], r["mode"]) for r in report["steps"]] == [
@@ -32,6 +44,8 @@ def test_the_command_writes_tables_and_json(small_is_tiny, tmp_path: Path, capsy
     ]
     assert all(r["seconds"] > 0 and 0 < r["share_of_peak"] and r["peak_bytes"] for r in report["steps"])
     assert report["counts"]["128"]["fast"]["host_waits"] == 0
+    assert [(s["pool"], s["concepts"]) for s in report["sweep"]] == list(bench_speed.SWEEP)
+    assert all(s["seconds"] > 0 for s in report["sweep"])
     phases = {p["name"] for p in report["phases"]["of"]}
     assert {"class pictures", "fusion", "encoding", "training", "checkpoints", "weights"} < phases
     page = (tmp_path / "speed.md").read_text()
@@ -59,8 +73,8 @@ def test_the_reference_learns_what_custom_diffusion_learns_and_leaves_the_base()
             not torch.equal(layers[k], v) for k, v in reference.layers.state_dict().items()
         )
         moved = (reference.table.weight - table).abs().amax(1)
-        assert (moved[-len(NAMES) :] > 0).all()
-        assert moved[: -len(NAMES)].max() < 1e-6  # the known flaw: weight decay reaches the other rows
+        assert (moved[-CONCEPTS:] > 0).all()
+        assert moved[:-CONCEPTS].max() < 1e-6  # the known flaw: weight decay reaches the other rows
     after = {k: v for m in (base.unet, base.text_encoder) for k, v in m.state_dict().items()}
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
 
