@@ -76,7 +76,8 @@ def random_base(configs: dict[str, Any], device: str = "cpu", dtype: torch.dtype
     finally:
         torch.set_default_dtype(before)
     if dtype != torch.float32:
-        parts["vae"] = build_parts({**configs}, device)["vae"]
+        with torch.device(device):
+            parts["vae"] = type(parts["vae"]).from_config(configs["vae"])
     for part in parts.values():
         part.requires_grad_(False).eval()
     side = configs["unet"]["sample_size"] * 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
