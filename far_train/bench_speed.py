@@ -6,6 +6,7 @@ Everything is measured in one process on the same work. The reference is :mod:`f
 from __future__ import annotations
 
 import gc
+import logging
 import platform
 import statistics
 import time
@@ -27,6 +28,8 @@ from .mini.shipped import small_base
 from .sampling import check_size
 from .speed_phases import Phase, measure_phases
 from .speed_work import RandomPictures, count_steps, our_run, random_base, reference_run, work_config
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 
@@ -90,6 +93,8 @@ def run_bench_speed(out: Path, config: SpeedConfig, on_progress: Progress = lamb
                 on_progress("steps", len(rows), total)
                 row = measure_step(base, size, batch, mode, config, device)
                 rows.append(_rated(row, counts[size]["fast"].flops / 4, peak))
+                took = _milliseconds(row.seconds, row.quartiles)
+                log.info("%d px, %d samples, %s: %s ms a step", size, batch, mode, took)
     on_progress("steps", total, total)
     if config.sweep:
         for pool, concepts in SWEEP:
