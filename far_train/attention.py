@@ -114,11 +114,11 @@ class AttentionRecorder:
         self._captured[name] = attention_columns(query, key, scale, self._select)
 
 
-class _RecordingProcessor:
-    """Scaled-dot-product cross-attention that also shows its queries and keys to a recorder."""
+class PlainProcessor:
+    """Scaled-dot-product attention as SD 2.1 has it, and no more: diffusers' own also divides by a factor that is 1."""
 
-    def __init__(self, recorder: AttentionRecorder, name: str):
-        self.recorder, self.name = recorder, name
+    def look(self, query: Tensor, key: Tensor, scale: float) -> None:
+        """Is shown the projected queries [B, heads, cells, d] and keys [B, heads, tokens, d]."""
 
     def __call__(
         self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: object
@@ -129,9 +129,21 @@ class _RecordingProcessor:
             x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
             for x in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
         )
-        self.recorder.record(self.name, query, key, attn.scale)
-        if query.dtype == torch.float16:  # SD 2.x overflows fp16 in the product of queries and keys
+        self.look(query, key, attn.scale)
+        # SD 2.x overflows fp16 in the product of queries and keys, unless a kernel keeps that to itself, as those for
+        # long sequences do.
+        if query.dtype == torch.float16 and encoder_hidden_states is not None:
             query, key, value = query.float(), key.float(), value.float()
         out = F.scaled_dot_product_attention(query, key, value, scale=attn.scale)
         out = out.transpose(1, 2).flatten(2).to(hidden_states.dtype)
         return attn.to_out[1](attn.to_out[0](out))
+
+
+class _RecordingProcessor(PlainProcessor):
+    """Also shows its queries and keys to a recorder."""
+
+    def __init__(self, recorder: AttentionRecorder, name: str):
+        self.recorder, self.name = recorder, name
+
+    def look(self, query: Tensor, key: Tensor, scale: float) -> None:
+        self.recorder.record(self.name, query, key, scale)

@@ -6,6 +6,7 @@ Everything is measured in one process on the same work. The reference is :mod:`f
 from __future__ import annotations
 
 import gc
+import logging
 import platform
 import statistics
 import time
@@ -26,9 +27,13 @@ from .mini.shipped import BASE as SMALL_BASE
 from .mini.shipped import small_base
 from .sampling import check_size
 from .speed_phases import Phase, measure_phases
-from .speed_work import count_steps, our_run, random_base, reference_run, work_config
+from .speed_work import RandomPictures, count_steps, our_run, random_base, reference_run, work_config
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
+
+SWEEP = ((2, 2), (8, 2), (32, 2), (2, 1), (2, 4))  # composites in the pool, concepts
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,16 @@ class Row:
     samples_per_second: float | None = None
     share_of_peak: float | None = None
     peak_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Swept:
+    """A fast step with ``pool`` composites and as many class pictures, of so many ``concepts``."""
+
+    pool: int
+    concepts: int
+    seconds: float | None
+    quartiles: tuple[float, float] | None
 
 
 def run_bench_speed(out: Path, config: SpeedConfig, on_progress: Progress = lambda *_: None) -> Path:
@@ -69,6 +84,7 @@ def run_bench_speed(out: Path, config: SpeedConfig, on_progress: Progress = lamb
     rows: list[Row] = []
     counts: dict[int, dict[str, Counts]] = {}
     phases: list[Phase] = []
+    sweep: list[Swept] = []
     total = len(sizes) * len(batches) * len(modes)
     for size in sizes:
         counts[size] = count_steps(configs, size, 4, dtype)
@@ -77,7 +93,14 @@ def run_bench_speed(out: Path, config: SpeedConfig, on_progress: Progress = lamb
                 on_progress("steps", len(rows), total)
                 row = measure_step(base, size, batch, mode, config, device)
                 rows.append(_rated(row, counts[size]["fast"].flops / 4, peak))
+                took = _milliseconds(row.seconds, row.quartiles)
+                log.info("%d px, %d samples, %s: %s ms a step", size, batch, mode, took)
     on_progress("steps", total, total)
+    if config.sweep:
+        for pool, concepts in SWEEP:
+            pictures = RandomPictures(sizes[0], pool, concepts)
+            row = measure_step(base, sizes[0], batches[-1], "fast", config, device, pictures)
+            sweep.append(Swept(pool, concepts, row.seconds, row.quartiles))
     if config.phases:
         defaults = TrainConfig(device=config.device, precision=config.precision, memory="fast")
         phases = measure_phases(base, sizes[0], defaults, loading, lambda work: seconds_of(work, device), on_progress)
@@ -88,25 +111,34 @@ def run_bench_speed(out: Path, config: SpeedConfig, on_progress: Progress = lamb
         "matmul_flops_per_second": peak,
         "steps": [asdict(r) for r in rows],
         "phases": {"size": sizes[0], "of": [asdict(p) for p in phases]},
+        "sweep": [asdict(s) for s in sweep],
         "counts": {str(s): {k: c.to_dict() for k, c in of.items()} for s, of in counts.items()},
         "config": config.to_dict(),
     }
     write_json(out / "speed.json", report)
-    write_text(out / "speed.md", _as_markdown(report, rows, phases, counts))
+    write_text(out / "speed.md", _as_markdown(report, rows, phases, counts, sweep))
     return out / "speed.md"
 
 
 # ---- measuring
 
 
-def measure_step(base: BaseModel, size: int, batch: int, mode: str, config: SpeedConfig, device: torch.device) -> Row:
+def measure_step(
+    base: BaseModel,
+    size: int,
+    batch: int,
+    mode: str,
+    config: SpeedConfig,
+    device: torch.device,
+    pictures: RandomPictures | None = None,
+) -> Row:
     """Warm up, then take the time of single steps on a CPU, or of blocks of five on a GPU, which runs on its own."""
     settings: dict[str, Any] = {"device": config.device, "precision": config.precision}
     if mode == "reference":
         prepared = reference_run(base, size, batch)
     else:
         settings |= {"memory": "lean" if mode == "lean" else "fast", "compile": mode == "compiled"}
-        prepared = our_run(base, size, work_config(batch, **settings))
+        prepared = our_run(base, size, work_config(batch, **settings), pictures)
     block = 1 if device.type == "cpu" else 5
     seconds = []
     try:
@@ -142,12 +174,20 @@ def _rated(row: Row, sample_flops: float, peak: float) -> Row:
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds that ``work`` takes, until the device is done with it."""
+    """Seconds that ``work`` takes, until the device is done with it.
+
+    On a CPU with one thread these are the process's own: what else the machine does then is not counted.
+    """
+    clock = time.process_time if _own_time(device) else time.perf_counter
     _finish(device)
-    started = time.perf_counter()
+    started = clock()
     work()
     _finish(device)
-    return time.perf_counter() - started
+    return clock() - started
+
+
+def _own_time(device: torch.device) -> bool:
+    return device.type == "cpu" and torch.get_num_threads() == 1
 
 
 def _finish(device: torch.device) -> None:
@@ -167,6 +207,7 @@ def _machine(device: torch.device) -> dict[str, Any]:
     about: dict[str, Any] = {"device": device.type, "name": name, "torch": torch.__version__}
     if device.type == "cpu":
         about["threads"] = torch.get_num_threads()
+        about["clock"] = "of the process" if _own_time(device) else "of the wall"
     return about
 
 
@@ -174,7 +215,11 @@ def _machine(device: torch.device) -> dict[str, Any]:
 
 
 def _as_markdown(
-    report: dict[str, Any], rows: list[Row], phases: list[Phase], counts: dict[int, dict[str, Counts]]
+    report: dict[str, Any],
+    rows: list[Row],
+    phases: list[Phase],
+    counts: dict[int, dict[str, Counts]],
+    sweep: list[Swept],
 ) -> str:
     machine = ", ".join(f"{k} {v}" for k, v in report["machine"].items())
     random = ", random weights" if report["model"] == "sd21" else ""
@@ -203,6 +248,10 @@ def _as_markdown(
         for size, of in counts.items()
         for name, c in of.items()
     ]
+    if sweep:
+        lines += ["", f"## A fast step of {rows[-1].batch} samples with more pictures and more concepts", ""]
+        lines += ["| pictures in the pool | concepts | ms a step |", "| --- | --- | --- |"]
+        lines += [f"| {2 * s.pool} | {s.concepts} | {_milliseconds(s.seconds, s.quartiles)} |" for s in sweep]
     if phases:
         total = sum(p.seconds for p in phases)
         lines += ["", f"## A whole run: two concepts at {report['phases']['size']} px, default settings", ""]
@@ -216,9 +265,8 @@ def _step_line(row: Row, reference: Row) -> str:
     cells = [str(row.size), str(row.batch), row.mode]
     if row.seconds is None:
         return "| " + " | ".join([*cells, "does not fit", *[""] * 5]) + " |"
-    low, high = row.quartiles or (row.seconds,) * 2
     cells += [
-        f"{1000 * row.seconds:.4g} ({1000 * low:.4g}–{1000 * high:.4g})",
+        _milliseconds(row.seconds, row.quartiles),
         f"{row.samples_per_second:.3g}",
         f"{reference.seconds / row.seconds:.2f}×" if reference.seconds else "",
         f"{row.share_of_peak:.0%}" if row.share_of_peak is not None else "",
@@ -226,3 +274,10 @@ def _step_line(row: Row, reference: Row) -> str:
         f"{row.peak_bytes / reference.peak_bytes:.2f}×" if row.peak_bytes and reference.peak_bytes else "",
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def _milliseconds(seconds: float | None, quartiles: tuple[float, float] | None) -> str:
+    if seconds is None:
+        return "does not fit"
+    low, high = quartiles or (seconds, seconds)
+    return f"{1000 * seconds:.4g} ({1000 * low:.4g}–{1000 * high:.4g})"

@@ -66,6 +66,11 @@ class Command:
     settings: type[Config] | None = None
 
     @property
+    def function(self) -> str:
+        """Its name in :mod:`far_train.commands`."""
+        return self.name.replace("-", "_")
+
+    @property
     def known(self) -> list[str]:
         """Names of all its inputs and settings."""
         return [a.name for a in self.arguments] + [f.name for f in fields(self.settings or Config)]
@@ -377,7 +382,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         inputs, settings = collect(command, flags)
         from . import commands
 
-        getattr(commands, command.name.replace("-", "_"))(inputs, settings)
+        getattr(commands, command.function)(inputs, settings)
     except Interrupted as e:
         print(f"far_train: {e}", file=sys.stderr)
         return e.exit_status

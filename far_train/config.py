@@ -312,6 +312,7 @@ class SpeedConfig(Config):
     warmup: int = setting(3, "steps before anything is measured", low=1, high=1000)
     repeats: int = setting(10, "how often a step, or a block of five on a GPU, is measured", low=1, high=1000)
     phases: bool = setting(True, "also measure what the phases of a whole run take")
+    sweep: bool = setting(False, "also measure a step with larger pools and with one to four concepts")
     compile: bool = setting(False, "also measure the fast mode with compiled blocks")
     precision: str = setting("auto", "arithmetic of the frozen model", choices=("auto", "fp32", "bf16", "fp16"))
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps, xpu …")

@@ -1,4 +1,4 @@
-"""Frozen layers that keep less for the backward pass.
+"""Frozen layers that keep less for the backward pass, and launch less.
 
 PyTorch keeps the input of every convolution, though only the gradient of its weights needs it, and keeps both the gate
 and its GELU in a feed-forward layer. Where the weights are frozen the first is not needed at all, and the second is
@@ -11,14 +11,17 @@ from typing import Any
 
 import torch
 from diffusers.models.activations import GEGLU
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .attention import PlainProcessor
+
 
 class FrozenLayers:
-    """Puts such layers in the place of a UNet's convolutions and gates, and takes them out again.
+    """Puts such layers in the place of a UNet's convolutions, gates and attention processors, and takes them out again.
 
-    They compute the same. A layer whose weights learn stays as it is.
+    They compute the same. A layer whose weights learn stays as it is, and so does attention unlike SD 2.1's.
     """
 
     def __init__(self, unet: nn.Module):
@@ -30,11 +33,28 @@ class FrozenLayers:
                 if kind and parent is not unet and not any(p.requires_grad for p in child.parameters()):
                     self._replaced.append((parent, name, child))
                     setattr(parent, name, kind(child))
+        self._attentions = [m for m in unet.modules() if isinstance(m, Attention) and _is_plain(m)]
+        self._processors = [attention.processor for attention in self._attentions]
+        for attention in self._attentions:
+            attention.set_processor(PlainProcessor())
 
     def remove(self) -> None:
         """Leave the UNet as it was found."""
         for parent, name, child in self._replaced:
             setattr(parent, name, child)
+        for attention, processor in zip(self._attentions, self._processors):
+            attention.set_processor(processor)
+
+
+def _is_plain(attention: Attention) -> bool:
+    """Whether an attention layer has nothing that ``PlainProcessor`` leaves out."""
+    extras = ("spatial_norm", "group_norm", "norm_q", "norm_k", "norm_cross", "added_kv_proj_dim")
+    return (
+        isinstance(attention.processor, AttnProcessor2_0)
+        and attention.rescale_output_factor == 1
+        and not attention.residual_connection
+        and not any(getattr(attention, name, None) for name in extras)
+    )
 
 
 class _Convolve(torch.autograd.Function):

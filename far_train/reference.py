@@ -8,7 +8,6 @@ augmenting photos is left out, in its favour; so is what its optimizer does by d
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -37,7 +36,10 @@ class CustomDiffusion:
         self.base, self.priors = base, priors
         unet, encoder = base.unet, base.text_encoder
         self.dtype = unet.conv_in.weight.dtype
-        self.vae = copy.deepcopy(base.vae).to(self.dtype) if base.vae.dtype != self.dtype else base.vae
+        with torch.device("meta"):
+            self.vae = type(base.vae).from_config(base.vae.config)
+        self.vae.load_state_dict({k: v.to(self.dtype) for k, v in base.vae.state_dict().items()}, assign=True)
+        self.vae.requires_grad_(False).eval()
         self.scheduler = DDPMScheduler.from_config(base.scheduler)
         self.pixels = torch.stack([p.image.permute(2, 0, 1) * 2 - 1 for p in pictures])
         vocabulary = Vocabulary(base.tokenizer, names, base.tokenizer_size)

@@ -25,7 +25,8 @@ class TextCache:
         self._ids: dict[tuple[int, ...], Tensor] = {}
         self._encoded: dict[tuple[int, ...], Tensor] = {}
         for ids in dict.fromkeys(p.ids for p in prompts):
-            self.ids(ids) if self.is_learned(ids) else self.encoded(ids)
+            prepare = self.ids if self.is_learned(ids) else self.encoded
+            prepare(ids)
 
     def is_learned(self, ids: tuple[int, ...]) -> bool:
         """Whether a modifier stands in a prompt."""

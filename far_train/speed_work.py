@@ -22,18 +22,19 @@ from .reference import CustomDiffusion
 from .sampling import encode_prompts
 from .tokens import Vocabulary
 
-NAMES = (Name("dog", "<first-dog>"), Name("dog", "<second-dog>"))
-POOL = 8  # pictures of each half; a pool's size costs nothing in a step
+NAMES = tuple(Name("dog", f"<{which}-dog>") for which in ("first", "second", "third", "fourth"))
+CONCEPTS = 2
+POOL = 2  # pictures of each half; how many there are costs nothing in a step
 
 
 class RandomPictures:
-    """A training set of noise: composites of both concepts, side by side, and class pictures."""
+    """A training set of noise: ``count`` composites of all concepts, side by side, and as many class pictures."""
 
-    def __init__(self, size: int, count: int = POOL):
-        self.names, self.size, self._count = NAMES, size, count
+    def __init__(self, size: int, count: int = POOL, concepts: int = CONCEPTS):
+        self.names, self.size, self._count = NAMES[:concepts], size, count
 
     def digest(self) -> str:
-        return f"random {self.size} {self._count}"
+        return f"random {self.size} {self._count} {len(self.names)}"
 
     def composite_count(self) -> int:
         return self._count
@@ -42,10 +43,9 @@ class RandomPictures:
         return self._count
 
     def composite(self, index: int) -> Composite:
-        left = torch.zeros(self.size, self.size)
-        left[:, : self.size // 2] = 1
-        subjects = [(NAMES[0], left), (NAMES[1], 1 - left)]
-        return Composite.build(self._noise(index), f"a photo of {join_phrases(NAMES)}", subjects, "pair")
+        columns = torch.arange(self.size) * len(self.names) // self.size
+        subjects = [(n, (columns == i).float().expand(self.size, -1)) for i, n in enumerate(self.names)]
+        return Composite.build(self._noise(index), f"a photo of {join_phrases(self.names)}", subjects, "pair")
 
     def prior(self, index: int) -> Composite:
         return Composite(self._noise(self._count + index), "a photo of a dog", (), "prior")
@@ -60,7 +60,7 @@ def random_concepts(size: int, photos: int) -> list[Concept]:
     disc = ((x - size / 2) ** 2 + (y - size / 2) ** 2 < (size / 3) ** 2).float()
     return [
         Concept(n.token or "", n.noun, tuple(torch.rand(size, size, 3) for _ in range(photos)), (disc,) * photos)
-        for n in NAMES
+        for n in NAMES[:CONCEPTS]
     ]
 
 
@@ -76,7 +76,8 @@ def random_base(configs: dict[str, Any], device: str = "cpu", dtype: torch.dtype
     finally:
         torch.set_default_dtype(before)
     if dtype != torch.float32:
-        parts["vae"] = build_parts({**configs}, device)["vae"]
+        with torch.device(device):
+            parts["vae"] = type(parts["vae"]).from_config(configs["vae"])
     for part in parts.values():
         part.requires_grad_(False).eval()
     side = configs["unet"]["sample_size"] * 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
@@ -124,7 +125,7 @@ def reference_run(base: BaseModel, size: int, batch: int) -> Iterator[CustomDiff
     """The same training by the reference."""
     pictures = RandomPictures(size)
     halves = [pictures.composite(i) for i in range(batch - batch // 2)] + [pictures.prior(i) for i in range(batch // 2)]
-    reference = CustomDiffusion(base, NAMES, halves, batch // 2)
+    reference = CustomDiffusion(base, pictures.names, halves, batch // 2)
     try:
         yield reference
     finally:

@@ -96,7 +96,8 @@ def _restore(
             )
         with torch.no_grad():
             parameter.copy_(value)
-        optimizer.state[parameter] = {k: m if k == "step" else m.to(parameter.device) for k, m in moments.items()}
+        # A fused AdamW counts its steps where the parameters are.
+        optimizer.state[parameter] = {k: m.to(parameter.device) for k, m in moments.items()}
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -27,8 +28,8 @@ class ProjectionBank:
         self.sizes = [linear.out_features for linear in linears]
         self.weight = torch.cat([linear.weight.detach() for linear in linears])
         self.delta = nn.Parameter(torch.zeros_like(self.weight, dtype=torch.float32))
-        views = zip(self.weight.split(self.sizes), self.delta.split(self.sizes))
-        self.layers = [_BankedLinear(weight, delta) for weight, delta in views]
+        ends = list(itertools.accumulate(self.sizes))
+        self.layers = [_BankedLinear(self, slice(end - size, end)) for end, size in zip(ends, self.sizes)]
 
     @contextmanager
     def projecting(self, context: Tensor) -> Iterator[None]:
@@ -47,18 +48,18 @@ class ProjectionBank:
 
 
 class _BankedLinear(nn.Module):
-    """Stands in a layer's ``to_k`` or ``to_v`` while it is trained, with its rows of the bank."""
+    """Stands in a layer's ``to_k`` or ``to_v`` while it is trained; ``rows`` of the bank are its own."""
 
-    def __init__(self, weight: Tensor, delta: Tensor):
+    def __init__(self, bank: ProjectionBank, rows: slice):
         super().__init__()
-        self.rows = (weight, delta)  # no parameters of this module: the bank has them
+        self.bank, self.rows = bank, rows
         self.projected: Tensor | None = None
 
     def forward(self, context: Tensor) -> Tensor:
         """[B, length, width] → [B, length, channels]."""
         if self.projected is not None:
             return self.projected
-        weight, delta = self.rows
+        weight, delta = self.bank.weight[self.rows], self.bank.delta[self.rows]
         return F.linear(context, weight) + F.linear(context, delta.to(context.dtype))
 
 

@@ -29,7 +29,7 @@ def test_help_names_every_input_and_setting(command, capsys):
     settings = dataclasses.fields(command.settings) if command.settings else ()
     for name in [a.name for a in command.arguments] + [f.name for f in settings]:
         assert f"--{name.replace('_', '-')}" in text, name
-    assert callable(getattr(commands, command.name))
+    assert callable(getattr(commands, command.function))
 
 
 def test_help_and_version_of_the_whole(capsys):
@@ -77,7 +77,7 @@ def seen(monkeypatch) -> dict:
         def note(inputs, settings, name=command.name):
             given[name] = (dict(inputs), settings)
 
-        monkeypatch.setattr(commands, command.name, note)
+        monkeypatch.setattr(commands, command.function, note)
     return given
 
 

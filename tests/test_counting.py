@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from far_train.config import TrainConfig
 from far_train.counting import counting
 from far_train.mini.tiny import tiny_configs
 from far_train.speed_work import RandomPictures, count_steps, our_run, random_base, work_config
@@ -68,6 +69,21 @@ def test_a_step_costs_the_same_whatever_the_pool_and_the_vocabulary():
                 run.take_step()
         seen.append((counts.operations, counts.flops, counts.saved_bytes))
     assert seen[0] == seen[1] == seen[2]
+
+
+def test_more_concepts_take_more_steps_and_not_longer_ones():
+    """500 steps for each; a step of four concepts computes what one of one concept does, but for their maps."""
+    assert [TrainConfig().steps_for(k) for k in (1, 2, 4)] == [500, 1000, 2000]
+    flops, kernels = [], []
+    base = random_base(tiny_configs())
+    for concepts in (1, 2, 4):
+        with our_run(base, 128, work_config(2, device="cpu"), RandomPictures(128, 2, concepts)) as run:
+            run.take_step()
+            with counting() as counts:
+                run.take_step()
+        flops.append(counts.flops)
+        kernels.append(counts.kernels)
+    assert max(flops) < 1.01 * min(flops) and max(kernels) < 1.01 * min(kernels)
 
 
 def test_a_run_is_linear_in_its_steps():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from far_train.backbone import load_base
+from far_train.backbone import load_base, set_compiled
 from far_train.config import TrainConfig
 from far_train.memory import MARGIN, MemoryPlan, choose_plan, plan_memory
 from far_train.recipe import FP16_SCALE, TrainingRun
@@ -123,3 +123,23 @@ def test_what_the_user_sets_is_kept():
     assert plan_memory(TrainConfig(), 4, cpu, never) == MemoryPlan(4, False)
     assert plan_memory(TrainConfig(memory="lean"), 4, cpu, never) == MemoryPlan(4, True)
     assert plan_memory(TrainConfig(micro_batch=9), 4, cpu, never) == MemoryPlan(4, False)
+
+
+# ---- compiled blocks
+
+
+def test_compiled_blocks_compute_the_same(tiny_folder: Path, fusion, tmp_path: Path):
+    """What the compiler captures holds recorded maps and shared projections, too; no code is generated here."""
+    losses = []
+    for backend in (None, "eager"):
+        run = prepared(tiny_folder, fusion, tmp_path / str(backend))
+        if backend:
+            run.base.unet.compile_repeated_blocks(backend=backend)
+        losses.append([list(run.train_step().values()) for _ in range(3)])
+        blocks = [m for m in run.base.unet.modules() if m._compiled_call_impl is not None]
+        assert bool(blocks) == bool(backend)
+        set_compiled(run.base.unet, False)
+        assert all(m._compiled_call_impl is None for m in run.base.unet.modules())
+        run.clean_up()
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-4)
+    assert losses[0][2] == pytest.approx(losses[1][2], rel=1e-3)

@@ -1,0 +1,92 @@
+"""The benchmark of speed: every mode is measured on the same work, and the reference is Custom Diffusion's own step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from far_train import bench_speed
+from far_train.backbone import load_base, read_configs
+from far_train.cli import main
+from far_train.mini.tiny import tiny_configs
+from far_train.speed_work import CONCEPTS, RandomPictures, our_run, random_base, reference_run, work_config
+
+from .command_line import refused
+
+
+@pytest.fixture
+def small_is_tiny(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_speed, "small_base", lambda: load_base(tiny_folder))
+    monkeypatch.setattr(bench_speed, "read_configs", lambda _: read_configs(tiny_folder))
+
+
+def test_the_command_writes_tables_and_json(small_is_tiny, tmp_path: Path, capsys):
+    argv = [
+        "bench-speed",
+        "--out",
+        str(tmp_path),
+        "--device",
+        "cpu",
+        "--batches",
+        "1",
+        "2",
+        "--repeats",
+        "2",
+        "--sweep",
+    ]
+    assert main([*argv, "--warmup", "1"]) == 0
+    report = json.loads((tmp_path / "speed.json").read_text())
+    assert [(r["batch"], r["mode"]) for r in report["steps"]] == [
+        (b, mode) for b in (1, 2) for mode in ("reference", "fast", "lean")
+    ]
+    assert all(r["seconds"] > 0 and 0 < r["share_of_peak"] and r["peak_bytes"] for r in report["steps"])
+    assert report["counts"]["128"]["fast"]["host_waits"] == 0
+    assert [(s["pool"], s["concepts"]) for s in report["sweep"]] == list(bench_speed.SWEEP)
+    assert all(s["seconds"] > 0 for s in report["sweep"])
+    phases = {p["name"] for p in report["phases"]["of"]}
+    assert {"class pictures", "fusion", "encoding", "training", "checkpoints", "weights"} < phases
+    page = (tmp_path / "speed.md").read_text()
+    assert page in capsys.readouterr().out
+    assert "| 128 | 2 | lean |" in page and "random weights" not in page
+
+
+def test_bad_sizes(capsys, small_is_tiny, tmp_path: Path):
+    argv = ["bench-speed", "--out", tmp_path / "out", "--device", "cpu"]
+    refused(capsys, [*argv, "--sizes", "100"], "100 px does not fit", "multiple of")
+    refused(capsys, [*argv, "--sizes", "big"], "sizes: expected int")
+    refused(capsys, [*argv, "--batches", "0"], "batches: 0 is out of range")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_reference_learns_what_custom_diffusion_learns_and_leaves_the_base():
+    base = random_base(tiny_configs())
+    before = {k: v.clone() for m in (base.unet, base.text_encoder) for k, v in m.state_dict().items()}
+    with reference_run(base, 128, 4) as reference:
+        table, layers = reference.table.weight.detach().clone(), reference.layers.state_dict()
+        layers = {k: v.clone() for k, v in layers.items()}
+        for _ in range(2):
+            reference.take_step()
+        assert len(layers) == 20 and all(
+            not torch.equal(layers[k], v) for k, v in reference.layers.state_dict().items()
+        )
+        moved = (reference.table.weight - table).abs().amax(1)
+        assert (moved[-CONCEPTS:] > 0).all()
+        assert moved[:-CONCEPTS].max() < 1e-6  # the known flaw: weight decay reaches the other rows
+    after = {k: v for m in (base.unet, base.text_encoder) for k, v in m.state_dict().items()}
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_both_get_the_same_work():
+    """Half of the samples are class pictures; of one sample alone, none."""
+    base = random_base(tiny_configs())
+    for batch, priors in ((1, 0), (2, 1), (4, 2)):
+        with reference_run(base, 128, batch) as reference:
+            assert (len(reference.pixels), reference.priors) == (batch, priors)
+            image = RandomPictures(128).composite(0).image
+            assert torch.equal(reference.pixels[0], image.permute(2, 0, 1) * 2 - 1)
+        with our_run(base, 128, work_config(batch, device="cpu")) as run:
+            drawn = run._draw()
+            assert (len(drawn.latents), int((~drawn.is_instance).sum())) == (batch, priors)

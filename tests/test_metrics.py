@@ -1,0 +1,47 @@
+"""Metrics of steps: in order, late on a GPU, and an end after several steps that are not finite."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from far_train.errors import TrainingDiverged
+from far_train.metrics import DEPTH, NAMES, Readback, StepReports
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # the latter decides only how far the host may be ahead
+
+
+def values(loss: float) -> torch.Tensor:
+    return torch.tensor([loss, 1.0, 2.0, 3.0, loss])
+
+
+def test_on_the_cpu_values_come_at_once():
+    readback = Readback(CPU)
+    readback.put(1, values(0.5))
+    ((step, metrics),) = readback.take()
+    assert step == 1 and metrics == {**dict(zip(NAMES, (0.5, 1.0, 2.0, 3.0, 0.5))), "finite": True}
+    assert readback.take() == []
+
+
+def test_on_a_gpu_they_come_later_and_in_order():
+    readback, seen = Readback(CUDA), []
+    for step in range(1, 6):
+        readback.put(step, values(step))
+        seen.append([s for s, _ in readback.take()])
+    assert seen == [[]] * DEPTH + [[1], [2], [3]]
+    assert [s for s, _ in readback.take(all=True)] == [4, 5]
+
+
+def test_each_step_is_told_and_several_that_are_not_finite_end_the_run():
+    readback, told = Readback(CPU), []
+    reports = StepReports(readback, None, lambda step, metrics: told.append((step, metrics)), patience=2)
+    for step, loss in ((1, 0.5), (2, math.nan), (3, 0.25), (4, math.inf)):
+        readback.put(step, values(loss))
+        reports.pass_on()
+    assert [(step, m["finite"]) for step, m in told] == [(1, True), (2, False), (3, True), (4, False)]
+    assert all(m["seconds"] >= 0 for _, m in told)
+    readback.put(5, values(math.nan))
+    with pytest.raises(TrainingDiverged, match="not finite for 2 steps up to step 5"):
+        reports.pass_on()

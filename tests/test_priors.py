@@ -1,0 +1,73 @@
+"""Class pictures that a training draws: few steps, and kept for the runs that come after."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from far_train import priors
+from far_train.backbone import BaseModel, load_base
+from far_train.config import FusionConfig, SampleConfig, TrainConfig
+from far_train.fusion import ConceptFusion
+from far_train.priors import prior_key, prior_sampling
+from far_train.recipe import train
+from far_train.runs import read_metrics
+from far_train.weights import FarWeights
+
+CONFIG = TrainConfig(steps=1, prior_pictures=2, prior_steps=1, sample_every=0, device="cpu")
+
+
+def test_runs_with_the_same_inputs_share_them(tiny_folder, concepts, tmp_path: Path, monkeypatch):
+    bare = ConceptFusion(concepts, (), (), FusionConfig(size=128, count=2))
+    config = CONFIG.replace(prior_cache=str(tmp_path / "cache"))
+    train(load_base(tiny_folder), bare, config, tmp_path / "one")
+    assert not (tmp_path / "one" / "priors").exists()
+    pictures = sorted(p.name for p in (tmp_path / "cache").glob("*/ball/*"))
+    assert pictures == ["0000.png", "0001.png"]
+
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("drawn again")
+
+    monkeypatch.setattr(priors, "draw_pictures", refuse)
+    train(load_base(tiny_folder), bare, config.replace(steps=2), tmp_path / "two")
+    assert read_metrics(tmp_path / "two" / "metrics.jsonl")[0]["prior"] > 0
+    with pytest.raises(AssertionError, match="drawn again"):
+        train(load_base(tiny_folder), bare, config.replace(prior_steps=2), tmp_path / "three")
+    # The cache is this machine's affair: it shapes no result and doesn't travel with the weights.
+    (tmp_path / "cache").rename(tmp_path / "moved")
+    moved = config.replace(prior_cache=str(tmp_path / "moved"))
+    train(load_base(tiny_folder), bare, moved, tmp_path / "one", resume=True)
+    assert FarWeights.load(tmp_path / "two" / "weights.safetensors").provenance.config["prior_cache"] is None
+
+
+def test_the_key_is_of_all_that_shapes_a_picture(base: BaseModel):
+    sampling = prior_sampling(CONFIG)
+    keys = {
+        prior_key(base, sampling, 128),
+        prior_key(base, sampling, 192),
+        prior_key(base, sampling.replace(sample_seed=1), 128),
+        prior_key(base, sampling.replace(sampling_steps=9), 128),
+        prior_key(base, sampling.replace(guidance=2.0), 128),
+    }
+    with torch.no_grad():
+        base.vae.decoder.conv_out.bias.add_(0.01)
+    keys.add(prior_key(base, sampling, 128))
+    assert len(keys) == 6
+    assert prior_key(base, sampling.replace(sample_batch=1), 128) in keys  # side by side or not, they are the same
+
+
+def test_few_steps_are_the_default():
+    sampling = prior_sampling(TrainConfig())
+    assert (sampling.sampler, sampling.sampling_steps) == ("dpm++", 20)
+    assert SampleConfig().sampler == "ddim"
+
+
+def test_both_samplers_draw_and_differ(base: BaseModel, tmp_path: Path):
+    drawn = [
+        priors.draw_class_pictures(base, ["ball"], 1, tmp_path / s, SampleConfig(sampler=s, sampling_steps=3), size=128)
+        for s in ("ddim", "dpm++")
+    ]
+    assert all(p[0].image.shape == (128, 128, 3) and p[0].image.std() > 0 for p in drawn)
+    assert not torch.equal(drawn[0][0].image, drawn[1][0].image)
