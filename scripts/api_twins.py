@@ -3,6 +3,7 @@
 
     python scripts/api_twins.py --host http://127.0.0.1:8188            # a running ComfyUI with this pack
     python scripts/api_twins.py --host http://127.0.0.1:8188 --check    # write nothing, only say what is out of date
+    python scripts/api_twins.py --host http://127.0.0.1:8188 --widen    # first add inputs that nodes have gained since
 
 The front end's format keeps the widgets' values without their names; the names come from the running host.
 """
@@ -72,6 +73,32 @@ def to_api(graph: dict[str, Any], schemas: dict[str, Schema]) -> dict[str, Any]:
     return twin
 
 
+def widen(graph: dict[str, Any], schemas: dict[str, Schema]) -> list[str]:
+    """Give a graph's nodes the inputs that their types have gained, unconnected and at their defaults; says which.
+
+    New inputs are last in their schemas, so that links, which know inputs by place, and the values before stay right.
+    """
+    added = []
+    for node in graph["nodes"]:
+        schema = schemas.get(node["type"])
+        if schema is None:
+            continue
+        declared, widgets = inputs_of(schema), widget_names(schema)
+        known = [entry["name"] for entry in node.get("inputs", ())]
+        for name in [n for n in declared if n not in known]:
+            kind = declared[name][0]
+            entry = {"name": name, "type": "COMBO" if isinstance(kind, list) else kind, "link": None}
+            entry |= {"widget": {"name": name}} if name in widgets else {"shape": 7}
+            node.setdefault("inputs", []).append(entry)
+            added.append(f"{node.get('title') or node['type']}: {name}")
+        values = node.setdefault("widgets_values", []) if widgets else []
+        for name in widgets[len(values) :]:
+            kind, options = declared[name]
+            choices = kind if isinstance(kind, list) else options.get("options", [None])
+            values.append(options.get("default", choices[0]))
+    return added
+
+
 def twin_text(path: Path, schemas: dict[str, Schema]) -> str:
     """The text of the API twin of a workflow file."""
     try:
@@ -85,6 +112,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--host", default="http://127.0.0.1:8188", help="a running ComfyUI with this pack")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a twin is out of date")
+    parser.add_argument("--widen", action="store_true", help="add the inputs that nodes have gained, at their defaults")
     arguments = parser.parse_args()
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
@@ -96,6 +124,11 @@ def main() -> int:
     stale = 0
     for path in sorted(WORKFLOWS.glob("*.json")):
         twin = WORKFLOWS / "api" / path.name
+        if arguments.widen:
+            graph = json.loads(path.read_text(encoding="utf-8"))
+            if added := widen(graph, schemas):
+                path.write_text(json.dumps(graph, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+                print(f"{path.name}: added {', '.join(added)}")
         try:
             text = twin_text(path, schemas)
         except TwinError as e:
