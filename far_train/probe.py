@@ -84,10 +84,11 @@ def focus(heat: Tensor, mask: Tensor) -> Focus:
 
 
 def heat_over(image: Tensor, heat: Tensor) -> Tensor:
-    """A picture [H, W, 3] with a map [h, w] over it, dark where it is small: [H, W, 3]."""
+    """A picture [H, W, 3], pale and dark, with a map [h, w] glowing over it from red to yellow: [H, W, 3]."""
     share = stretched(heat, tuple(image.shape[:2]))[..., None]
-    glow = torch.tensor([1.0, 0.55, 0.1])
-    return (image * (0.25 + 0.45 * share) + 0.45 * share * glow).clamp(0, 1)
+    glow = torch.cat([share**0.7, 0.75 * share**1.6, 0.35 * share**4], -1)
+    pale = torch.lerp(image.mean(-1, keepdim=True), image, 0.4)
+    return (pale * (0.35 + 0.25 * share) + 0.7 * glow).clamp(0, 1)
 
 
 def stretched(heat: Tensor, size: tuple[int, int]) -> Tensor:
