@@ -59,7 +59,7 @@ def test_the_maps_are_the_librarys(comfy: ComfyServer, weights: FarWeights):
     vocabulary = weights.apply(base)
     names = [*(name for name, _ in list(SUBJECTS.values())[:2]), Name("beach")]
     image = sample_photos("rex", 1)[0].image
-    ours = attention_maps(base, vocabulary, image, TEXT, names, timesteps=TIMESTEPS, noise_seed=3)
+    ours = attention_maps(base, vocabulary, image, TEXT, names, timestep=TIMESTEPS, noise_seed=3)
     assert [row[1] for row in rows] == ["<rex-dog>", "<max-dog>", "beach"]
     for theirs, row, heat in zip(maps, rows, ours, strict=True):
         assert float((theirs - stretched(heat, (SIZE, SIZE))).abs().max()) < 1e-3
@@ -85,7 +85,7 @@ def test_tokens_are_found_by_themselves_and_counted_against_masks(comfy: ComfySe
     vocabulary = weights.apply(base)
     names = [name for name, _ in list(SUBJECTS.values())[:2]]
     image = sample_photos("rex", 1)[0].image
-    ours = attention_maps(base, vocabulary, image, TEXT, names, timesteps=TIMESTEPS, noise_seed=3)
+    ours = attention_maps(base, vocabulary, image, TEXT, names, timestep=TIMESTEPS, noise_seed=3)
     assert [row[1] for row in rows] == [name.token for name in names]
     for row, heat in zip(rows, ours, strict=True):
         expected = focus(heat, left)
