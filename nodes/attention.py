@@ -33,6 +33,7 @@ class AttentionProbe(io.ComfyNode):
             description="Where the model looks for each concept: heat maps of its own cross-attention over a picture. "
             "An extra pass that changes nothing; with masks it also counts how well each concept keeps to its subject.",
             search_aliases=["heat map", "cross attention", "daam", "attention map"],
+            is_output_node=True,
             inputs=[
                 Model.Input("model", tooltip="The model that is looked into, behind FaR Apply Weights. Not changed."),
                 Clip.Input("clip", tooltip="The CLIP of the prompts, behind FaR Apply Weights."),
@@ -59,7 +60,7 @@ class AttentionProbe(io.ComfyNode):
                     "are averaged. Early on the layout is settled, later the looks.",
                 ),
                 io.Int.Input(
-                    "noise_seed",
+                    "probe_seed",
                     default=0,
                     min=0,
                     max=2**53 - 1,
@@ -110,7 +111,7 @@ class AttentionProbe(io.ComfyNode):
         text: str,
         concepts: str = "",
         when: str = DEFAULT_WHEN,
-        noise_seed: int = 0,
+        probe_seed: int = 0,
         cells: int = 16,
         image: Tensor | None = None,
         vae: Any = None,
@@ -136,7 +137,7 @@ class AttentionProbe(io.ComfyNode):
             host.stop_if_interrupted()
 
         maps = host_attention.attention_maps(
-            model, clip, text, latents, phrases, levels, cells=cells, noise_seed=noise_seed, on_pass=on_pass
+            model, clip, text, latents, phrases, levels, cells=cells, noise_seed=probe_seed, on_pass=on_pass
         )
         heats, shares, labels, rows = [], [], [], []
         for i, (backdrop, of_picture) in enumerate(zip(backdrops, maps)):

@@ -40,7 +40,7 @@ def looking(**inputs: Any) -> dict[str, Any]:
         "4": node("FaR_MiniPhotos", subject="rex", count=1),
         "5": node("VAEEncode", pixels=["4", 0], vae=["1", 2]),
         "7": node("FaR_AttentionProbe", **{"model": ["3", 0], "clip": ["3", 1], "latent": ["5", 0], "text": TEXT,
-                  "when": WHEN, "noise_seed": 3} | inputs),
+                  "when": WHEN, "probe_seed": 3} | inputs),
         "8": node("FaRTest_SaveMask", mask=["7", 1], name="maps"),
         "9": node("PreviewAny", source=["7", 2]),
     }  # fmt: skip
@@ -67,7 +67,7 @@ def test_the_maps_are_the_librarys(comfy: ComfyServer, weights: FarWeights):
         assert float(row[head.index("peak %")]) == pytest.approx(100 * float(heat.max()), abs=0.011)
     # The comparison can fail: other words, another noise level and another noise give other maps.
     assert float((maps[0] - maps[1]).abs().max()) > 0.05
-    for change in ({"when": "0.9"}, {"noise_seed": 4}):
+    for change in ({"when": "0.9"}, {"probe_seed": 4}):
         assert float((maps_of(comfy, looking(concepts="beach", **change))[0][0] - maps[2]).abs().max()) > 0.01
 
 
