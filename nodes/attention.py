@@ -17,7 +17,7 @@ from ..far_train.report import contact_sheet
 from . import host, host_attention
 from .pictures import counted, unroll_images, unroll_masks
 from .previews import MAX_SHOWN, shown
-from .sockets import Clip, Model, Vae, schema
+from .sockets import Clip, Model, Vae, check_sockets, schema
 
 DEFAULT_WHEN = "0.4, 0.5, 0.6"
 
@@ -118,16 +118,15 @@ class AttentionProbe(io.ComfyNode):
         masks: Tensor | None = None,
         sigmas: Tensor | None = None,
     ) -> io.NodeOutput:
+        host.check_family(model, clip)
+        latents = _latents(latent)
         phrases = _phrases(concepts) or [t for t in host_attention.applied_tokens(clip) if t in text.lower()]
         if not phrases:
             raise CaptionError(
                 "concepts: the text holds none of the tokens that CLIP knows; write the words to look for, one a line, "
                 "or connect the CLIP of FaR Apply Weights"
             )
-        latents = latent["samples"]
-        levels = host_attention.sigmas_at(model, parse_shares(when)) if sigmas is None else sigmas[sigmas > 0].cpu()
-        if not len(levels):
-            raise ConfigError("sigmas: there is none above 0; connect a scheduler, or leave it open and use when")
+        levels = host_attention.sigmas_at(model, parse_shares(when)) if sigmas is None else _levels(sigmas)
         backdrops = _backdrops(image, vae, latents)
         regions = _regions(masks, len(phrases), len(latents))
         progress = host.Progress(len(levels), cls.hidden.unique_id)
@@ -167,9 +166,28 @@ def _phrases(text: str) -> list[str]:
     return [line.strip() for line in re.split(r"[\n,;]", text) if line.strip()]
 
 
+def _latents(latent: Any) -> Tensor:
+    """The pictures [n, 4, h, w] of a LATENT. Raises ConfigError."""
+    samples = latent.get("samples") if isinstance(latent, Mapping) else None
+    if not isinstance(samples, Tensor) or samples.ndim != 4:
+        raise ConfigError("latent: expected a LATENT of pictures; connect a sampler or VAE Encode")
+    return samples
+
+
+def _levels(sigmas: Any) -> Tensor:
+    """The noise levels of a SIGMAS, without the 0 at its end. Raises ConfigError."""
+    check_sockets(sigmas=(sigmas, Tensor, "SIGMAS"))
+    levels = sigmas[sigmas > 0].cpu()
+    if not len(levels):
+        raise ConfigError("sigmas: there is none above 0; connect a scheduler, or leave it open and use when")
+    return levels
+
+
 def _backdrops(image: Tensor | None, vae: Any, latents: Tensor) -> list[Tensor]:
     """What the maps are laid over: a picture [H, W, 3] for each latent. Raises SubjectError."""
     if image is None and vae is not None:
+        if not hasattr(vae, "decode"):
+            raise ConfigError(f"vae: expected a VAE of another node, got {type(vae).__name__}; connect one")
         image = vae.decode(latents)
     if image is None:
         height, width = (8 * side for side in latents.shape[-2:])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from comfy_api.latest import io
 from PIL import Image
 
+from ..far_train.errors import ConfigError
 from ..far_train.weights import FarWeights
 
 CATEGORY = "FaR"
@@ -58,6 +59,34 @@ def bytes_in(value: Any) -> int:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return sum(bytes_in(getattr(value, f.name)) for f in dataclasses.fields(value))
     return 0
+
+
+def check_sockets(**given: tuple[Any, type, str]) -> None:
+    """Refuse what a queue sent in place of a link: the host checks types of links, but not of values written down.
+
+    Each keyword is an input's name with (its value, the class that it must have, what that is called).
+    Raises ConfigError naming the input.
+    """
+    for name, (value, kind, called) in given.items():
+        if not isinstance(value, kind):
+            raise ConfigError(f"{name}: expected {called} of another node, got {type(value).__name__}; connect one")
+
+
+def check_choice(refusal: bool | str) -> None:
+    """Raise what ``validate_inputs`` says of a choice: the host doesn't ask it about values that come through links."""
+    if refusal is not True:
+        raise ConfigError(str(refusal))
+
+
+def all_of(name: str, given: Sequence[Any], kind: type, called: str) -> list[Any]:
+    """The things of all lists of a socket that takes several. Raises ConfigError naming the input."""
+    found = []
+    for value in given:
+        check_sockets(**{name: (value, Carried, called)})
+        for thing in value:
+            check_sockets(**{name: (thing, kind, called)})
+        found += value
+    return found
 
 
 def schema(**settings: Any) -> io.Schema:

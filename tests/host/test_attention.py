@@ -141,6 +141,8 @@ def test_a_picture_per_concept_and_latent(comfy: ComfyServer, weights: FarWeight
         ({"text": "a photo of a dog"}, "holds none of the tokens"),
         ({"when": "later"}, "when: 'later' can't be read"),
         ({"when": "0.5, 2"}, "must hold numbers from 0"),
+        ({"latent": "a picture"}, "latent: expected a LATENT"),
+        ({"sigmas": "many"}, "sigmas: expected SIGMAS of another node, got str"),
         ({"masks": ["10", 0]}, "masks: got 3 masks for 2 concepts on 1 picture"),
     ],
 )
