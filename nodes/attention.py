@@ -145,7 +145,7 @@ class AttentionProbe(io.ComfyNode):
                 heats.append(heat_over(backdrop, heat))
                 shares.append(stretched(heat, tuple(backdrop.shape[:2])))
                 rows.append([str(i + 1), phrase, *_figures(heat, found, k)])
-                labels.append(f"{phrase} ×{found[k].ratio:.1f} inside" if found else phrase)
+                labels.append(f"{phrase}: {found[k].ratio:.1f} times denser inside" if found else phrase)
         report = _table(phrases if regions else (), rows)
         sheet = contact_sheet([to_pil(h) for h in heats[:MAX_SHOWN]], labels[:MAX_SHOWN], columns=len(phrases))
         return io.NodeOutput(torch.stack(heats), torch.stack(shares), report, ui=shown(cls, sheet))

@@ -127,10 +127,9 @@ class Evaluate(io.ComfyNode):
         whole = Evaluation(references.names, references.similarity, tuple(compared))
         words = [c.words(whole.names) for c in compared]
         sheet = contact_sheet(seen[:MAX_SHOWN], words[:MAX_SHOWN])
-        table = whole.table()
-        display = shown(cls, sheet, table)
+        display = shown(cls, sheet, whole.words)
         return io.NodeOutput(
-            table, as_image(evaluation_plot(whole)), [from_pil(p)[None] for p in seen], whole.score, ui=display
+            whole.table(), as_image(evaluation_plot(whole)), [from_pil(p)[None] for p in seen], whole.score, ui=display
         )
 
 
