@@ -6,17 +6,22 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .errors import BaseModelError
 
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
+
 
 def cross_attention_layers(unet: nn.Module) -> dict[str, Attention]:
     """All text cross-attention layers (``attn2``) by module name, in the network's order."""
+    from diffusers.models.attention_processor import Attention  # takes seconds, which every start of a host would pay
+
     return {name: m for name, m in unet.named_modules() if name.endswith("attn2") and isinstance(m, Attention)}
 
 

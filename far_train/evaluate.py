@@ -185,11 +185,25 @@ class Evaluation:
             line = [_number(v) for v in own] + [f"{self.presence[i]:.0%}", _number(self.mixing[i])]
             lines.append([name.phrase, *line, *map(_number, similarity[i])])
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return "\n\n".join([table, *self._whole()])
+
+    @property
+    def words(self) -> str:
+        """The figures in a line for each concept, for where a table has no room."""
+        lines = [
+            f"{name.phrase}: in {present:.0%}, similarity {_number(similarity)}, mixing {_number(mixing)}"
+            for name, present, similarity, mixing in zip(
+                self.names, self.presence, self.similarity.diagonal(), self.mixing
+            )
+        ]
+        return "\n".join([*self._whole(), *lines])
+
+    def _whole(self) -> list[str]:
         pictures = f"{len(self.pictures)} picture{'s' if len(self.pictures) > 1 else ''}"
-        table += f"\n\n{pictures}: right {self.right:.0%}, Detect-and-Compare {self.score:.3f}"
+        lines = [f"{pictures}: right {self.right:.0%}, Detect-and-Compare {self.score:.3f}"]
         for a, b in self.indistinct():
-            table += f"\n\nThis encoder can't tell the photos of {a.token} from those of {b.token}."
-        return table
+            lines.append(f"This encoder can't tell the photos of {a.token} from those of {b.token}.")
+        return lines
 
 
 def _number(value: Tensor | float) -> str:

@@ -26,14 +26,14 @@ def attention_maps(
     caption: str,
     names: Sequence[Name],
     *,
-    timesteps: Sequence[int] = (500,),
+    timestep: int | Sequence[int] = 500,
     noise_seed: int = 0,
     cells: int = 16,
 ) -> Tensor:
     """Attention of each subject's words over a picture, [names, h, w] in fp32 on the CPU.
 
-    The picture [H, W, 3] (0..1) is noised to each of ``timesteps``, always with the same noise, and the maps are
-    averaged; the layers are those that Localized Refinement supervises with maps of ``cells`` cells. A concept's words
+    The picture [H, W, 3] (0..1) is noised to ``timestep``; of several, always with the same noise, the maps are
+    averaged. The layers are those that Localized Refinement supervises with maps of ``cells`` cells. A concept's words
     are its modifier token, a bare noun's the noun. Raises CaptionError if one isn't in the caption.
     """
     prompt = vocabulary.tokenize(caption)
@@ -46,8 +46,8 @@ def attention_maps(
     recorder = AttentionRecorder(base.unet, supervised_layers(base.unet, *latents.shape[-2:], cells))
     maps = []
     try:
-        for timestep in timesteps:
-            time = torch.tensor([timestep], device=base.device)
+        for moment in [timestep] if isinstance(timestep, int) else timestep:
+            time = torch.tensor([moment], device=base.device)
             noisy, _ = add_noise(latents, noise, base.alphas_cumprod.to(base.device)[time], base.prediction_type)
             with recorder.recording(select):
                 base.unet(noisy.to(context.dtype), time, context)
@@ -84,10 +84,11 @@ def focus(heat: Tensor, mask: Tensor) -> Focus:
 
 
 def heat_over(image: Tensor, heat: Tensor) -> Tensor:
-    """A picture [H, W, 3] with a map [h, w] over it, dark where it is small: [H, W, 3]."""
+    """A picture [H, W, 3], pale and dark, with a map [h, w] glowing over it from red to yellow: [H, W, 3]."""
     share = stretched(heat, tuple(image.shape[:2]))[..., None]
-    glow = torch.tensor([1.0, 0.55, 0.1])
-    return (image * (0.25 + 0.45 * share) + 0.45 * share * glow).clamp(0, 1)
+    glow = torch.cat([share**0.7, 0.75 * share**1.6, 0.35 * share**4], -1)
+    pale = torch.lerp(image.mean(-1, keepdim=True), image, 0.4)
+    return (pale * (0.35 + 0.25 * share) + 0.7 * glow).clamp(0, 1)
 
 
 def stretched(heat: Tensor, size: tuple[int, int]) -> Tensor:

@@ -132,7 +132,8 @@ def evaluation_plot(evaluation: Evaluation, size: tuple[int, int] = (900, 380)) 
         axes.imshow(matrix.nan_to_num(0.0).numpy(), vmin=0, vmax=1, cmap="viridis")
         for i, k in itertools.product(places, places):
             colour = "black" if matrix[i, k] > 0.6 else "white"
-            axes.text(k, i, f"{matrix[i, k]:.2f}", ha="center", va="center", color=colour)
+            said = "none" if matrix[i, k].isnan() else f"{matrix[i, k]:.2f}"
+            axes.text(k, i, said, ha="center", va="center", color=colour)
         axes.set(title=f"{title}, against photos", xticks=places, yticks=places)
         axes.set_xticklabels(labels, rotation=30, ha="right")
         axes.set_yticklabels(labels)

@@ -17,7 +17,7 @@ from ..far_train.report import contact_sheet
 from . import host, host_attention
 from .pictures import counted, unroll_images, unroll_masks
 from .previews import MAX_SHOWN, shown
-from .sockets import Clip, Model, Vae, schema
+from .sockets import Clip, Model, Vae, check_sockets, schema
 
 DEFAULT_WHEN = "0.4, 0.5, 0.6"
 
@@ -33,6 +33,7 @@ class AttentionProbe(io.ComfyNode):
             description="Where the model looks for each concept: heat maps of its own cross-attention over a picture. "
             "An extra pass that changes nothing; with masks it also counts how well each concept keeps to its subject.",
             search_aliases=["heat map", "cross attention", "daam", "attention map"],
+            is_output_node=True,
             inputs=[
                 Model.Input("model", tooltip="The model that is looked into, behind FaR Apply Weights. Not changed."),
                 Clip.Input("clip", tooltip="The CLIP of the prompts, behind FaR Apply Weights."),
@@ -59,7 +60,7 @@ class AttentionProbe(io.ComfyNode):
                     "are averaged. Early on the layout is settled, later the looks.",
                 ),
                 io.Int.Input(
-                    "noise_seed",
+                    "probe_seed",
                     default=0,
                     min=0,
                     max=2**53 - 1,
@@ -110,23 +111,22 @@ class AttentionProbe(io.ComfyNode):
         text: str,
         concepts: str = "",
         when: str = DEFAULT_WHEN,
-        noise_seed: int = 0,
+        probe_seed: int = 0,
         cells: int = 16,
         image: Tensor | None = None,
         vae: Any = None,
         masks: Tensor | None = None,
         sigmas: Tensor | None = None,
     ) -> io.NodeOutput:
+        host.check_family(model, clip)
+        latents = _latents(latent)
         phrases = _phrases(concepts) or [t for t in host_attention.applied_tokens(clip) if t in text.lower()]
         if not phrases:
             raise CaptionError(
                 "concepts: the text holds none of the tokens that CLIP knows; write the words to look for, one a line, "
                 "or connect the CLIP of FaR Apply Weights"
             )
-        latents = latent["samples"]
-        levels = host_attention.sigmas_at(model, parse_shares(when)) if sigmas is None else sigmas[sigmas > 0].cpu()
-        if not len(levels):
-            raise ConfigError("sigmas: there is none above 0; connect a scheduler, or leave it open and use when")
+        levels = host_attention.sigmas_at(model, parse_shares(when)) if sigmas is None else _levels(sigmas)
         backdrops = _backdrops(image, vae, latents)
         regions = _regions(masks, len(phrases), len(latents))
         progress = host.Progress(len(levels), cls.hidden.unique_id)
@@ -136,7 +136,7 @@ class AttentionProbe(io.ComfyNode):
             host.stop_if_interrupted()
 
         maps = host_attention.attention_maps(
-            model, clip, text, latents, phrases, levels, cells=cells, noise_seed=noise_seed, on_pass=on_pass
+            model, clip, text, latents, phrases, levels, cells=cells, noise_seed=probe_seed, on_pass=on_pass
         )
         heats, shares, labels, rows = [], [], [], []
         for i, (backdrop, of_picture) in enumerate(zip(backdrops, maps)):
@@ -145,7 +145,7 @@ class AttentionProbe(io.ComfyNode):
                 heats.append(heat_over(backdrop, heat))
                 shares.append(stretched(heat, tuple(backdrop.shape[:2])))
                 rows.append([str(i + 1), phrase, *_figures(heat, found, k)])
-                labels.append(f"{phrase} ×{found[k].ratio:.1f} inside" if found else phrase)
+                labels.append(f"{phrase}: {found[k].ratio:.1f} times denser inside" if found else phrase)
         report = _table(phrases if regions else (), rows)
         sheet = contact_sheet([to_pil(h) for h in heats[:MAX_SHOWN]], labels[:MAX_SHOWN], columns=len(phrases))
         return io.NodeOutput(torch.stack(heats), torch.stack(shares), report, ui=shown(cls, sheet))
@@ -166,9 +166,28 @@ def _phrases(text: str) -> list[str]:
     return [line.strip() for line in re.split(r"[\n,;]", text) if line.strip()]
 
 
+def _latents(latent: Any) -> Tensor:
+    """The pictures [n, 4, h, w] of a LATENT. Raises ConfigError."""
+    samples = latent.get("samples") if isinstance(latent, Mapping) else None
+    if not isinstance(samples, Tensor) or samples.ndim != 4:
+        raise ConfigError("latent: expected a LATENT of pictures; connect a sampler or VAE Encode")
+    return samples
+
+
+def _levels(sigmas: Any) -> Tensor:
+    """The noise levels of a SIGMAS, without the 0 at its end. Raises ConfigError."""
+    check_sockets(sigmas=(sigmas, Tensor, "SIGMAS"))
+    levels = sigmas[sigmas > 0].cpu()
+    if not len(levels):
+        raise ConfigError("sigmas: there is none above 0; connect a scheduler, or leave it open and use when")
+    return levels
+
+
 def _backdrops(image: Tensor | None, vae: Any, latents: Tensor) -> list[Tensor]:
     """What the maps are laid over: a picture [H, W, 3] for each latent. Raises SubjectError."""
     if image is None and vae is not None:
+        if not hasattr(vae, "decode"):
+            raise ConfigError(f"vae: expected a VAE of another node, got {type(vae).__name__}; connect one")
         image = vae.decode(latents)
     if image is None:
         height, width = (8 * side for side in latents.shape[-2:])

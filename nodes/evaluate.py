@@ -16,10 +16,11 @@ from ..far_train.errors import EncoderError, SubjectError
 from ..far_train.evaluate import Comparison, Evaluation, compare_picture, propose_masks, read_references
 from ..far_train.photos import from_pil
 from ..far_train.report import contact_sheet, evaluation_plot, tinted
+from ..far_train.subjects import SubjectExtractor
 from . import host, host_vision
 from .pictures import counted, unroll_images, unroll_masks
 from .previews import MAX_SHOWN, as_image, shown
-from .sockets import FarConcepts, SamModel, schema
+from .sockets import FarConcepts, SamModel, all_of, schema
 
 AUTOMATIC = "automatic"
 MINI_ORACLE = "FaR mini oracle (built in)"
@@ -96,10 +97,10 @@ class Evaluate(io.ComfyNode):
         sam_model: Sequence[Any] = (),
     ) -> io.NodeOutput:
         pictures = unroll_images(images)
-        known = [concept for each in concepts for concept in each]
+        known = all_of("concepts", concepts, Concept, "FAR_CONCEPTS")
         chosen = choose_encoder(encoder[0], clip_vision[0] if len(clip_vision) else None)
         given = sort_masks(masks, pictures) if len(masks) else None
-        sam = sam_model[0] if len(sam_model) else None
+        sam = SubjectExtractor(sam_model[0]).sam if len(sam_model) else None
         detect = getattr(chosen, "detect", None)
         if given is None and detect is None and sam is None:
             raise SubjectError(
@@ -126,10 +127,9 @@ class Evaluate(io.ComfyNode):
         whole = Evaluation(references.names, references.similarity, tuple(compared))
         words = [c.words(whole.names) for c in compared]
         sheet = contact_sheet(seen[:MAX_SHOWN], words[:MAX_SHOWN])
-        table = whole.table()
-        display = shown(cls, sheet, table)
+        display = shown(cls, sheet, whole.words)
         return io.NodeOutput(
-            table, as_image(evaluation_plot(whole)), [from_pil(p)[None] for p in seen], whole.score, ui=display
+            whole.table(), as_image(evaluation_plot(whole)), [from_pil(p)[None] for p in seen], whole.score, ui=display
         )
 
 
@@ -141,6 +141,9 @@ def choose_encoder(name: str, clip_vision: Any = None) -> Encoder:
 
         return OracleEncoder(small_oracle())
     if name == AUTOMATIC and clip_vision is not None:
+        if not hasattr(clip_vision, "encode_image"):
+            what = type(clip_vision).__name__
+            raise EncoderError(f"clip_vision: expected a CLIP_VISION of another node, got {what}; connect one")
         return host_vision.ClipVisionEncoder(clip_vision)
     folders = {path.name: path for path in host.model_subfolders("clip_vision")}
     if name == AUTOMATIC and folders:

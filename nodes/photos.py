@@ -25,6 +25,7 @@ from .sockets import SamModel, check_choice, schema
 
 MAX_SIDE = 8192
 SMALL_SAM = "FaR mini SAM (built in)"
+MASK_USES = ("as they are", "as hints for SAM")
 
 
 class LoadPhotos(io.ComfyNode):
@@ -229,6 +230,13 @@ class ExtractSubject(io.ComfyNode):
                     step=0.01,
                     tooltip="A subject that covers less than this share of the photo is not taken. 0.03 by default.",
                 ),
+                io.Combo.Input(
+                    "use_masks",
+                    options=list(MASK_USES),
+                    optional=True,
+                    tooltip=f"'{MASK_USES[0]}': a photo's mask is its subject. '{MASK_USES[1]}': SAM looks for the "
+                    "exact outline around a roughly painted mask, such as one from the mask editor.",
+                ),
             ],
             outputs=[
                 io.Image.Output("images", is_output_list=True, tooltip="The photos that show a subject."),
@@ -250,11 +258,15 @@ class ExtractSubject(io.ComfyNode):
         masks: Sequence[Tensor] = (),
         box: Sequence[Any] = (),
         names: Sequence[str] = (),
+        use_masks: Sequence[str] = MASK_USES[:1],
     ) -> io.NodeOutput:
         pictures = unroll_images(images)
         labels = photo_labels(len(pictures), names)
         given = match_masks(pictures, unroll_masks(masks), labels=labels) if len(masks) else [None] * len(pictures)
         prompts = read_prompts(len(pictures), box, box_format[0], points, names)
+        if use_masks[0] == MASK_USES[1] and len(sam_model):
+            prompts = [p if m is None else Prompt(mask_box(m), p.points) for p, m in zip(prompts, given)]
+            given = [None] * len(pictures)
         photos = [Photo(label, p, m, Path(label)) for label, p, m in zip(labels, pictures, given)]
         progress = host.Progress(len(photos), cls.hidden.unique_id)
         sam = sam_model[0] if len(sam_model) else None
@@ -286,6 +298,12 @@ class ExtractSubject(io.ComfyNode):
             as_image(sheet),
             ui=shown(cls, sheet, "\n".join(told)),
         )
+
+
+def mask_box(mask: Tensor) -> tuple[float, float, float, float]:
+    """The box x0, y0, x1, y1 around a mask [H, W], in its pixels."""
+    rows, columns = ((mask > 0.5).any(axis).nonzero().flatten() for axis in (1, 0))
+    return float(columns[0]), float(rows[0]), float(columns[-1]) + 1, float(rows[-1]) + 1
 
 
 def find_subjects(

@@ -234,6 +234,8 @@ class Train(io.ComfyNode):
         total = config.steps_for(len(dataset.names))
         config = config.replace(sample_every=min(config.sample_every, total))  # so that a short run has samples, too
         with host.no_inference_mode():
+            if continue_from is not None:
+                sockets.check_sockets(continue_from=(continue_from, FarWeights, "FAR_WEIGHTS"))
             identity = run_identity(host.mark_base(model, clip), dataset, config, continue_from)
             folder, finished = find_run(host.output_folder() / "far", file_name(name, "run"), identity)
             if finished:

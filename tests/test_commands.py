@@ -234,6 +234,8 @@ def test_train_export_inspect_generate(dataset, tiny_folder, tmp_path, capsys):
     run, out = tmp_path / "my-cats", tmp_path / "out"
     quick = ["--steps", "2", "--sample-every", "0", "--batch-size", "1", "--prior-batch-size", "1", "--device", "cpu"]
     train = ["train", "--base", str(tiny_folder), "--dataset", str(dataset), "--out", str(run), *quick]
+    assert main([*train, "--dry-run"]) == 0 and not run.exists()
+    assert "steps: 2, " in capsys.readouterr().out
     assert main(train) == 0
     assert "2 steps" in capsys.readouterr().out
     assert {"weights.safetensors", "metrics.jsonl", "run.json", "curves.png"} <= files(run)
@@ -242,6 +244,10 @@ def test_train_export_inspect_generate(dataset, tiny_folder, tmp_path, capsys):
     refused(capsys, [*train, "--resume", "--train-seed", "5"], "train_seed (0 then, 5 now)")
 
     weights = run / "weights.safetensors"
+    on = tmp_path / "on"
+    assert main([*train, "--out", str(on), "--continue-from", str(weights)]) == 0
+    assert "continue_from" in json.loads((on / "run.json").read_text())
+    capsys.readouterr()
     assert main(["export", "--weights", str(weights), "--out", str(out)]) == 0
     expected = {"loras/my-cats.safetensors", "embeddings/tom.safetensors", "embeddings/felix.safetensors"}
     assert expected <= files(out)

@@ -99,6 +99,7 @@ def test_several_pictures_in_one_table():
     lines = whole.table().splitlines()
     assert lines[2] == "| <rex-dog> dog | 1.00 | 1.00 | 100% | 0.00 | 1.00 | 0.60 |"
     assert "2 pictures: right 50%, Detect-and-Compare 0.320" in lines
+    assert whole.words.splitlines()[2] == "<max-dog> dog: in 50%, similarity 1.00, mixing 0.00"
     drawn = np.asarray(evaluation_plot(whole))
     assert drawn.shape == (380, 900, 3) and len(np.unique(drawn.reshape(-1, 3), axis=0)) > 50
 

@@ -64,9 +64,9 @@ def test_heat_is_brightest_where_attention_is_largest():
 
 def test_maps_of_several_noise_levels_are_averaged(base, vocabulary):
     image = torch.rand(128, 128, 3, generator=torch.Generator().manual_seed(0))
-    each = [attention_maps(base, vocabulary, image, CAPTION, NAMES, timesteps=[t]) for t in (100, 900)]
+    each = [attention_maps(base, vocabulary, image, CAPTION, NAMES, timestep=[t]) for t in (100, 900)]
     assert not torch.allclose(*each)
-    both = attention_maps(base, vocabulary, image, CAPTION, NAMES, timesteps=[100, 900])
+    both = attention_maps(base, vocabulary, image, CAPTION, NAMES, timestep=[100, 900])
     assert torch.allclose(both, (each[0] + each[1]) / 2)
 
 

@@ -40,7 +40,7 @@ def looking(**inputs: Any) -> dict[str, Any]:
         "4": node("FaR_MiniPhotos", subject="rex", count=1),
         "5": node("VAEEncode", pixels=["4", 0], vae=["1", 2]),
         "7": node("FaR_AttentionProbe", **{"model": ["3", 0], "clip": ["3", 1], "latent": ["5", 0], "text": TEXT,
-                  "when": WHEN, "noise_seed": 3} | inputs),
+                  "when": WHEN, "probe_seed": 3} | inputs),
         "8": node("FaRTest_SaveMask", mask=["7", 1], name="maps"),
         "9": node("PreviewAny", source=["7", 2]),
     }  # fmt: skip
@@ -59,7 +59,7 @@ def test_the_maps_are_the_librarys(comfy: ComfyServer, weights: FarWeights):
     vocabulary = weights.apply(base)
     names = [*(name for name, _ in list(SUBJECTS.values())[:2]), Name("beach")]
     image = sample_photos("rex", 1)[0].image
-    ours = attention_maps(base, vocabulary, image, TEXT, names, timesteps=TIMESTEPS, noise_seed=3)
+    ours = attention_maps(base, vocabulary, image, TEXT, names, timestep=TIMESTEPS, noise_seed=3)
     assert [row[1] for row in rows] == ["<rex-dog>", "<max-dog>", "beach"]
     for theirs, row, heat in zip(maps, rows, ours, strict=True):
         assert float((theirs - stretched(heat, (SIZE, SIZE))).abs().max()) < 1e-3
@@ -67,7 +67,7 @@ def test_the_maps_are_the_librarys(comfy: ComfyServer, weights: FarWeights):
         assert float(row[head.index("peak %")]) == pytest.approx(100 * float(heat.max()), abs=0.011)
     # The comparison can fail: other words, another noise level and another noise give other maps.
     assert float((maps[0] - maps[1]).abs().max()) > 0.05
-    for change in ({"when": "0.9"}, {"noise_seed": 4}):
+    for change in ({"when": "0.9"}, {"probe_seed": 4}):
         assert float((maps_of(comfy, looking(concepts="beach", **change))[0][0] - maps[2]).abs().max()) > 0.01
 
 
@@ -85,7 +85,7 @@ def test_tokens_are_found_by_themselves_and_counted_against_masks(comfy: ComfySe
     vocabulary = weights.apply(base)
     names = [name for name, _ in list(SUBJECTS.values())[:2]]
     image = sample_photos("rex", 1)[0].image
-    ours = attention_maps(base, vocabulary, image, TEXT, names, timesteps=TIMESTEPS, noise_seed=3)
+    ours = attention_maps(base, vocabulary, image, TEXT, names, timestep=TIMESTEPS, noise_seed=3)
     assert [row[1] for row in rows] == [name.token for name in names]
     for row, heat in zip(rows, ours, strict=True):
         expected = focus(heat, left)
@@ -141,6 +141,8 @@ def test_a_picture_per_concept_and_latent(comfy: ComfyServer, weights: FarWeight
         ({"text": "a photo of a dog"}, "holds none of the tokens"),
         ({"when": "later"}, "when: 'later' can't be read"),
         ({"when": "0.5, 2"}, "must hold numbers from 0"),
+        ({"latent": "a picture"}, "latent: expected a LATENT"),
+        ({"sigmas": "many"}, "sigmas: expected SIGMAS of another node, got str"),
         ({"masks": ["10", 0]}, "masks: got 3 masks for 2 concepts on 1 picture"),
     ],
 )

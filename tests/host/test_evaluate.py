@@ -74,6 +74,8 @@ def test_encoders_on_disk_and_of_the_host(comfy: ComfyServer):
         assert 0.5 < float(rows["<rex-dog> dog"][0]) <= 1.0
     with pytest.raises(ExecutionFailed, match="where are the subjects. Connect masks"):
         comfy.run(judged(encoder="tiny-dino"))
+    with pytest.raises(ExecutionFailed, match="concepts: expected FAR_CONCEPTS of another node"):
+        comfy.run(judged(encoder="tiny-dino", masks=["12", 1], concepts="rex"))
     with pytest.raises(ExecutionFailed, match="got 3 masks for 1 picture"):
         comfy.run(judged(encoder="tiny-dino", masks=["12", 1], images=["31", 0])
                   | {"31": node("EmptyImage", width=64, height=64, batch_size=1, color=0)})  # fmt: skip

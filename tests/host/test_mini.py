@@ -193,6 +193,26 @@ def test_the_built_in_sam_finds_what_the_library_finds(comfy: ComfyServer):
         assert np.mean((mask[..., 0] > 127) != (extractor.extract(photo).mask.numpy() > 0.5)) < 0.01
 
 
+def test_a_rough_mask_is_a_hint_for_sam(comfy: ComfyServer):
+    """As one paints it in the mask editor: much too wide, and SAM finds the outline in it."""
+    find = {"box_format": "x0, y0, x1, y1", "points": "", "min_area": 0.0, "sam_model": ["2", 0]}
+    prompt = {
+        "1": node("FaR_MiniPhotos", subject="rex", count=1),
+        "2": node("FaR_LoadSAM", model_name="FaR mini SAM (built in)"),
+        "3": node("FaR_ExtractSubject", images=["1", 0], **find),
+        "4": node("GrowMask", mask=["3", 1], expand=8, tapered_corners=False),
+    }
+    for place, use in (("5", "as they are"), ("6", "as hints for SAM")):
+        prompt[place] = node("FaR_ExtractSubject", images=["1", 0], masks=["4", 0], use_masks=use, **find)
+    for place in ("3", "5", "6"):
+        prompt |= {f"1{place}": node("MaskToImage", mask=[place, 1])}
+        prompt |= {f"2{place}": node("SaveImage", images=[f"1{place}", 0], filename_prefix=f"hint-{place}")}
+    outputs = comfy.run(prompt)
+    exact, rough, found = (pictures(comfy, outputs[f"2{n}"])[0][..., 0] > 127 for n in ("3", "5", "6"))
+    assert rough.sum() > 1.5 * exact.sum()  # kept as it is
+    assert (found & exact).sum() / (found | exact).sum() > 0.8
+
+
 # ---- the whole line
 
 

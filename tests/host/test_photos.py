@@ -31,6 +31,13 @@ NODES = (
     "FaR_LoadDataset",
     "FaR_MiniCheckpoint",
     "FaR_MiniPhotos",
+    "FaR_TrainOptions",
+    "FaR_Train",
+    "FaR_SaveWeights",
+    "FaR_LoadWeights",
+    "FaR_ApplyWeights",
+    "FaR_AttentionProbe",
+    "FaR_Evaluate",
 )
 TINY_SAM = {
     "embed_dim": 24,

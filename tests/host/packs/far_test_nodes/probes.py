@@ -9,7 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+import comfy.cldm.cldm
 import comfy.clip_vision
+import comfy.controlnet
 import comfy.model_base
 import comfy.model_detection
 import comfy.model_management
@@ -279,6 +281,29 @@ class ImagePromptNode(io.ComfyNode):
         return io.NodeOutput(patched)
 
 
+class TinyControlNet(io.ComfyNode):
+    """A ControlNet of the host's own class for the given MODEL's shape, with random weights."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FaRTest_ControlNet",
+            category="FaR/test",
+            inputs=[io.Model.Input("model")],
+            outputs=[io.ControlNet.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model) -> io.NodeOutput:
+        from . import randomize
+
+        shape = {k: v for k, v in model.model.model_config.unet_config.items() if k != "out_channels"}
+        control = comfy.cldm.cldm.ControlNet(**shape, hint_channels=3, device=torch.device("cpu"))
+        randomize(control, 0)
+        device = comfy.model_management.get_torch_device()
+        return io.NodeOutput(comfy.controlnet.ControlNet(control, load_device=device))
+
+
 class TinyClipVision(io.ComfyNode):
     """A CLIP vision model of the host's own class with few, random weights."""
 
@@ -318,4 +343,5 @@ NODES: list[type[io.ComfyNode]] = [
     SaveMask,
     ImagePromptNode,
     TinyClipVision,
+    TinyControlNet,
 ]
