@@ -21,7 +21,7 @@ from .pictures import (
     unroll_images,
     unroll_masks,
 )
-from .previews import shown, subject_sheet
+from .previews import refusal_shown, shown, subject_sheet
 from .sockets import Carried, FarConcepts, all_of, schema
 
 
@@ -70,6 +70,7 @@ class MakeConcept(io.ComfyNode):
         )
 
     @classmethod
+    @refusal_shown
     def validate_inputs(cls, token: Sequence[str | None]) -> bool | str:
         try:
             return all(check_token(t) for t in token if t is not None)

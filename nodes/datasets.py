@@ -19,7 +19,7 @@ from . import host
 from .naming import file_name
 from .photos import files_fingerprint
 from .pictures import counted
-from .previews import shown
+from .previews import refusal_shown, shown
 from .sockets import FarDataset, check_choice, check_sockets, schema
 
 PREVIEWS = 16
@@ -111,6 +111,7 @@ class LoadDataset(io.ComfyNode):
         )
 
     @classmethod
+    @refusal_shown
     def validate_inputs(cls, folder: str) -> bool | str:
         if folder is None or folder in dataset_folders():
             return True

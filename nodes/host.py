@@ -82,6 +82,11 @@ def stop_if_interrupted() -> None:
 def tell(text: str, node_id: str | None) -> None:
     """Show a line of text on a node, and log it."""
     log.info("%s", text)
+    show(text, node_id)
+
+
+def show(text: str, node_id: str | None) -> None:
+    """Show a line of text on a node."""
     server = getattr(PromptServer, "instance", None)
     if server is not None and node_id is not None and hasattr(server, "send_progress_text"):
         # The front end takes the text for HTML, and would swallow <corgi-dog>.

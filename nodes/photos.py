@@ -19,7 +19,7 @@ from ..far_train.sam import load_sam
 from ..far_train.subjects import Prompt, Subject, SubjectExtractor, subject_from_mask
 from . import host
 from .pictures import HOW_TO_GET_MASKS, counted, match_masks, photo_labels, unroll_images, unroll_masks
-from .previews import as_image, shown, subject_sheet
+from .previews import as_image, refusal_shown, shown, subject_sheet
 from .prompts import BOX_FORMATS, read_prompts
 from .sockets import SamModel, check_choice, schema
 
@@ -70,6 +70,7 @@ class LoadPhotos(io.ComfyNode):
         )
 
     @classmethod
+    @refusal_shown
     def validate_inputs(cls, folder: str) -> bool | str:
         if folder is None or folder in host.input_subfolders():
             return True
@@ -140,9 +141,11 @@ class LoadSam(io.ComfyNode):
             outputs=[
                 SamModel.Output("sam_model", tooltip="For FaR Extract Subject, or any node that takes a SAM_MODEL.")
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
+    @refusal_shown
     def validate_inputs(cls, model_name: str) -> bool | str:
         if model_name in (None, SMALL_SAM) or model_name in host.model_files("sams"):
             return True
@@ -162,7 +165,9 @@ class LoadSam(io.ComfyNode):
     def execute(cls, model_name: str) -> io.NodeOutput:
         check_choice(cls.validate_inputs(model_name or ""))
         # It rests on the CPU, and is on the compute device only while a node works with it.
-        return io.NodeOutput(small_sam() if model_name == SMALL_SAM else load_sam(sam_path(model_name)))
+        sam = small_sam() if model_name == SMALL_SAM else load_sam(sam_path(model_name))
+        host.tell(f"{model_name} is loaded", cls.hidden.unique_id)
+        return io.NodeOutput(sam)
 
 
 def sam_path(name: str) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from comfy_api.latest import io, ui
@@ -28,6 +30,24 @@ def shown(cls: type[io.ComfyNode], picture: Image.Image, text: str = "") -> Mapp
         host.tell(text, cls.hidden.unique_id)
         display["text"] = [text]
     return display
+
+
+def refusal_shown(validate: Callable[..., bool | str]) -> Callable[..., bool | str]:
+    """Decorator of ``validate_inputs``: why an input is refused also appears on the node.
+
+    If another part of the graph is valid, the host runs that, and the front end gives the refused node no more than
+    a red frame.
+    """
+
+    @functools.wraps(validate)
+    def validate_and_show(cls: type[io.ComfyNode], *args: Any, **inputs: Any) -> bool | str:
+        answer = validate(cls, *args, **inputs)
+        if answer is not True:
+            host.show(str(answer), getattr(cls.hidden, "unique_id", None))
+        return answer
+
+    validate_and_show.__signature__ = inspect.signature(validate)  # the host passes the inputs that it names
+    return validate_and_show
 
 
 def subject_sheet(images: Sequence[Tensor], masks: Sequence[Tensor | None], labels: Sequence[str] = ()) -> Image.Image:

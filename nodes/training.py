@@ -20,11 +20,12 @@ from ..far_train.backbone import BaseModel
 from ..far_train.concepts import TrainingSet
 from ..far_train.config import TrainConfig
 from ..far_train.cost import measure_cost
-from ..far_train.errors import Interrupted
+from ..far_train.errors import ConfigError, Interrupted
 from ..far_train.photos import from_pil, load_photo
 from ..far_train.recipe import Callbacks, train
 from ..far_train.report import loss_curves, picture_grid
 from ..far_train.runs import METRICS_FILE, WEIGHTS_FILE, find_run, read_metrics, run_identity
+from ..far_train.tokens import unknown_tokens
 from ..far_train.weights import FarWeights
 from ..far_train.wording import duration, rate, size_in_words
 from . import host, sockets
@@ -231,6 +232,7 @@ class Train(io.ComfyNode):
                 "sample_prompts": [line.strip() for line in sample_prompt.splitlines() if line.strip()],
             }
         )
+        check_sample_prompts(config.sample_prompts, [name.token for name in dataset.names])
         total = config.steps_for(len(dataset.names))
         config = config.replace(sample_every=min(config.sample_every, total))  # so that a short run has samples, too
         with host.no_inference_mode():
@@ -258,6 +260,16 @@ class Train(io.ComfyNode):
             weights = FarWeights.load(folder / WEIGHTS_FILE)
             curve = from_pil(loss_curves(_metrics(folder)))[None]
             return io.NodeOutput(sockets.CarriedWeights.of(weights), curve, _last_samples(folder), str(folder))
+
+
+def check_sample_prompts(prompts: Sequence[str], tokens: Sequence[str]) -> None:
+    """Refuse sample prompts that hold a token which isn't learned: a slip that would show after hours.
+
+    Raises ConfigError.
+    """
+    for prompt in prompts:
+        for token in unknown_tokens(prompt, tokens):
+            raise ConfigError(f"sample_prompt: there is no {token} in the dataset; it has: {', '.join(tokens)}")
 
 
 class LiveView:

@@ -19,6 +19,7 @@ from ..far_train.files import parse_json
 from ..far_train.weights import FarWeights, describe
 from . import host, sockets
 from .naming import file_name, place
+from .previews import refusal_shown
 from .prompt_graph import unpatched_prompts
 
 log = logging.getLogger(__name__)
@@ -102,9 +103,11 @@ class LoadWeights(io.ComfyNode):
                 sockets.FarWeightsSocket.Output(display_name="weights", tooltip="For FaR Apply Weights."),
                 io.String.Output(display_name="about", tooltip="Concepts, base and training settings, as JSON."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
+    @refusal_shown
     def validate_inputs(cls, file: str | None) -> bool | str:
         if file is None or file in host.model_files("far"):  # None: linked, known only when it runs
             return True
@@ -122,6 +125,8 @@ class LoadWeights(io.ComfyNode):
         sockets.check_choice(cls.validate_inputs(file or ""))
         with host.no_inference_mode():
             weights = sockets.CarriedWeights.load(host.model_path("far", file))
+        nouns = weights.provenance.nouns
+        host.tell(", ".join(f"{token} {nouns[token]}" for token in weights.embeddings), cls.hidden.unique_id)
         return io.NodeOutput(weights, json.dumps(describe(weights), indent=2))
 
 

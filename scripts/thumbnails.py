@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Draw the workflow templates' thumbnails, workflows/*.jpg, from the small drawn world. Needs no ComfyUI.
+"""Draw the templates' thumbnails and the help pages' pictures from the small drawn world. Needs no ComfyUI.
 
-    python scripts/thumbnails.py
+    python scripts/thumbnails.py    # workflows/*.jpg, and web/docs/*.jpg of nodes that show pictures
 
 The template browser shows squares of about 220 pixels, in which a graph can't be read: these show what goes in and what
-the template does with it. No picture on them is a model's output.
+the template does with it. No picture here is a model's output.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from far_train.fusion import ConceptFusion  # noqa: E402
 from far_train.mini.identity import Identity  # noqa: E402
 from far_train.mini.world import empty_scene, reference_photos  # noqa: E402
 from far_train.photos import to_pil  # noqa: E402
-from far_train.report import COLOURS, checkerboard, overlay  # noqa: E402
+from far_train.report import COLOURS, checkerboard, contact_sheet, dataset_sheet, overlay  # noqa: E402
 
 WORKFLOWS = REPOSITORY / "workflows"
 CELL, GAP = 256, 12
 SIDE = 2 * CELL + GAP
 BYTES = 60_000
+HELP = REPOSITORY / "web" / "docs"
 DOGS = {
     "<corgi-dog>": Identity("dog", "white", "green", "banded", "scarf", "floppy"),
     "<chow-dog>": Identity("dog", "white", "purple", "banded", "none", "floppy"),
@@ -40,16 +41,21 @@ OTHER = Identity("dog", "orange", "blue", "plain", "none", "pointed")  # a dog t
 SCENES = ("beach", "meadow", "snow", "mountains", "forest")
 
 DRAWN = {token: reference_photos(dog, seed=i, count=4, size=CELL) for i, (token, dog) in enumerate(DOGS.items())}
+OTHERS = reference_photos(OTHER, seed=9, count=4, size=CELL)
+
+
+def fusion_of(tokens: Sequence[str], recipes: dict[str, float] | None, count: int) -> ConceptFusion:
+    """A dataset of some of the dogs, in five places, with another dog as class picture."""
+    concepts = [Concept(t, "dog", *(tuple(x) for x in zip(*DRAWN[t]))) for t in tokens]
+    others = [ClassPicture("dog", image, mask) for image, mask in OTHERS]
+    scenes = [Background(empty_scene(name, seed=i, size=CELL)) for i, name in enumerate(SCENES)]
+    settings = FusionConfig(size=CELL, count=count, fusion_seed=3, recipe_weights=recipes)
+    return ConceptFusion(concepts, others, scenes, settings)
 
 
 def fused(tokens: Sequence[str], recipe: str, count: int, tinted: bool = True) -> list[Image.Image]:
     """Composites of one recipe, with coloured masks or as they are."""
-    concepts = [Concept(t, "dog", *(tuple(x) for x in zip(*DRAWN[t]))) for t in tokens]
-    others = [ClassPicture("dog", image, mask) for image, mask in reference_photos(OTHER, seed=9, count=4, size=CELL)]
-    scenes = [Background(empty_scene(name, seed=i, size=CELL)) for i, name in enumerate(SCENES)]
-    fusion = ConceptFusion(
-        concepts, others, scenes, FusionConfig(size=CELL, count=count, fusion_seed=3, recipe_weights={recipe: 1.0})
-    )
+    fusion = fusion_of(tokens, {recipe: 1.0}, count)
     return [overlay(c, fusion.names) if tinted else to_pil(c.image) for c in map(fusion.composite, range(count))]
 
 
@@ -106,16 +112,42 @@ def cards() -> dict[str, Image.Image]:
     }
 
 
+def help_pictures() -> dict[str, Image.Image]:
+    """What some nodes show on themselves, by node id: sheets of the same kind as theirs."""
+    corgi, chow, _ = DOGS
+    before, after = photos(corgi, 4), cut_outs(corgi, 4)
+    names = ["beach-1", "beach-2", "garden-1", "garden-2"]
+    fusion = fusion_of((corgi, chow), None, 8)
+    composites = [fusion.composite(i) for i in range(8)]
+    return {
+        "FaR_LoadPhotos": contact_sheet(before, names, cell=180),
+        "FaR_MiniPhotos": contact_sheet(
+            [*photos(corgi, 2), *photos(chow, 2)], ["rex-0", "rex-1", "max-0", "max-1"], cell=180
+        ),
+        "FaR_ExtractSubject": contact_sheet([*before, *after], ["photo"] * 4 + ["subject"] * 4, cell=180),
+        "FaR_Concept": contact_sheet(after, cell=180),
+        "FaR_PriorFromImages": contact_sheet([checkerboard(*o) for o in OTHERS], ["dog"] * 4, cell=180),
+        "FaR_ConceptFusion": dataset_sheet(composites, fusion.names, cell=220),
+    }
+
+
+def write(path: Path, picture: Image.Image) -> None:
+    """Write a JPEG of at most ``BYTES`` bytes."""
+    for quality in range(90, 20, -5):
+        written = io.BytesIO()
+        picture.save(written, "JPEG", quality=quality, optimize=True)
+        if written.tell() <= BYTES:
+            break
+    path.write_bytes(written.getvalue())
+    print(f"wrote {path.relative_to(REPOSITORY)}")
+
+
 def main() -> int:
     drawn = cards()
     for path in sorted(WORKFLOWS.glob("*.json")):
-        for quality in range(90, 20, -5):
-            written = io.BytesIO()
-            drawn[path.stem[0]].save(written, "JPEG", quality=quality, optimize=True)
-            if written.tell() <= BYTES:
-                break
-        path.with_suffix(".jpg").write_bytes(written.getvalue())
-        print(f"wrote {path.with_suffix('.jpg').relative_to(REPOSITORY)}")
+        write(path.with_suffix(".jpg"), drawn[path.stem[0]])
+    for node, picture in help_pictures().items():
+        write(HELP / f"{node}.jpg", picture)
     return 0
 
 

@@ -106,6 +106,28 @@ def test_the_small_one_runs_by_its_button(front_end: FrontEnd):
         assert not (a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]), (first, second)
 
 
+def test_why_a_node_is_refused_stands_on_it(front_end: FrontEnd):
+    """Where the rest of the graph is valid, the front end itself gives the refused node a red frame and no words."""
+    assert front_end.open(SMALL) == []
+    page = front_end.page
+    page.evaluate(SET_WIDGETS, LOWERED | {"Name Max": {"token": "max dog"}})
+    front_end.run()
+    page.get_by_text("token: 'max dog' is not a modifier token (write it as <max-dog>)").wait_for(timeout=MINUTES)
+    assert page.evaluate("() => app.graph._nodes.filter(n => n.has_errors).map(n => n.title)") == ["Name Max"]
+
+
+def test_an_error_while_running_is_shown_in_words(front_end: FrontEnd):
+    assert front_end.open(SMALL) == []
+    page = front_end.page
+    wrong = {"Learn Rex and Max": LOWERED["Learn Rex and Max"] | {"sample_prompt": "a photo of a <rx-dog> dog"}}
+    page.evaluate(SET_WIDGETS, LOWERED | wrong)
+    front_end.run()
+    page.get_by_text("sample_prompt: there is no <rx-dog> in the dataset; it has: <rex-dog>, <max-dog>").first.wait_for(
+        timeout=MINUTES
+    )
+    page.keyboard.press("Escape")
+
+
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_names_and_tooltips_in_other_languages(front_end: FrontEnd, language):
     """Every text as the front end shows it: its message format must not eat or break any of them."""

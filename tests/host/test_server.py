@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from .comfy_server import ComfyServer, ExecutionFailed, PromptRejected
+from .comfy_server import ComfyServer, ExecutionFailed, Host, PromptRejected
 
 
 def drawing(prediction: str = "v_prediction", size: int = 128, **loader) -> dict:
@@ -114,3 +114,14 @@ def test_interrupt_and_restart(host):
         assert kept.exists()
         assert server.get("/history") == {}
         assert server.run(drawing())["7"]["images"]
+
+
+def test_missing_requirements_are_told_with_the_fix(host: Host, tmp_path):
+    (tmp_path / "diffusers.py").write_text(
+        "raise ModuleNotFoundError(\"No module named 'diffusers'\", name='diffusers')"
+    )
+    with ComfyServer(host, env={"PYTHONPATH": str(tmp_path)}) as server:
+        log = server.start_log()
+        assert "IMPORT FAILED" in log and "FaR_Train" not in server.object_info()
+    assert "No module named 'diffusers'. Install what the pack needs and start again: " in log
+    assert f'"{host.python}" -m pip install -r "' in log and "ComfyUI-FaR/requirements.txt" in log
