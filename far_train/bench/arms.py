@@ -11,11 +11,8 @@ from typing import Any
 
 from ..config import FusionConfig, TrainConfig
 from ..errors import ConfigError
+from ..mini.shipped import TRAINING
 
-# What a small model with 16 × 16 cells needs; the product's defaults are for Stable Diffusion 2.1.
-TRAINING = TrainConfig(
-    steps=400, batch_size=4, prior_batch_size=4, embedding_lr=5e-3, kv_lr=1.5e-5, refinement_weight=0.03, sample_every=0
-)
 FUSION = FusionConfig(size=128, count=160, feather=1.0)
 PLAIN_LOSS = {"refinement_weight": 0.0, "background_weight": 1.0, "min_snr_gamma": None}
 NO_REFINEMENT = {"refinement_weight": 0.0}

@@ -36,7 +36,7 @@ from .identity import Identity, describe
 from .materials import cut_class_pictures, draw_empty_scenes, plain_vocabulary
 from .oracle import read_pictures
 from .scenery import PLACES
-from .shipped import DRAWING, SIZE, SUBJECTS, sample_photos, small_base, small_oracle, small_sam
+from .shipped import DRAWING, SIZE, SUBJECTS, TRAINING, sample_photos, small_base, small_oracle, small_sam
 from .verdicts import Verdict, judge_subjects
 
 log = logging.getLogger(__name__)
@@ -45,10 +45,6 @@ PAIR = ("rex", "max")
 CLASS_PICTURES, COMPOSITES, EMPTY_SCENES = 48, 120, 2  # the last: of each place
 PLACES_SHOWN = ("beach", "moon", "kitchen", "snow")
 PICTURES_EACH = 4
-# What a small model with 16 × 16 cells needs; the product's defaults are for Stable Diffusion 2.1.
-TRAINING = TrainConfig(
-    steps=400, batch_size=4, prior_batch_size=4, embedding_lr=5e-3, kv_lr=1.5e-5, refinement_weight=0.03, sample_every=0
-)
 # Custom Diffusion (Kumari et al. 2023, arXiv 2212.04488): the same modules, class pictures and steps; the photos as
 # they are, one subject in each, and the plain loss.
 ORIGINALS_ONLY = {"original": 1.0}

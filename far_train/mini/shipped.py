@@ -9,7 +9,7 @@ import torch
 
 from ..backbone import BaseModel, load_base
 from ..captions import Name
-from ..config import SampleConfig
+from ..config import SampleConfig, TrainConfig
 from ..errors import BaseModelError
 from ..photos import Photo
 from ..sam import load_sam
@@ -25,6 +25,10 @@ SAM = WEIGHTS / "sam" / SAM_FILE
 ORACLE = WEIGHTS / "oracle" / ORACLE_FILE
 SIZE = 128  # pixels, the small base's native side
 DRAWING = SampleConfig(sampling_steps=25, guidance=5.0, sample_batch=8)  # what suits the small base
+# What a small model with 16 × 16 cells needs; the product's defaults are for Stable Diffusion 2.1.
+TRAINING = TrainConfig(
+    steps=400, batch_size=4, prior_batch_size=4, embedding_lr=5e-3, kv_lr=1.5e-5, refinement_weight=0.03, sample_every=0
+)
 
 # Two pairs that differ in their second colour and one more attribute. The base has seen none of the four.
 SUBJECTS: dict[str, tuple[Name, Identity]] = {
