@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from .backbone import BaseModel, kv_layers
 from .config import TrainConfig
-from .frozen import FrozenLayers
 from .tokens import ModifierEmbedding, Vocabulary, initial_rows, norm_limits
 
 
@@ -71,6 +70,8 @@ class Trainables:
     """
 
     def __init__(self, base: BaseModel, vocabulary: Vocabulary):
+        from .frozen import FrozenLayers  # loads diffusers, which takes seconds
+
         self._base = base
         table = base.text_encoder.get_input_embeddings()
         self._limits = norm_limits(table.weight, vocabulary)
