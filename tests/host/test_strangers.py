@@ -100,7 +100,7 @@ def newer(comfy: ComfyServer) -> dict[str, Any]:
     graph = {
         "20": node("EmptyLatentImage", width=128, height=128, batch_size=1),
         "21": node("FaR_AttentionProbe", model=["14", 0], clip=["14", 1], latent=["20", 0], image=["2", 0],
-                   text="a <red-ball> ball", concepts="", when="0.5", noise_seed=0, cells=4),
+                   text="a <red-ball> ball", concepts="", when="0.5", probe_seed=0, cells=4),
         "22": node("FaR_Evaluate", images=["2", 0], masks=["2", 1], concepts=["5", 0], presence=0.6,
                    encoder="FaR mini oracle (built in)"),
     }  # fmt: skip

@@ -78,9 +78,9 @@ def _judge_change(event: str, path: str, folder: int) -> None:
 
 
 def _by_the_library() -> bool:
-    """Python's own modules evaluate type annotations and the methods of dataclasses."""
-    frame = sys._getframe(3)
-    return os.path.dirname(frame.f_code.co_filename) == os.path.dirname(os.__file__)
+    """Python's own modules evaluate type annotations, and the methods of dataclasses and named tuples."""
+    file = sys._getframe(3).f_code.co_filename
+    return file.startswith(os.path.dirname(os.__file__) + os.sep) and "site-packages" not in file
 
 
 def _hook(event: str, args: tuple) -> None:
