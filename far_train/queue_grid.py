@@ -12,6 +12,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import queue
 import re
 import threading
@@ -29,6 +30,7 @@ from .queueing import RunningHost, Workflow, find_input, replace_input, run_to_e
 from .report import contact_sheet, save_sheet
 
 RUN_FILE, TABLE_FILE, SHEET_FILE = "run.json", "runs.csv", "contact-sheet.jpg"
+MOST_VALUES = 100_000  # of one axis, and runs of a grid: more is a slip
 LONGEST_NAME = 60  # characters of a run's folder, before its digest
 LONGEST_VALUE = 60  # characters of a value in labels
 SHEET_CELLS = 240  # runs on one contact sheet: a JPEG ends at 65,535 pixels a side
@@ -77,11 +79,12 @@ def read_axis(workflow: Workflow, assignment: str) -> Axis:
     if isinstance(listed, list):
         values = [json.dumps(v) if isinstance(current, str) and not isinstance(v, str) else v for v in listed]
     elif span and not isinstance(current, str):
-        values = list(range(int(span[1]), int(span[2]) + 1))
+        values = range(int(span[1]), int(span[2]) + 1)
     else:
         values = [value_of(part.strip(), current) for part in text.split(",")] if text.strip() else []
     if not values:
         raise QueueError(f"grid: {assignment!r} has no values; write TITLE.input=1,2,3 or TITLE.input=1..3")
+    _check_number(assignment, len(values))
     probe = copy.deepcopy(workflow)
     for value in values:
         replace_input(probe, "grid", (node_id, name), value)
@@ -94,6 +97,7 @@ def plan(workflow: Workflow, axes: Sequence[Axis]) -> list[Run]:
     for axis in axes:
         if places.count(axis.place) > 1:
             raise QueueError(f"grid: '{axis.title}' is given twice; write all its values into one --grid")
+    _check_number("all combinations", math.prod(len(axis.values) for axis in axes))
     short = [axis.place[1] for axis in axes]
     names = [axis.place[1] if short.count(axis.place[1]) == 1 else axis.title for axis in axes]
     runs = {}
@@ -106,6 +110,11 @@ def plan(workflow: Workflow, axes: Sequence[Axis]) -> list[Run]:
         digest = _digest(changed)
         runs.setdefault(digest, Run(changed, values, label, digest))
     return list(runs.values())
+
+
+def _check_number(what: str, number: int) -> None:
+    if number > MOST_VALUES:
+        raise QueueError(f"grid: {what}: {number} runs are too many; at most {MOST_VALUES}, so split the grid")
 
 
 def _shown(value: Any) -> str:

@@ -183,6 +183,7 @@ def test_values_are_read(assignment, values):
         ("Draw.seed=", ["has no values"]),
         ("Draw.seed=[]", ["has no values"]),
         ("Draw.seed=5..4", ["has no values"]),
+        ("Draw.seed=0..99999999999999", ["too many", "split the grid"]),
     ],
 )
 def test_wrong_axes_are_explained(assignment, words):
@@ -200,6 +201,8 @@ def test_every_combination_once_and_the_last_axis_fastest():
     assert len({r.digest for r in runs}) == 4
     with pytest.raises(QueueError, match=r"grid: 'Draw.seed' is given twice"):
         grid("Draw.seed=1,2", "2.seed=3")
+    with pytest.raises(QueueError, match="all combinations: 1000000 runs are too many"):
+        grid("Draw.seed=1..1000", "Draw.cfg=1..1000")
 
 
 def test_axes_of_one_name_are_told_apart_and_long_values_cut():
