@@ -85,9 +85,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed process had not finished to write, in ``folder`` and below."""
+    """Delete what a killed process had not finished to write, in ``folder`` and below: ours, and safetensors' own."""
     for path in folder.rglob(".*"):
-        if re.fullmatch(r"\..+\.part(\.\w+)?|\.[0-9a-f]{32}\.tmp", path.name):
+        if re.fullmatch(r"\..+\.part(\.\w+)?|\.[0-9a-f]{32}\.tmp|\.tmp\w{6}", path.name):
             path.unlink(missing_ok=True)
 
 

@@ -237,7 +237,8 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(small, balls, tmp_path: 
 def test_what_a_killed_process_left_is_swept_up(small, balls, tmp_path: Path):
     with pytest.raises(Interrupted):
         train(small, balls, CONFIG, tmp_path, callbacks=stop_at(2))
-    rubbish = [tmp_path / "checkpoints" / ".checkpoint-00000005.abc.part.safetensors", tmp_path / f".{'0' * 32}.tmp"]
+    names = (".checkpoint-00000005.abc.part.safetensors", f".{'0' * 32}.tmp", ".tmp25Zs2Y")
+    rubbish = [tmp_path / "checkpoints" / name for name in names]
     own = tmp_path / ".notes"
     for path in (*rubbish, own):
         path.write_bytes(b"half")
