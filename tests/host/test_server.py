@@ -117,11 +117,10 @@ def test_interrupt_and_restart(host):
 
 
 def test_missing_requirements_are_told_with_the_fix(host: Host, tmp_path):
-    (tmp_path / "diffusers.py").write_text(
-        "raise ModuleNotFoundError(\"No module named 'diffusers'\", name='diffusers')"
-    )
+    gone = "import sys\nsys.modules |= dict.fromkeys(('diffusers', 'segment_anything'))\n"
+    (tmp_path / "sitecustomize.py").write_text(gone)
     with ComfyServer(host, env={"PYTHONPATH": str(tmp_path)}) as server:
         log = server.start_log()
         assert "IMPORT FAILED" in log and "FaR_Train" not in server.object_info()
-    assert "No module named 'diffusers'. Install what the pack needs and start again: " in log
+    assert "no module diffusers, segment_anything. Install what the pack needs and start again: " in log
     assert f'"{host.python}" -m pip install -r "' in log and "ComfyUI-FaR/requirements.txt" in log
