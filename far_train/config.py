@@ -167,6 +167,12 @@ class FusionConfig(Config):
     brightness: float = setting(0.10, "subjects get brighter or darker by up to this share", low=0, high=0.9)
     occlusion: float = setting(0.10, "share of composites in which one subject covers a part of another", low=0, high=1)
     max_covered: float = setting(0.15, "the most that an occlusion hides of the smaller subject", low=0, high=0.9)
+    height_drift: float = setting(
+        0.1,
+        "subjects stand as high as in their photos, give or take this share of the canvas; 1 puts them anywhere",
+        low=0,
+        high=1,
+    )
     margin: float = setting(1 / 64, "gap kept between subjects, as a fraction of the canvas", low=0, high=0.1)
     erode: int = setting(1, "pixels taken off a subject's rim before pasting", low=0, high=64)
     feather: float = setting(2.5, "softness of the pasted rim, in pixels", low=0, high=64)

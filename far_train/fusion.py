@@ -177,7 +177,8 @@ class ConceptFusion:
         sizes = [self._extent(rng, len(sources)) for _ in sources]
         cutouts = [self._vary(rng, s.cutout, extent) for s, extent in zip(sources, sizes)]
         may_cover = self.config.max_covered if rng.random() < self.config.occlusion else 0.0
-        placed = place(cutouts, self.size, round(self.config.margin * self.size), may_cover, rng)
+        margin = round(self.config.margin * self.size)
+        placed = place(cutouts, self.size, margin, may_cover, rng, self.config.height_drift)
         image, masks = paste(canvas, placed, self.config.feather, self.config.erode)
         size_word = ""
         if len(sources) == 1 and recipe == "solo":
@@ -211,7 +212,7 @@ class ConceptFusion:
         gain = 1 + rng.uniform(-self.config.brightness, self.config.brightness)
         picture = ImageEnhance.Brightness(picture).enhance(gain)
         width, height = (round(share * self.size) for share in extent)
-        return fit_inside(Cutout(picture, mask), width, height, angle)
+        return fit_inside(Cutout(picture, mask, cutout.foot), width, height, angle)
 
     def _background(self, rng: np.random.Generator) -> tuple[Image.Image, str]:
         kind = _draw(rng, self.background_kinds)

@@ -18,10 +18,14 @@ CONTEXT = 0.08  # of its own size, kept around a subject, so that turning and fe
 
 @dataclass(frozen=True)
 class Cutout:
-    """A subject with a little of its surroundings: ``picture`` (RGB) and ``mask`` (L), of one size."""
+    """A subject with a little of its surroundings: ``picture`` (RGB) and ``mask`` (L), of one size.
+
+    ``foot``: where its lower edge stood in the photo, as a share of the photo's height, if that is known.
+    """
 
     picture: Image.Image
     mask: Image.Image
+    foot: float | None = None
 
     @cached_property
     def region(self) -> np.ndarray:
@@ -55,7 +59,7 @@ def cut_out(picture: Image.Image, mask: Image.Image) -> Cutout:
     left, top, right, bottom = _bounds(np.asarray(mask) > 127)
     pad = round(CONTEXT * max(right - left, bottom - top)) + 2
     box = (max(left - pad, 0), max(top - pad, 0), min(right + pad, picture.width), min(bottom + pad, picture.height))
-    return Cutout(picture.crop(box), mask.crop(box))
+    return Cutout(picture.crop(box), mask.crop(box), bottom / picture.height)
 
 
 def fit_inside(cutout: Cutout, width: int, height: int, angle: float = 0.0) -> Cutout:
@@ -68,27 +72,34 @@ def fit_inside(cutout: Cutout, width: int, height: int, angle: float = 0.0) -> C
     own_width, own_height = turned.extent
     scale = min(width / own_width, height / own_height)
     size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
-    return Cutout(picture.resize(size, Image.Resampling.LANCZOS), mask.resize(size, Image.Resampling.BOX))
+    picture, mask = picture.resize(size, Image.Resampling.LANCZOS), mask.resize(size, Image.Resampling.BOX)
+    return Cutout(picture, mask, cutout.foot)
 
 
 def place(
-    cutouts: Sequence[Cutout], size: int, margin: int, max_covered: float, rng: np.random.Generator
+    cutouts: Sequence[Cutout],
+    size: int,
+    margin: int,
+    max_covered: float,
+    rng: np.random.Generator,
+    height_drift: float = 1.0,
 ) -> list[Placed]:
     """Find a place for every subject on a square canvas of ``size`` pixels.
 
     Random places are tried until the subjects, each grown by ``margin`` pixels, don't overlap; after 50 tries they
     stand in permuted columns. With ``max_covered`` > 0 subjects do overlap instead, by at most that share of the
-    smaller one (of all pairs together, so that nobody is hidden piece by piece).
+    smaller one (of all pairs together, so that nobody is hidden piece by piece). A subject's lower edge stays within
+    ``height_drift`` × ``size`` of where it was in its photo; with 1 it may be anywhere.
     """
     layers = [int(z) for z in rng.permutation(len(cutouts))]
     occlude = max_covered > 0 and len(cutouts) > 1
     grown = [_grow(c.region, 0 if occlude else margin) for c in cutouts]
     for _ in range(TRIES):
-        placed = [Placed(c, *_random_corner(c, size, rng), z) for c, z in zip(cutouts, layers)]
+        placed = [Placed(c, *_random_corner(c, size, rng, height_drift), z) for c, z in zip(cutouts, layers)]
         covered = sum(_overlap(placed[i], grown[i], placed[j], grown[j]) for i in range(len(placed)) for j in range(i))
         if (0 < covered <= max_covered) if occlude else covered == 0:
             return placed
-    return _columns(cutouts, size, margin, layers, rng)
+    return _columns(cutouts, size, margin, layers, rng, height_drift)
 
 
 def paste(
@@ -138,12 +149,15 @@ def _grow(region: np.ndarray, margin: int) -> np.ndarray:
     return ndimage.maximum_filter(padded, 2 * margin + 1) if margin else padded
 
 
-def _random_corner(cutout: Cutout, size: int, rng: np.random.Generator) -> tuple[int, int]:
-    """A uniform place at which the subject (not its context) lies inside the canvas."""
+def _random_corner(cutout: Cutout, size: int, rng: np.random.Generator, height_drift: float) -> tuple[int, int]:
+    """A uniform place at which the subject (not its context) lies inside the canvas, near its height in the photo."""
     left, top, right, bottom = cutout.box
     x = rng.integers(0, max(size - (right - left), 0) + 1) - left
-    y = rng.integers(0, max(size - (bottom - top), 0) + 1) - top
-    return int(x), int(y)
+    lowest = max(size - (bottom - top), 0)
+    if cutout.foot is None or height_drift >= 1:
+        return int(x), int(rng.integers(0, lowest + 1) - top)
+    foot = (cutout.foot + rng.uniform(-height_drift, height_drift)) * size
+    return int(x), int(np.clip(round(foot) - (bottom - top), 0, lowest) - top)
 
 
 def _overlap(a: Placed, grown_a: np.ndarray, b: Placed, grown_b: np.ndarray) -> float:
@@ -168,7 +182,12 @@ def _grown_corner(item: Placed, grown: np.ndarray) -> tuple[int, int]:
 
 
 def _columns(
-    cutouts: Sequence[Cutout], size: int, margin: int, layers: Sequence[int], rng: np.random.Generator
+    cutouts: Sequence[Cutout],
+    size: int,
+    margin: int,
+    layers: Sequence[int],
+    rng: np.random.Generator,
+    height_drift: float,
 ) -> list[Placed]:
     width = size // len(cutouts)
     placed = []
@@ -176,7 +195,7 @@ def _columns(
         room = width - 2 * margin
         if cutout.extent[0] > room:
             cutout = fit_inside(cutout, room - 1, cutout.extent[1])  # resampling may round a pixel up
-        x, y = _random_corner(cutout, size, rng)
+        x, y = _random_corner(cutout, size, rng, height_drift)
         left, _, right, _ = cutout.box
         x = int(column) * width + (width - (right - left)) // 2 - left
         placed.append(Placed(cutout, x, y, z))

@@ -54,7 +54,7 @@ def test_subjects_keep_their_distance(recipe, margin):
 
 
 def test_nothing_is_cut_off_by_the_canvas():
-    fused = fuse(3, size=128, **only("triple", flip=0, **NO_CHANGES))
+    fused = fuse(3, size=128, **only("triple", flip=0, occlusion=0, **NO_CHANGES))
     for i in range(25):
         for mention in fused.composite(i).mentions:
             box = mention_box(mention)
@@ -117,7 +117,7 @@ def test_the_class_subject_is_mentioned_first_as_often_as_last():
 
 
 def test_single_subjects_come_in_all_sizes_at_all_places():
-    fused = fuse(1, (), size=128, **only("solo", **NO_CHANGES))
+    fused = fuse(1, (), size=128, height_drift=1, **only("solo", **NO_CHANGES))
     composites = [fused.composite(i) for i in range(120)]
     sides = np.array([max(mention_box(c.mentions[0])) / 128 for c in composites])
     assert 0.33 < sides.min() < 0.40 and 0.85 < sides.max() < 0.92
@@ -214,3 +214,18 @@ def test_a_subject_thinner_than_the_eroded_rim_survives():
         [Concept("<snake>", "snake", (image,), (mask,))], (), (), FusionConfig(**only("solo", size=64, rotation=0))
     )
     assert all(region(fused.composite(i).mentions[0]).any() for i in range(20))
+
+
+@pytest.mark.parametrize("recipe", ["solo", "pair"])
+def test_subjects_stand_as_high_as_in_one_of_their_photos(recipe):
+    feet = (0.7, 0.8)  # where the ellipses of the photos end
+    off = {}
+    for drift in (0.1, 1.0):
+        fused = fuse(2, size=128, height_drift=drift, **only(recipe, flip=0, occlusion=0, **NO_CHANGES))
+        off[drift] = []
+        for mention in (m for i in range(25) for m in fused.composite(i).mentions):
+            rows = np.flatnonzero(region(mention).any(1))
+            lowest, height = (rows[-1] + 1) / 128, (rows[-1] + 1 - rows[0]) / 128
+            off[drift].append(min(abs(lowest - max(foot, height)) for foot in feet))  # a tall one touches the top
+    assert max(off[0.1]) <= 0.1 + 2 / 128
+    assert max(off[1.0]) > 0.15
