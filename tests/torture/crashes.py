@@ -136,7 +136,7 @@ def main(folder: Path, seed: int, kills: int, in_saves: int) -> None:
     whole = load_file(folder / "undisturbed" / "weights.safetensors")
     history = [m["loss"] for m in read_metrics(folder / "undisturbed" / "metrics.jsonl")]
     done, wrong, lost, number = Counter(), [], Counter(), 0
-    while sum(done[k] for k in ("save", "elsewhere")) < kills:
+    while done["save"] < in_saves or done["save"] + done["elsewhere"] < kills:
         run = folder / f"run-{number}"
         number += 1
         for _ in range(KILLS_PER_RUN):
