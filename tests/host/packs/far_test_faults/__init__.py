@@ -63,6 +63,7 @@ def full_disk() -> None:
 def broken_previews() -> None:
     training = far("nodes.training")
     replace(training, "PREVIEW_SECONDS", 0.0)
+    replace(training, "FIRST_PREVIEW", 0.0)
     replace(training, "picture_grid", None)
     fail(training, "loss_curves", lambda: ValueError("a preview that fails"), times=3)
 
@@ -73,7 +74,7 @@ FAULTS: dict[str, Callable[[], None]] = {
     "memory while encoding": lambda: fail(far("far_train.recipe"), "encode_pool", out_of_memory),
     "disk": full_disk,
     "preview": broken_previews,
-    "crash": lambda: fail(far("far_train.recipe").TrainingRun, "train_step", ZeroDivisionError),
+    "crash": lambda: fail(far("far_train.recipe").TrainingRun, "take_step", ZeroDivisionError),
 }
 
 
