@@ -272,7 +272,7 @@ def test_prompts_with_an_unpatched_clip_are_told_so(comfy, weights, saved):
     with Listener(comfy) as listener:
         comfy.run(prompt)
     told = [payload for kind, payload in listener.binaries if kind == NODE_TEXT]
-    assert sum(b"<red-ball> will be read as plain text here" in payload for payload in told) == 1
+    assert sum(b"&lt;red-ball&gt; will be read as plain text here" in payload for payload in told) == 1
     assert all(payload[4:5] == b"6" for payload in told if b"plain text" in payload)
 
 
