@@ -116,10 +116,6 @@ def output_folder() -> Path:
     return Path(folder_paths.get_output_directory())
 
 
-def temp_folder() -> Path:
-    return Path(folder_paths.get_temp_directory())
-
-
 def register_model_folders() -> None:
     """Make models/far and models/sams known, keeping what other packs registered under these names."""
     for kind, extensions in MODEL_FOLDERS.items():

@@ -11,10 +11,10 @@ from typing import Any
 
 from ..config import FusionConfig, TrainConfig
 from ..errors import ConfigError
-from ..mini.shipped import TRAINING
+from ..mini.shipped import PLAIN_LOSS, TRAINING
 
 FUSION = FusionConfig(size=128, count=160, feather=1.0)
-PLAIN_LOSS = {"refinement_weight": 0.0, "background_weight": 1.0, "min_snr_gamma": None}
+RESIZED_LOSS = PLAIN_LOSS | {"background_weight": 0.0}  # the photo counts, the grey around it does not
 NO_REFINEMENT = {"refinement_weight": 0.0}
 ORIGINALS = {"recipe_weights": {"original": 1.0}}
 
@@ -46,7 +46,7 @@ CORE = (
         "Custom Diffusion",
         "arXiv 2212.04488: embeddings and K/V, class pictures, photos resized with words for it",
         data="resized",
-        training={**NO_REFINEMENT, "background_weight": 0.0, "min_snr_gamma": None},
+        training=RESIZED_LOSS,
     ),
     Arm(
         "seg-mix",
@@ -65,7 +65,7 @@ FURTHER = (
         "Textual inversion",
         "arXiv 2208.01618: embeddings alone, photos as they are",
         data="resized",
-        training={**NO_REFINEMENT, "background_weight": 0.0, "min_snr_gamma": None, "kv_lr": 0.0},
+        training=RESIZED_LOSS | {"kv_lr": 0.0},
     ),
     Arm(
         "masked-loss",

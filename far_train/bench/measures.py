@@ -19,8 +19,6 @@ from ..mini.identity import ATTRIBUTES, Identity
 from ..mini.oracle import Detection, Reading
 from ..mini.verdicts import differing, judge_subjects
 
-KINDS = ("joint", "solo", "binding", "prior")
-
 
 @dataclass(frozen=True)
 class Seen:
@@ -84,10 +82,10 @@ def joint_figures(seen: Sequence[Seen], wanted: Sequence[Identity], reference_pl
 def solo_figures(seen: Sequence[Seen], wanted: Sequence[Identity]) -> dict[str, float]:
     """Each subject asked for alone. ``solo``: exactly one, by class, four of five attributes and all that tell."""
     right, foreign, told = [], 0, 0
+    telling = differing(wanted)
     for s in seen:
         identity, found = wanted[s.subject], s.identities
         agreed = agreed_fields(identity, found[0]) if len(found) == 1 else set()
-        telling = differing(wanted)
         right.append("noun" in agreed and len(agreed) > ENOUGH_ATTRIBUTES and telling <= agreed)
         others = [w for i, w in enumerate(wanted) if i != s.subject]
         if found and others:
@@ -141,11 +139,12 @@ def corrected_leakage(
     within 0 and 1. ``confusion``: attribute → true value → value read → count, as :func:`measure_oracle` gives it.
     """
     shares, weights = [], []
+    matched = [match for s in seen for match in _matches(wanted, s.identities)]
     for k, subject in enumerate(wanted):
         (other,) = (w for i, w in enumerate(wanted) if i != k)
         for attribute in differing(wanted):
             own, foreign = getattr(subject, attribute), getattr(other, attribute)
-            read = [getattr(i, attribute) for s in seen for j, i in _matches(wanted, s.identities) if j == k]
+            read = [getattr(identity, attribute) for j, identity in matched if j == k]
             if not read:
                 continue
             q = sum(value == foreign for value in read) / len(read)

@@ -196,7 +196,7 @@ class Bench:
     ) -> tuple[dict[str, float], list[Seen], Tensor]:
         names = group.names if vocabulary else [Name(n.noun) for n in group.names]
         asked = prompts(group, names, self.plan.pictures)
-        seen, drawn = self._look(base, vocabulary or plain_vocabulary(base), asked, seed)
+        seen, drawn = self._look(base, vocabulary or plain_vocabulary(base), asked, _seeds(seed, len(asked)))
         by_kind = {kind: [s for s in seen if s.kind == kind] for kind in self.plan.pictures}
         figures = joint_figures(by_kind["joint"], group.identities, reference_places(group))
         if vocabulary:
@@ -212,9 +212,8 @@ class Bench:
         base: BaseModel,
         vocabulary: Vocabulary,
         asked: Sequence[tuple[str, str, str | None, int | None]],
-        seed: int,
+        seeds: Sequence[int],
     ) -> tuple[list[Seen], Tensor]:
-        seeds = [1_000_000 * (seed + 1) + i for i in range(len(asked))]
         pictures = draw_pictures(
             base, vocabulary, [a[1] for a in asked], DRAWING, seeds=seeds, on_progress=self._phase("drawing")
         )
@@ -230,21 +229,24 @@ class Bench:
         path = self.out / "materials" / "prior" / f"{'-'.join(sorted({n.noun for n in names}))}-{first}-s{seed}.json"
         if path.exists():
             return [Seen(**{**s, "found": tuple(s["found"])}) for s in json.loads(path.read_text(encoding="utf-8"))]
-        seeds = [1_000_000 * (seed + 1) + i for i in range(first, len(asked))]
-        part = asked[first:]
-        pictures = draw_pictures(self._base, plain_vocabulary(self._base), [a[1] for a in part], DRAWING, seeds=seeds)
-        seen = [Seen.build(*a, s, r) for a, s, r in zip(part, seeds, read_pictures(self.oracle, pictures))]
+        seeds = _seeds(seed, len(asked))[first:]
+        seen, _ = self._look(self._base, plain_vocabulary(self._base), asked[first:], seeds)
         write_json(path, [asdict(s) for s in seen])
         return seen
 
     def _write(self, folder: Path, row: dict[str, Any], group: Group, seen: Sequence[Seen], pictures: Tensor) -> None:
         write_text(folder / "seen.jsonl", "".join(json.dumps(asdict(s)) + "\n" for s in seen))
         labels = []
-        for s, _ in zip(seen, pictures[:SHOWN]):
+        for s in seen[: len(pictures[:SHOWN])]:
             verdict = judge_subjects(group.identities, s.place, s.as_reading())
             labels.append(f"{'✓' if verdict.right else '✗'} {verdict.words}")
         save_sheet(folder / "sheet.jpg", picture_grid(pictures[:SHOWN], labels, columns=8, cell=144))
         write_json(folder / "row.json", row)  # last: a run that has it is whole
+
+
+def _seeds(seed: int, count: int) -> list[int]:
+    """Noise seeds of a run's pictures, by their place among its prompts: the same for all arms."""
+    return [1_000_000 * (seed + 1) + i for i in range(count)]
 
 
 def reference_places(group: Group) -> set[str]:

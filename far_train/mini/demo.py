@@ -36,7 +36,7 @@ from .identity import Identity, describe
 from .materials import cut_class_pictures, draw_empty_scenes, plain_vocabulary
 from .oracle import read_pictures
 from .scenery import PLACES
-from .shipped import DRAWING, SIZE, SUBJECTS, TRAINING, sample_photos, small_base, small_oracle, small_sam
+from .shipped import DRAWING, PLAIN_LOSS, SIZE, SUBJECTS, TRAINING, sample_photos, small_base, small_oracle, small_sam
 from .verdicts import Verdict, judge_subjects
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ PICTURES_EACH = 4
 # Custom Diffusion (Kumari et al. 2023, arXiv 2212.04488): the same modules, class pictures and steps; the photos as
 # they are, one subject in each, and the plain loss.
 ORIGINALS_ONLY = {"original": 1.0}
-RIVAL = TRAINING.replace(refinement_weight=0.0, background_weight=1.0, min_snr_gamma=None)
+RIVAL = TRAINING.replace(**PLAIN_LOSS)
 
 Progress = Callable[[str, int, int], None]
 

@@ -29,6 +29,8 @@ DRAWING = SampleConfig(sampling_steps=25, guidance=5.0, sample_batch=8)  # what 
 TRAINING = TrainConfig(
     steps=400, batch_size=4, prior_batch_size=4, embedding_lr=5e-3, kv_lr=1.5e-5, refinement_weight=0.03, sample_every=0
 )
+# The loss as Custom Diffusion and MuDI have it: no refinement, every cell and every timestep alike.
+PLAIN_LOSS = {"refinement_weight": 0.0, "background_weight": 1.0, "min_snr_gamma": None}
 
 # Two pairs that differ in their second colour and one more attribute. The base has seen none of the four.
 SUBJECTS: dict[str, tuple[Name, Identity]] = {
