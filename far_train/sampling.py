@@ -87,8 +87,8 @@ def draw_pictures(
         log.warning("The prompt holds %s, which no loaded concept has: it is read as plain text.", token)
     pipeline = StableDiffusionPipeline(
         vae=base.vae,
-        text_encoder=base.text_encoder,
-        tokenizer=base.tokenizer,
+        text_encoder=None,  # prompts come encoded; asked for its dtype, it would name that of the modifiers' fp32 rows
+        tokenizer=None,
         unet=base.unet,
         scheduler=scheduler.from_config(base.scheduler),
         safety_checker=None,

@@ -49,6 +49,15 @@ def test_progress_counts_all_steps_and_may_stop(base):
         draw_pictures(base, plain(base), ["a"], QUICK, on_progress=stop)
 
 
+def test_a_base_in_bf16_draws_learned_words(base):
+    """The modifiers' rows stay in fp32, in training and in loaded weights alike."""
+    base.to("cpu", torch.bfloat16)
+    vocabulary = Vocabulary(base.tokenizer, [Name("dog", "<my-dog>")], base.tokenizer_size)
+    trainables = Trainables(base, vocabulary)
+    assert torch.isfinite(draw_pictures(base, vocabulary, ["a <my-dog> dog"], QUICK)).all()
+    trainables.remove()
+
+
 def test_unknown_tokens_are_warned_of(base, caplog):
     draw_pictures(base, plain(base), ["a <corgi-dog> dog"], QUICK)
     assert "<corgi-dog>, which no loaded concept has" in caplog.text
