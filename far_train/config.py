@@ -173,6 +173,9 @@ class FusionConfig(Config):
         low=0,
         high=1,
     )
+    pair_fill: float = setting(
+        0.9, "two subjects are fitted to half the canvas times a random share between this and 1", low=0.2, high=1
+    )
     margin: float = setting(1 / 64, "gap kept between subjects, as a fraction of the canvas", low=0, high=0.1)
     erode: int = setting(1, "pixels taken off a subject's rim before pasting", low=0, high=64)
     feather: float = setting(2.5, "softness of the pasted rim, in pixels", low=0, high=64)

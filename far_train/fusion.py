@@ -200,7 +200,7 @@ class ConceptFusion:
         if count == 1:
             side = rng.uniform(0.35, 0.90)
             return side, side
-        shrink = rng.uniform(0.6, 1.0) if count == 2 else rng.uniform(0.9, 1.0)
+        shrink = rng.uniform(self.config.pair_fill if count == 2 else 0.9, 1.0)
         return shrink / count, shrink * 0.95
 
     def _vary(self, rng: np.random.Generator, cutout: Cutout, extent: tuple[float, float]) -> Cutout:

@@ -139,12 +139,14 @@ def test_size_words_are_for_single_subjects(recipe):
     assert not [c for c in captions if "far" in c or "close" in c]
 
 
-@pytest.mark.parametrize(("recipe", "low", "high"), [("pair", 0.27, 0.5), ("triple", 0.28, 0.34)])
-def test_several_subjects_share_the_width(recipe, low, high):
-    """Fitted to half the canvas × U(.6, 1), or to a third × U(.9, 1), whichever side binds."""
+@pytest.mark.parametrize(
+    ("recipe", "fill", "low", "high"), [("pair", 0.6, 0.27, 0.5), ("pair", 0.9, 0.42, 0.5), ("triple", 0.6, 0.28, 0.34)]
+)
+def test_several_subjects_share_the_width(recipe, fill, low, high):
+    """Fitted to half the canvas × U(pair_fill, 1), or to a third × U(.9, 1), whichever side binds."""
     wide = Concept("<wide>", "ball", *(tuple([x]) for x in photo("red", 60, 60, (0.1, 0.4, 0.9, 0.6))))
     others = [dataclasses.replace(wide, token=f"<wide-{i}>") for i in range(2)]
-    settings = only(recipe, size=128, occlusion=0, margin=0.01, flip=0, **NO_CHANGES)
+    settings = only(recipe, size=128, occlusion=0, margin=0.01, flip=0, pair_fill=fill, **NO_CHANGES)
     fused = ConceptFusion([wide, *others], (), (), FusionConfig(**settings))
     widths = [mention_box(m)[0] / 128 for i in range(40) for m in fused.composite(i).mentions]
     assert low - 0.01 < min(widths) < low + 0.08 and high - 0.04 < max(widths) < high + 0.012

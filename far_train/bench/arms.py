@@ -87,6 +87,7 @@ FURTHER = (
         fusion={"background_weights": {"plain": 1.0}},
     ),
     Arm("far-no-competition", "FaR − competition", "no competition term", training={"competition_weight": 0.0}),
+    Arm("far-min-snr", "FaR + Min-SNR", "timesteps weighted as for SD 2.1, γ = 5", training={"min_snr_gamma": 5.0}),
     Arm("far-degraded", "FaR, poor masks", "masks two pixels off, with a part missing", masks="degraded"),
 )
 CONTROLS = (

@@ -36,7 +36,7 @@ from ..mini.shipped import DRAWING, SIZE
 from ..mini.verdicts import judge_subjects
 from ..mini.world import reference_photos, render_scene
 from ..priors import WithPriors
-from ..probe import attention_maps
+from ..probe import attention_maps, focus
 from ..recipe import Callbacks, train
 from ..report import picture_grid, save_sheet
 from ..sampling import draw_pictures
@@ -50,7 +50,7 @@ from .rivals import ResizedPhotos, SegMix, ShuffledMasks, TrueScenes, degrade
 
 CLASS_PICTURES, EMPTY_SCENES, REFERENCES = 32, 2, 5
 SHOWN = 16
-PROBES = 4  # held-out renders on which attention is measured
+PROBES = 16  # held-out renders on which attention is measured
 PROBE_SEED = 91_000
 
 OnProgress = Callable[[str, int, int], None]
@@ -236,10 +236,8 @@ class Bench:
 
     def _write(self, folder: Path, row: dict[str, Any], group: Group, seen: Sequence[Seen], pictures: Tensor) -> None:
         write_text(folder / "seen.jsonl", "".join(json.dumps(asdict(s)) + "\n" for s in seen))
-        labels = []
-        for s in seen[: len(pictures[:SHOWN])]:
-            verdict = judge_subjects(group.identities, s.place, s.as_reading())
-            labels.append(f"{'✓' if verdict.right else '✗'} {verdict.words}")
+        verdicts = [judge_subjects(group.identities, s.place, s.as_reading()) for s in seen[: len(pictures[:SHOWN])]]
+        labels = [verdict.words for verdict in verdicts]
         save_sheet(folder / "sheet.jpg", picture_grid(pictures[:SHOWN], labels, columns=8, cell=144))
         write_json(folder / "row.json", row)  # last: a run that has it is whole
 
@@ -294,18 +292,25 @@ def prompts(
 
 
 def attention_figures(base: BaseModel, vocabulary: Vocabulary, group: Group) -> dict[str, float]:
-    """Where the modifiers look on noised held-out renders: shares of a map's mass on its own subject and on others, and
-    how often its hottest cell is on its own. A check of the mechanism, never a quality score."""
-    own, other, hits = [], [], []
+    """Where the modifiers look on noised held-out renders: shares of a map's mass on its own subject and on others, how
+    often its hottest cell is on its own, and how many times denser it is there than elsewhere. A check of the
+    mechanism, never a quality score."""
+    own, other, looks = [], [], []
     caption = f"a photo of {join_phrases(group.names)}"
     for k in range(PROBES):
         order = np.random.default_rng([PROBE_SEED, k]).permutation(len(group.names))[:3]
         scene = render_scene(PROBE_SEED, k, SIZE, identities=[group.identities[i] for i in order])
-        maps = attention_maps(base, vocabulary, scene.image, caption, group.names, timestep=300 + 100 * k)
+        maps = attention_maps(base, vocabulary, scene.image, caption, group.names, timestep=300 + 100 * (k % 4))
         masks = F.adaptive_avg_pool2d(torch.stack(scene.masks), maps.shape[-2:])
         for place, i in enumerate(order):
             share = maps[i] / maps[i].sum()
             own.append(float((share * masks[place]).sum()))
             other.append(float((share * masks.sum(0)).sum()) - own[-1])
-            hits.append(float(masks[place].flatten()[int(share.argmax())] > 0.5))
-    return {"attention_own": np.mean(own), "attention_other": np.mean(other), "attention_hit": np.mean(hits)}
+            looks.append(focus(share, scene.masks[place]))
+    inside, outside = (float(np.mean([getattr(look, side) for look in looks])) for side in ("inside", "outside"))
+    return {
+        "attention_own": np.mean(own),
+        "attention_other": np.mean(other),
+        "attention_hit": np.mean([look.hottest_inside for look in looks]),
+        "attention_density": inside / outside,
+    }

@@ -28,6 +28,7 @@ COLUMNS: dict[str, tuple[str, bool]] = {
     "mixing": ("mixing", False),
     "duplication": ("same twice", False),
     "missing": ("missing", False),
+    "extra": ("too many", False),
     "background": ("place right", True),
     "reference_background": ("photo's place", False),
     "binding": ("sides", True),
@@ -35,6 +36,8 @@ COLUMNS: dict[str, tuple[str, bool]] = {
     "identity_without_token": ("without token", False),
     "attention_own": ("attention on own", True),
     "attention_other": ("on other", False),
+    "attention_hit": ("hottest on own", True),
+    "attention_density": ("density, % of outside", True),
 }
 # The contrasts that are tested, named before the test pairs were run: (measure, first arm, second arm, kinds of pairs).
 CONTRASTS = (

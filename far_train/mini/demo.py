@@ -63,7 +63,7 @@ class Shown:
 
     @property
     def labels(self) -> list[str]:
-        return [f"{'✓' if v.right else '✗'} {v.words}" for v in self.verdicts]
+        return [v.words for v in self.verdicts]
 
     @property
     def score(self) -> str:
@@ -132,8 +132,8 @@ def run_demo(out: Path, device: str, on_progress: Progress = lambda phase, done,
     page.picture(contact_sheet(*map(list, zip(*[pair for row in heats for pair in row])), columns=3, cell=240))
     page.section(
         "Both in one picture",
-        f"'{prompts[0][0]}' and so on. The verdict below each picture is the oracle's: ✓ for exactly these two, each "
-        "with its own looks, in the place that was asked for.",
+        f"'{prompts[0][0]}' and so on. The verdict below each picture is the oracle's: right for exactly these two, "
+        "each with its own looks, in the place that was asked for.",
     )
     for result in shown:
         sheet = picture_grid(result.pictures, result.labels, columns=8, cell=160)

@@ -27,7 +27,14 @@ SIZE = 128  # pixels, the small base's native side
 DRAWING = SampleConfig(sampling_steps=25, guidance=5.0, sample_batch=8)  # what suits the small base
 # What a small model with 16 × 16 cells needs; the product's defaults are for Stable Diffusion 2.1.
 TRAINING = TrainConfig(
-    steps=400, batch_size=4, prior_batch_size=4, embedding_lr=5e-3, kv_lr=1.5e-5, refinement_weight=0.03, sample_every=0
+    steps=400,
+    batch_size=4,
+    prior_batch_size=4,
+    embedding_lr=5e-3,
+    kv_lr=4e-5,
+    min_snr_gamma=None,
+    refinement_weight=0.03,
+    sample_every=0,
 )
 # The loss as Custom Diffusion and MuDI have it: no refinement, every cell and every timestep alike.
 PLAIN_LOSS = {"refinement_weight": 0.0, "background_weight": 1.0, "min_snr_gamma": None}
