@@ -177,8 +177,10 @@ class FusionConfig(Config):
         0.9, "two subjects are fitted to half the canvas times a random share between this and 1", low=0.2, high=1
     )
     margin: float = setting(1 / 64, "gap kept between subjects, as a fraction of the canvas", low=0, high=0.1)
-    erode: int = setting(1, "pixels taken off a subject's rim before pasting", low=0, high=64)
-    feather: float = setting(2.5, "softness of the pasted rim, in pixels", low=0, high=64)
+    erode: float = setting(
+        1 / 768, "rim taken off a subject before pasting, as a fraction of the canvas", low=0, high=0.08
+    )
+    feather: float = setting(2.5 / 768, "softness of the pasted rim, as a fraction of the canvas", low=0, high=0.08)
     collage_words: float = setting(
         0.5,
         "share of composites whose caption calls them a collage, so that paste marks attach to that word",

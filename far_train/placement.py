@@ -105,7 +105,7 @@ def place(
 def paste(
     canvas: Image.Image, placed: Sequence[Placed], feather: float, erode: int
 ) -> tuple[Image.Image, list[Tensor]]:
-    """Put the subjects on the canvas, the lowest first.
+    """Put the subjects on the canvas, the lowest first; ``feather`` and ``erode`` in pixels.
 
     Returns the picture and the visible region of every subject, [S, S] float 0..1, in the order of ``placed``.
     """

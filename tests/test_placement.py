@@ -213,7 +213,10 @@ def test_a_subject_thinner_than_the_eroded_rim_survives():
     image, mask = torch.rand(64, 64, 3), torch.zeros(64, 64)
     mask[30:34] = 1
     fused = ConceptFusion(
-        [Concept("<snake>", "snake", (image,), (mask,))], (), (), FusionConfig(**only("solo", size=64, rotation=0))
+        [Concept("<snake>", "snake", (image,), (mask,))],
+        (),
+        (),
+        FusionConfig(**only("solo", size=64, rotation=0, erode=0.05)),
     )
     assert all(region(fused.composite(i).mentions[0]).any() for i in range(20))
 

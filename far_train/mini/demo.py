@@ -98,7 +98,7 @@ def run_demo(out: Path, device: str, on_progress: Progress = lambda phase, done,
     page.picture(picture_grid([p.image for p in priors[:16]], columns=8, cell=120))
     scenes = draw_empty_scenes(base, EMPTY_SCENES, out / "scenes", lambda *a: on_progress("empty scenes", *a))
 
-    settings = FusionConfig(size=SIZE, count=COMPOSITES, feather=1.0, flip=0.5)
+    settings = FusionConfig(size=SIZE, count=COMPOSITES)
     fused = write_dataset(
         ConceptFusion(concepts, priors, scenes, settings),
         out / "dataset",
