@@ -11,9 +11,9 @@ from typing import Any
 
 from ..config import FusionConfig, TrainConfig
 from ..errors import ConfigError
-from ..mini.shipped import PLAIN_LOSS, SIZE, TRAINING
+from ..mini.shipped import FUSING, PLAIN_LOSS, TRAINING
 
-FUSION = FusionConfig(size=SIZE, count=160)
+FUSION = FUSING.replace(count=160)
 RESIZED_LOSS = PLAIN_LOSS | {"background_weight": 0.0}  # the photo counts, the grey around it does not
 NO_REFINEMENT = {"refinement_weight": 0.0}
 ORIGINALS = {"recipe_weights": {"original": 1.0}}

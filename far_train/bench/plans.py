@@ -24,7 +24,7 @@ class Plan:
         return [(arm, group, seed) for seed in range(self.seeds) for group in self.groups for arm in self.arms]
 
 
-FEW = {"joint": 16, "solo": 8, "binding": 8, "prior": 16}
+FEW = {"joint": 32, "solo": 16, "binding": 8, "prior": 16}
 MANY = {"joint": 32, "solo": 16, "binding": 16, "prior": 32}
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..backbone import BaseModel
 from ..captions import Name, join_phrases
 from ..concepts import Composite, Concept, TrainingSet
-from ..config import FusionConfig, TrainConfig
+from ..config import TrainConfig
 from ..dataset import write_dataset
 from ..devices import choose_device
 from ..errors import OutputError
@@ -36,7 +36,17 @@ from .identity import Identity, describe
 from .materials import cut_class_pictures, draw_empty_scenes, plain_vocabulary
 from .oracle import read_pictures
 from .scenery import PLACES
-from .shipped import DRAWING, PLAIN_LOSS, SIZE, SUBJECTS, TRAINING, sample_photos, small_base, small_oracle, small_sam
+from .shipped import (
+    DRAWING,
+    FUSING,
+    PLAIN_LOSS,
+    SUBJECTS,
+    TRAINING,
+    sample_photos,
+    small_base,
+    small_oracle,
+    small_sam,
+)
 from .verdicts import Verdict, judge_subjects
 
 log = logging.getLogger(__name__)
@@ -98,7 +108,7 @@ def run_demo(out: Path, device: str, on_progress: Progress = lambda phase, done,
     page.picture(picture_grid([p.image for p in priors[:16]], columns=8, cell=120))
     scenes = draw_empty_scenes(base, EMPTY_SCENES, out / "scenes", lambda *a: on_progress("empty scenes", *a))
 
-    settings = FusionConfig(size=SIZE, count=COMPOSITES)
+    settings = FUSING.replace(count=COMPOSITES)
     fused = write_dataset(
         ConceptFusion(concepts, priors, scenes, settings),
         out / "dataset",

@@ -9,7 +9,7 @@ import torch
 
 from ..backbone import BaseModel, load_base
 from ..captions import Name
-from ..config import SampleConfig, TrainConfig
+from ..config import FusionConfig, SampleConfig, TrainConfig
 from ..errors import BaseModelError
 from ..photos import Photo
 from ..sam import load_sam
@@ -36,6 +36,8 @@ TRAINING = TrainConfig(
     refinement_weight=0.03,
     sample_every=0,
 )
+# Its subjects stand upright, and a drawing that was painted over shows remains of what stood there.
+FUSING = FusionConfig(size=SIZE, rotation=0, background_weights={"scene": 0.85, "plain": 0.15})
 # The loss as Custom Diffusion and MuDI have it: no refinement, every cell and every timestep alike.
 PLAIN_LOSS = {"refinement_weight": 0.0, "background_weight": 1.0, "min_snr_gamma": None}
 
