@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Draw the templates' thumbnails and the help pages' pictures from the small drawn world. Needs no ComfyUI.
 
-    python scripts/thumbnails.py    # workflows/*.jpg, and web/docs/*.jpg of nodes that show pictures
+    python scripts/thumbnails.py             # workflows/*.jpg, and web/docs/*.jpg of nodes that show pictures
+    python scripts/thumbnails.py DEMO_FOLDER # and those that the small models draw, with the weights of a finished demo
 
 The template browser shows squares of about 220 pixels, in which a graph can't be read: these show what goes in and what
-the template does with it. No picture here is a model's output.
+the template does with it. No picture of the first kind is a model's output.
 """
 
 from __future__ import annotations
@@ -19,13 +20,19 @@ from PIL import Image, ImageDraw, ImageFont
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+from far_train.captions import join_phrases  # noqa: E402
 from far_train.concepts import Background, ClassPicture, Concept  # noqa: E402
 from far_train.config import FusionConfig  # noqa: E402
 from far_train.fusion import ConceptFusion  # noqa: E402
 from far_train.mini.identity import Identity  # noqa: E402
-from far_train.mini.world import empty_scene, reference_photos  # noqa: E402
+from far_train.mini.shipped import DRAWING, SIZE, SUBJECTS, small_base  # noqa: E402
+from far_train.mini.world import empty_scene, reference_photos, render_scene  # noqa: E402
 from far_train.photos import to_pil  # noqa: E402
+from far_train.probe import attention_maps, heat_over  # noqa: E402
 from far_train.report import COLOURS, checkerboard, contact_sheet, dataset_sheet, overlay  # noqa: E402
+from far_train.sampling import draw_pictures  # noqa: E402
+from far_train.tokens import Vocabulary  # noqa: E402
+from far_train.weights import FarWeights  # noqa: E402
 
 WORKFLOWS = REPOSITORY / "workflows"
 CELL, GAP = 256, 12
@@ -131,6 +138,32 @@ def help_pictures() -> dict[str, Image.Image]:
     }
 
 
+def model_pictures(demo: Path) -> dict[str, Image.Image]:
+    """What nodes show that need a model, by node id, with what a demo in the folder ``demo`` learned."""
+    base = small_base()
+    plain = Vocabulary(base.tokenizer, (), base.tokenizer_size)
+    prompts = [
+        "a photo of a red cat with a hat, in the snow",
+        "a photo of a blue bird, on the beach",
+        "a photo of a yellow robot, in a city at night",
+        "a photo of a green cup and a pink dog, in a meadow",
+    ]
+    words, dogs = (draw_pictures(base, plain, p, DRAWING) for p in (prompts, ["a photo of a dog"] * 4))
+    names = [name for name, _ in (SUBJECTS["rex"], SUBJECTS["max"])]
+    scene = render_scene(1, 0, SIZE, identities=[SUBJECTS["rex"][1], SUBJECTS["max"][1]])
+    vocabulary = FarWeights.load(demo / "run-far" / "weights.safetensors").apply(base)
+    caption = f"a photo of {join_phrases(names)}"
+    maps = attention_maps(base, vocabulary, scene.image, caption, names, timestep=(400, 500, 600))
+    heats = [heat_over(scene.image, heat) for heat in maps]
+    return {
+        "FaR_MiniCheckpoint": contact_sheet([to_pil(p) for p in words], prompts, cell=180),
+        "FaR_ClassPrior": contact_sheet([to_pil(p) for p in dogs], ["dog"] * 4, cell=180),
+        "FaR_AttentionProbe": contact_sheet(
+            [to_pil(p) for p in (scene.image, *heats)], ["the picture", *(n.token for n in names)], cell=240
+        ),
+    }
+
+
 def write(path: Path, picture: Image.Image) -> None:
     """Write a JPEG of at most ``BYTES`` bytes."""
     for quality in range(90, 20, -5):
@@ -146,7 +179,10 @@ def main() -> int:
     drawn = cards()
     for path in sorted(WORKFLOWS.glob("*.json")):
         write(path.with_suffix(".jpg"), drawn[path.stem[0]])
-    for node, picture in help_pictures().items():
+    pictures = help_pictures()
+    if len(sys.argv) > 1:
+        pictures |= model_pictures(Path(sys.argv[1]))
+    for node, picture in pictures.items():
         write(HELP / f"{node}.jpg", picture)
     return 0
 

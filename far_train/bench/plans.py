@@ -30,9 +30,9 @@ MANY = {"joint": 32, "solo": 16, "binding": 16, "prior": 32}
 
 def build_plan(config: BenchConfig) -> Plan:
     """The plan of these settings. Raises ConfigError for an unknown arm."""
-    dev = dev_groups()
+    dev = dev_groups()  # the first differs in a trim of yellow or orange, which not even the ceiling learns
     plan = {
-        "reduced": Plan(CORE, (dev[0], dev[2]), 1, FEW),
+        "reduced": Plan(CORE, (dev[1], dev[2]), 1, FEW),
         "dev": Plan(ALL, dev, 1, FEW),
         "core": Plan(CORE, core_groups(), 2, MANY),
         "full": Plan(ALL, (*test_groups(), *larger_groups()), 3, MANY),
