@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -272,7 +273,10 @@ def test_ctrl_c_stops_the_run_on_the_host(dogs: ComfyServer, trained, tmp_path):
     file.write_text(json.dumps(with_tiny_base(twin(DRAW))), encoding="utf-8")
     small = ["--set", f"Four pictures of 768 px.width={SIZE}", "--set", "Draw.steps=9000", "--set", "Draw.seed=5"]
     command = [sys.executable, "-u", "-m", "far_train", "queue", str(file), "--host", dogs.url, *small]
-    with subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # Tests that run in the background of a shell hand on that Ctrl-C is to be ignored.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, cwd=REPO, preexec_fn=heed, **pipes) as process:
         for line in process.stdout:
             if line.startswith("queued as"):
                 prompt_id = line.split()[-1]
