@@ -32,9 +32,8 @@ from .recipe import Callbacks
 from .recipe import train as train_recipe
 from .report import checkerboard, contact_sheet, dataset_sheet, loss_curves, picture_grid, save_sheet
 from .runs import METRICS_FILE, read_metrics
-from .sampling import draw_pictures
+from .sampling import draw_pictures, plain_vocabulary
 from .subjects import Prompt, SubjectExtractor, extract_folder
-from .tokens import Vocabulary
 from .weights import FarWeights, describe
 
 log = logging.getLogger(__name__)
@@ -272,7 +271,7 @@ def generate(inputs: Inputs, config: SampleConfig) -> None:
     weights = FarWeights.load(Path(inputs["weights"])) if inputs.get("weights") else None
     base = _open_base(inputs)
     device, dtype = choose_device(str(inputs.get("device", "auto")))
-    vocabulary = weights.apply(base, config) if weights else Vocabulary(base.tokenizer, (), base.tokenizer_size)
+    vocabulary = weights.apply(base, config) if weights else plain_vocabulary(base)
     base.to(device, dtype)
     make_folder(out)  # now, since a place that can't be written should not show after an hour of drawing
     texts = [str(p) for p in prompts for _ in range(count)]

@@ -18,8 +18,7 @@ from .config import SampleConfig, TrainConfig
 from .parallel import World
 from .photos import load_photo, save_picture
 from .pool import derive_seed
-from .sampling import draw_pictures
-from .tokens import Vocabulary
+from .sampling import draw_pictures, plain_vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +43,7 @@ def draw_class_pictures(
     nouns = sorted(set(nouns))
     wanted = [(noun, i, picture_path(folder, noun, i)) for noun in nouns for i in range(count)]
     missing = [w for w in wanted if not w[2].exists()]
-    vocabulary = Vocabulary(base.tokenizer, (), base.tokenizer_size)
+    vocabulary = plain_vocabulary(base)
     side = size or base.native_size
     for start in range(0, len(missing), config.sample_batch):
         batch = missing[start : start + config.sample_batch]

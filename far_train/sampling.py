@@ -57,6 +57,11 @@ def encode_prompts(base: BaseModel, prompts: Sequence[TokenizedPrompt], cache: T
     return torch.stack([encoded[p.ids] for p in prompts])
 
 
+def plain_vocabulary(base: BaseModel) -> Vocabulary:
+    """The base's own words, with no concept added."""
+    return Vocabulary(base.tokenizer, (), base.tokenizer_size)
+
+
 @torch.no_grad()
 def draw_pictures(
     base: BaseModel,

@@ -12,11 +12,10 @@ from .fusion import ConceptFusion
 from .mini.shipped import small_sam
 from .pool import encode_pool
 from .priors import prior_sampling
-from .sampling import draw_pictures
+from .sampling import draw_pictures, plain_vocabulary
 from .speed_work import POOL, our_run, random_concepts
 from .state import save_checkpoint
 from .subjects import Prompt, SubjectExtractor
-from .tokens import Vocabulary
 
 PHOTOS = 5  # of each concept
 Clock = Callable[[Callable[[], object]], float]
@@ -92,7 +91,7 @@ def measure_phases(
 
 def _drawing(base: BaseModel, size: int, sampling: SampleConfig, clock: Clock) -> float:
     """Seconds for each of a batch of pictures, from runs of two and of four sampling steps."""
-    vocabulary = Vocabulary(base.tokenizer, (), base.tokenizer_size)
+    vocabulary = plain_vocabulary(base)
     prompts = ["a photo of a dog"] * sampling.sample_batch
 
     def draw(steps: int) -> None:

@@ -19,8 +19,7 @@ from .config import TrainConfig
 from .counting import Counts, counting
 from .recipe import TrainingRun
 from .reference import CustomDiffusion
-from .sampling import encode_prompts
-from .tokens import Vocabulary
+from .sampling import encode_prompts, plain_vocabulary
 
 NAMES = tuple(Name("dog", f"<{which}-dog>") for which in ("first", "second", "third", "fourth"))
 CONCEPTS = 2
@@ -163,7 +162,7 @@ def count_steps(configs: dict[str, Any], size: int, batch: int, dtype: torch.dty
 
 @torch.no_grad()
 def _count_parts(base: BaseModel, size: int, constants: list[Tensor]) -> dict[str, Counts]:
-    vocabulary = Vocabulary(base.tokenizer, (), base.tokenizer_size)
+    vocabulary = plain_vocabulary(base)
     prompts = [vocabulary.tokenize("a photo of a dog")]
     context = encode_prompts(base, prompts)
     side = size // base.downscale

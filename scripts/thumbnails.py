@@ -30,8 +30,7 @@ from far_train.mini.world import empty_scene, reference_photos, render_scene  # 
 from far_train.photos import to_pil  # noqa: E402
 from far_train.probe import attention_maps, heat_over  # noqa: E402
 from far_train.report import COLOURS, checkerboard, contact_sheet, dataset_sheet, overlay  # noqa: E402
-from far_train.sampling import draw_pictures  # noqa: E402
-from far_train.tokens import Vocabulary  # noqa: E402
+from far_train.sampling import draw_pictures, plain_vocabulary  # noqa: E402
 from far_train.weights import FarWeights  # noqa: E402
 
 WORKFLOWS = REPOSITORY / "workflows"
@@ -141,16 +140,15 @@ def help_pictures() -> dict[str, Image.Image]:
 def model_pictures(demo: Path) -> dict[str, Image.Image]:
     """What nodes show that need a model, by node id, with what a demo in the folder ``demo`` learned."""
     base = small_base()
-    plain = Vocabulary(base.tokenizer, (), base.tokenizer_size)
     prompts = [
         "a photo of a red cat with a hat, in the snow",
         "a photo of a blue bird, on the beach",
         "a photo of a yellow robot, in a city at night",
         "a photo of a green cup and a pink dog, in a meadow",
     ]
-    words, dogs = (draw_pictures(base, plain, p, DRAWING) for p in (prompts, ["a photo of a dog"] * 4))
-    names = [name for name, _ in (SUBJECTS["rex"], SUBJECTS["max"])]
-    scene = render_scene(1, 0, SIZE, identities=[SUBJECTS["rex"][1], SUBJECTS["max"][1]])
+    words, dogs = (draw_pictures(base, plain_vocabulary(base), p, DRAWING) for p in (prompts, ["a photo of a dog"] * 4))
+    names, identities = zip(SUBJECTS["rex"], SUBJECTS["max"])
+    scene = render_scene(1, 0, SIZE, identities=identities)
     vocabulary = FarWeights.load(demo / "run-far" / "weights.safetensors").apply(base)
     caption = f"a photo of {join_phrases(names)}"
     maps = attention_maps(base, vocabulary, scene.image, caption, names, timestep=(400, 500, 600))

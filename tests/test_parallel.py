@@ -50,12 +50,12 @@ def test_two_processes_learn_what_one_learns(tiny_folder: Path, dataset: Path, t
     """Five samples a step, so that the shares differ in size."""
     alone = learn(tiny_folder, dataset, tmp_path / "alone")
     together = learn(tiny_folder, dataset, tmp_path / "together", TORCHRUN)
+    assert torch.allclose(alone["value/rows"], together["value/rows"], rtol=1e-5, atol=0)
     # AdamW takes a gradient that is nothing but rounding for as large as any other: single elements may differ.
-    for name in ("value/rows", "value/kv"):
-        assert together[name].any()
-        assert (alone[name] - together[name]).norm() < 1e-3 * alone[name].norm()
+    assert together["value/kv"].any()
+    assert (alone["value/kv"] - together["value/kv"]).norm() < 1e-3 * alone["value/kv"].norm()
     losses = [[m["loss"] for m in read_metrics(tmp_path / run / "metrics.jsonl")] for run in ("alone", "together")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == STEPS
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == STEPS
 
 
 def test_alone_nothing_is_joined(monkeypatch: pytest.MonkeyPatch):

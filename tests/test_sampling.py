@@ -9,14 +9,11 @@ from far_train.captions import Name
 from far_train.config import SampleConfig
 from far_train.errors import ConfigError
 from far_train.sampling import TextCache, draw_pictures, encode_prompts
+from far_train.sampling import plain_vocabulary as plain
 from far_train.tokens import Vocabulary
 from far_train.trainable import Trainables
 
 QUICK = SampleConfig(sampling_steps=2)
-
-
-def plain(base) -> Vocabulary:
-    return Vocabulary(base.tokenizer, (), base.tokenizer_size)
 
 
 def test_a_picture_depends_on_its_seed_and_not_on_the_batch(base):

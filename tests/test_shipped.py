@@ -13,8 +13,7 @@ from far_train.mini.scenery import PLACES
 from far_train.mini.shipped import DRAWING, SIZE, SUBJECTS, WEIGHTS, sample_photos, small_base, small_oracle, small_sam
 from far_train.mini.small_sam import BOX_GATE, POINT_GATE, measure_sam
 from far_train.mini.world import render_scene
-from far_train.sampling import draw_pictures
-from far_train.tokens import Vocabulary
+from far_train.sampling import draw_pictures, plain_vocabulary
 
 
 def test_they_are_small_and_described():
@@ -59,8 +58,6 @@ def test_the_oracle_knows_fresh_renders():
 def test_the_base_draws_the_place_it_is_told():
     base, wanted = small_base(), list(PLACES)[:8]
     prompts = [f"a photo of a red cat, {PLACES[place][0]}" for place in wanted]
-    pictures = draw_pictures(
-        base, Vocabulary(base.tokenizer, (), base.tokenizer_size), prompts, DRAWING.replace(sampling_steps=12)
-    )
+    pictures = draw_pictures(base, plain_vocabulary(base), prompts, DRAWING.replace(sampling_steps=12))
     readings = read_pictures(small_oracle(), pictures)
     assert sum(r.background == place for r, place in zip(readings, wanted)) >= 6

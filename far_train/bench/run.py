@@ -29,7 +29,7 @@ from ..concepts import Background, ClassPicture, Concept, TrainingSet
 from ..errors import CheckpointError, Interrupted
 from ..files import write_json, write_text
 from ..fusion import ConceptFusion
-from ..mini.materials import cut_class_pictures, draw_empty_scenes, plain_vocabulary
+from ..mini.materials import cut_class_pictures, draw_empty_scenes
 from ..mini.oracle import Oracle, read_pictures
 from ..mini.scenery import BACKGROUNDS, PLACES
 from ..mini.shipped import DRAWING, SIZE
@@ -39,7 +39,7 @@ from ..priors import WithPriors
 from ..probe import attention_maps, focus
 from ..recipe import Callbacks, train
 from ..report import picture_grid, save_sheet
-from ..sampling import draw_pictures
+from ..sampling import draw_pictures, plain_vocabulary
 from ..subjects import SubjectExtractor
 from ..tokens import Vocabulary
 from .arms import FUSION, Arm
@@ -236,9 +236,9 @@ class Bench:
 
     def _write(self, folder: Path, row: dict[str, Any], group: Group, seen: Sequence[Seen], pictures: Tensor) -> None:
         write_text(folder / "seen.jsonl", "".join(json.dumps(asdict(s)) + "\n" for s in seen))
-        verdicts = [judge_subjects(group.identities, s.place, s.as_reading()) for s in seen[: len(pictures[:SHOWN])]]
-        labels = [verdict.words for verdict in verdicts]
-        save_sheet(folder / "sheet.jpg", picture_grid(pictures[:SHOWN], labels, columns=8, cell=144))
+        sheet = pictures[:SHOWN]
+        labels = [judge_subjects(group.identities, s.place, s.as_reading()).words for s, _ in zip(seen, sheet)]
+        save_sheet(folder / "sheet.jpg", picture_grid(sheet, labels, columns=8, cell=144))
         write_json(folder / "row.json", row)  # last: a run that has it is whole
 
 

@@ -29,11 +29,11 @@ from ..probe import attention_maps, heat_over
 from ..recipe import Callbacks, train
 from ..report import Page, checkerboard, contact_sheet, dataset_sheet, loss_curves, picture_grid
 from ..runs import METRICS_FILE, read_metrics
-from ..sampling import draw_pictures
+from ..sampling import draw_pictures, plain_vocabulary
 from ..subjects import SubjectExtractor, extract_folder
 from ..tokens import Vocabulary
 from .identity import Identity, describe
-from .materials import cut_class_pictures, draw_empty_scenes, plain_vocabulary
+from .materials import cut_class_pictures, draw_empty_scenes
 from .oracle import read_pictures
 from .scenery import PLACES
 from .shipped import (

@@ -18,8 +18,7 @@ from ..backbone import BaseModel
 from ..config import SampleConfig
 from ..photos import save_picture, to_pil
 from ..report import contact_sheet
-from ..sampling import draw_pictures
-from ..tokens import Vocabulary
+from ..sampling import draw_pictures, plain_vocabulary
 from .autoencoder import EVAL_SEED, round_trip
 from .identity import ATTRIBUTES, NOUNS, Identity, article, describe, sample_identity, vary
 from .learning import write_figures
@@ -200,7 +199,7 @@ def measure_base(
     Writes the figures and, of each gate, its first pictures with the oracle's verdict to ``folder``.
     """
     config = config or SampleConfig(sample_batch=64)
-    vocabulary = Vocabulary(base.tokenizer, (), base.tokenizer_size)
+    vocabulary = plain_vocabulary(base)
     verdicts: dict[str, list[bool]] = {"background": []}
     kinds = [k for k in BASE_GATES if k != "background"]
     for number, kind in enumerate(kinds):

@@ -10,18 +10,12 @@ from ..concepts import Background, ClassPicture
 from ..errors import SubjectError
 from ..photos import Photo, load_photo, save_picture
 from ..priors import draw_class_pictures
-from ..sampling import draw_pictures
+from ..sampling import draw_pictures, plain_vocabulary
 from ..subjects import SubjectExtractor
-from ..tokens import Vocabulary
 from .scenery import PLACES
 from .shipped import DRAWING
 
 OnProgress = Callable[[int, int], None]
-
-
-def plain_vocabulary(base: BaseModel) -> Vocabulary:
-    """The base's own words, with no concept added."""
-    return Vocabulary(base.tokenizer, (), base.tokenizer_size)
 
 
 def cut_class_pictures(

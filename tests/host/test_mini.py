@@ -20,9 +20,8 @@ from far_train.mini.shipped import SIZE, SUBJECTS, sample_photos, small_base, sm
 from far_train.photos import to_pil
 from far_train.recipe import train
 from far_train.runs import read_metrics
-from far_train.sampling import encode_prompts
+from far_train.sampling import encode_prompts, plain_vocabulary
 from far_train.subjects import SubjectExtractor
-from far_train.tokens import Vocabulary
 from far_train.weights import FarWeights, Provenance
 
 from .comfy_server import ComfyServer, PromptRejected
@@ -97,7 +96,7 @@ def test_text_and_prediction_equal_those_of_diffusers(comfy: ComfyServer, base: 
         escaped = text.replace("(", "\\(").replace(")", "\\)")
         prompt |= {f"1{i}": encoded(escaped, ["1", 1]), f"2{i}": predicted(f"mini-{i}", ["1", 0], [f"1{i}", 0])}
     comfy.run(prompt)
-    vocabulary = Vocabulary(base.tokenizer, (), base.tokenizer_size)
+    vocabulary = plain_vocabulary(base)
     for i, text in enumerate(PROMPTS):
         theirs = written(comfy, f"mini-{i}")
         with torch.no_grad():
