@@ -166,6 +166,24 @@ COMMANDS = (
         SampleConfig,
     ),
     Command(
+        "scenes",
+        "draw empty scenes, the backgrounds that fuse takes",
+        (
+            *BASE,
+            Argument(
+                "scene",
+                "what to draw, and behind a bar what captions say of it: 'an empty beach | on the beach'; repeat "
+                "(default: a dozen everyday places)",
+                False,
+                _many("TEXT"),
+            ),
+            Argument("count", "pictures of each scene (default 2)", options=(("type", int),)),
+            Argument("out", "folder for the pictures and their words; those that are there stay", required=True),
+            DEVICE,
+        ),
+        SampleConfig,
+    ),
+    Command(
         "export",
         "write stock LoRA and embedding files from FaR weights",
         (

@@ -26,6 +26,7 @@ from .files import make_folder, write_text
 from .fusion import ConceptFusion
 from .parallel import joined
 from .photos import Photo, list_photos, load_photo, save_picture
+from .priors import EVERYDAY_SCENES, draw_empty_scenes, parse_scenes, scene_path
 from .queue_grid import GridRunner, Run, collect, finished, plan, read_axis
 from .queueing import DEFAULT_HOST, RunningHost, read_workflow, run_workflow, set_inputs
 from .recipe import Callbacks
@@ -264,17 +265,14 @@ def train(inputs: Inputs, config: TrainConfig) -> None:
 
 def generate(inputs: Inputs, config: SampleConfig) -> None:
     out = Path(inputs["out"])
-    prompts = inputs["prompt"] if not isinstance(inputs["prompt"], str) else [inputs["prompt"]]
-    count = inputs.get("count", 1)
-    if count < 1:
-        raise ConfigError(f"count: {count!r} is no number of pictures; use 1 or more")
+    prompts, count = _texts(inputs["prompt"]), _count(inputs, 1)
     weights = FarWeights.load(Path(inputs["weights"])) if inputs.get("weights") else None
     base = _open_base(inputs)
     device, dtype = choose_device(str(inputs.get("device", "auto")))
     vocabulary = weights.apply(base, config) if weights else plain_vocabulary(base)
     base.to(device, dtype)
     make_folder(out)  # now, since a place that can't be written should not show after an hour of drawing
-    texts = [str(p) for p in prompts for _ in range(count)]
+    texts = [p for p in prompts for _ in range(count)]
     first = 1 + max((int(p.stem) for p in out.glob("*.png") if p.stem.isdecimal()), default=-1)
     shown: list[Tensor] = []
     with progress_bars() as bars:
@@ -295,6 +293,33 @@ def generate(inputs: Inputs, config: SampleConfig) -> None:
     grid = _beside(out, "grid.jpg")
     save_sheet(grid, picture_grid(shown, texts[: len(shown)]))
     print(f"{len(texts)} pictures → {out}; look at {grid}")
+
+
+def scenes(inputs: Inputs, config: SampleConfig) -> None:
+    out, each = Path(inputs["out"]), _count(inputs, 2)
+    wanted = parse_scenes(_texts(inputs.get("scene") or EVERYDAY_SCENES.splitlines()))
+    base = _open_base(inputs)
+    base.to(*choose_device(str(inputs.get("device", "auto"))))
+    make_folder(out)
+    with progress_bars() as bars:
+        drawn = draw_empty_scenes(base, wanted, each, out, config, on_progress=bars.phase("drawing"))
+    for scene in wanted:
+        for i in range(each):
+            write_text(scene_path(out, scene.prompt, i).with_suffix(".txt"), scene.phrase + "\n")
+    sheet = _beside(out, "grid.jpg")
+    save_sheet(sheet, picture_grid([s.image for s in drawn[:SHOWN]], [s.phrase for s in drawn[:SHOWN]]))
+    print(f"{len(drawn)} empty scenes → {out}; look at {sheet}")
+
+
+def _texts(given: str | Sequence[Any]) -> list[str]:
+    return [given] if isinstance(given, str) else [str(text) for text in given]
+
+
+def _count(inputs: Inputs, default: int) -> int:
+    count = inputs.get("count", default)
+    if count < 1:
+        raise ConfigError(f"count: {count!r} is no number of pictures; use 1 or more")
+    return count
 
 
 # ---- weights

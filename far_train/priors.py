@@ -1,20 +1,23 @@
-"""Class pictures: what the base itself shows for a noun, drawn where the user brings none."""
+"""Class pictures and empty scenes: what the base itself shows for words, drawn where the user brings none."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from .backbone import BaseModel
 from .captions import Name, with_article, write_caption
-from .concepts import ClassPicture, Composite, TrainingSet
+from .concepts import Background, ClassPicture, Composite, TrainingSet
 from .config import SampleConfig, TrainConfig
+from .errors import ConfigError
 from .parallel import World
 from .photos import load_photo, save_picture
 from .pool import derive_seed
@@ -40,9 +43,101 @@ def draw_class_pictures(
     interrupted call goes on where it stopped. ``on_progress(done, total)`` counts pictures, ``on_step(done, total)``
     the sampling steps of a batch; both may raise to stop.
     """
-    nouns = sorted(set(nouns))
-    wanted = [(noun, i, picture_path(folder, noun, i)) for noun in nouns for i in range(count)]
-    missing = [w for w in wanted if not w[2].exists()]
+    each = [(noun, i) for noun in sorted(set(nouns)) for i in range(count)]
+    wanted = [
+        _Wanted(
+            picture_path(folder, noun, i),
+            f"a photo of {with_article(noun)}",
+            derive_seed(config.sample_seed, f"class {noun}", i),
+        )
+        for noun, i in each
+    ]
+    _draw_missing(base, wanted, config, size, on_progress, on_step)
+    return [ClassPicture(noun, load_photo(w.path).image) for (noun, _), w in zip(each, wanted)]
+
+
+class EmptyScene(NamedTuple):
+    """A place without any subject: the ``prompt`` that draws it, and the ``phrase`` that a caption adds for it ("on
+    the beach"), or ""."""
+
+    prompt: str
+    phrase: str = ""
+
+
+# Places in which most subjects can stand, in the form that parse_scenes reads.
+EVERYDAY_SCENES = """\
+an empty beach by the sea | on the beach
+an empty meadow in summer | in a meadow
+an empty forest path | in a forest
+an empty garden with a lawn | in a garden
+an empty field covered with snow | in the snow
+an empty desert with sand dunes | in the desert
+an empty street in a city at daytime | in a city
+an empty street in a city at night | in a city at night
+an empty living room with a wooden floor | in a living room
+an empty kitchen | in a kitchen
+an empty wooden table in front of a wall | on a wooden table
+empty mountains at sunset | in the mountains at sunset"""
+
+
+def parse_scenes(lines: Sequence[str]) -> list[EmptyScene]:
+    """Empty scenes as people write them, "an empty beach | on the beach", one a line; blank lines don't count, and
+    without a bar the captions say nothing of the place. Raises ConfigError."""
+    scenes = []
+    for number, line in enumerate(lines, 1):
+        prompt, _, phrase = (" ".join(part.split()) for part in line.partition("|"))
+        if not prompt and phrase:
+            raise ConfigError(
+                f"scenes: line {number} says nothing before the bar; write what to draw, a bar, and what captions say "
+                "of it: 'an empty beach | on the beach'"
+            )
+        if prompt:
+            scenes.append(EmptyScene(prompt, phrase))
+    if not scenes:
+        raise ConfigError("scenes: there are none; write one a line, such as 'an empty beach | on the beach'")
+    return scenes
+
+
+def draw_empty_scenes(
+    base: BaseModel,
+    scenes: Sequence[EmptyScene],
+    each: int,
+    folder: Path,
+    config: SampleConfig,
+    *,
+    size: int | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Background]:
+    """Draw ``each`` pictures of every scene into ``folder``, scene by scene; those that are there already stay.
+
+    Everything else is as with :func:`draw_class_pictures`.
+    """
+    wanted = [
+        _Wanted(scene_path(folder, s.prompt, i), s.prompt, derive_seed(config.sample_seed, f"scene {s.prompt}", i))
+        for s in scenes
+        for i in range(each)
+    ]
+    _draw_missing(base, list(dict.fromkeys(wanted)), config, size, on_progress, on_step)
+    phrases = [s.phrase for s in scenes for _ in range(each)]
+    return [Background(load_photo(w.path).image, phrase) for w, phrase in zip(wanted, phrases)]
+
+
+class _Wanted(NamedTuple):
+    path: Path
+    prompt: str
+    seed: int
+
+
+def _draw_missing(
+    base: BaseModel,
+    wanted: Sequence[_Wanted],
+    config: SampleConfig,
+    size: int | None,
+    on_progress: Callable[[int, int], None],
+    on_step: Callable[[int, int], None],
+) -> None:
+    missing = [w for w in wanted if not w.path.exists()]
     vocabulary = plain_vocabulary(base)
     side = size or base.native_size
     for start in range(0, len(missing), config.sample_batch):
@@ -51,16 +146,15 @@ def draw_class_pictures(
         pictures = draw_pictures(
             base,
             vocabulary,
-            [f"a photo of {with_article(noun)}" for noun, _, _ in batch],
+            [w.prompt for w in batch],
             config,
             size=(side, side),
-            seeds=[derive_seed(config.sample_seed, f"class {noun}", i) for noun, i, _ in batch],
+            seeds=[w.seed for w in batch],
             on_progress=on_step,
         )
-        for (_, _, path), picture in zip(batch, pictures):
-            save_picture(path, picture)
+        for w, picture in zip(batch, pictures):
+            save_picture(w.path, picture)
     on_progress(len(wanted), len(wanted))
-    return [ClassPicture(noun, load_photo(path).image) for noun, _, path in wanted]
 
 
 def prior_sampling(config: TrainConfig) -> SampleConfig:
@@ -86,6 +180,13 @@ def prior_key(base: BaseModel, sampling: SampleConfig, size: int) -> str:
 def picture_path(folder: Path, noun: str, index: int) -> Path:
     """Where :func:`draw_class_pictures` keeps picture ``index`` of a noun."""
     return folder / noun.replace(" ", "_") / f"{index:04d}.png"
+
+
+def scene_path(folder: Path, prompt: str, index: int) -> Path:
+    """Where :func:`draw_empty_scenes` keeps picture ``index`` of a prompt: words that people can read, and a digest
+    that tells apart what they don't."""
+    words = re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")[:48]
+    return folder / f"{words}-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}-{index:04d}.png"
 
 
 def with_class_pictures(

@@ -1,13 +1,13 @@
-"""Class pictures: what any member of a class looks like, drawn by the base or brought by the user."""
+"""Class pictures and empty scenes, drawn by the base; or class pictures that the user brings."""
 
 from __future__ import annotations
 
 import gc
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from comfy_api.latest import io
@@ -20,13 +20,22 @@ from ..far_train.devices import choose_device
 from ..far_train.errors import FarError
 from ..far_train.files import make_folder, write_json
 from ..far_train.photos import load_mask, load_photo, mask_path, save_mask, to_pil
-from ..far_train.priors import draw_class_pictures, picture_path
+from ..far_train.priors import (
+    EVERYDAY_SCENES,
+    draw_class_pictures,
+    draw_empty_scenes,
+    parse_scenes,
+    picture_path,
+    scene_path,
+)
 from ..far_train.subjects import Prompt, SubjectExtractor
 from . import host
 from .photos import find_subjects
 from .pictures import INVERT_TOOLTIP, counted, match_masks, tidy_noun, unroll_images, unroll_masks
 from .previews import MAX_SHOWN, as_image, shown, subject_sheet
 from .sockets import Carried, Clip, FarConcepts, FarPrior, Model, SamModel, Vae, all_of, schema
+
+Drawn = TypeVar("Drawn")
 
 
 class ClassPrior(io.ComfyNode):
@@ -67,20 +76,7 @@ class ClassPrior(io.ComfyNode):
                     control_after_generate=False,
                     tooltip="Seed of the pictures. Keep it, and they are found again on disk.",
                 ),
-                io.Int.Input(
-                    "steps", default=20, min=1, max=200, tooltip="Sampling steps of a picture. 20 are enough."
-                ),
-                io.Float.Input(
-                    "guidance", default=7.0, min=1.0, max=20.0, step=0.5, tooltip="Classifier-free guidance. 6 to 7.5."
-                ),
-                io.Int.Input(
-                    "size",
-                    default=0,
-                    min=0,
-                    max=2048,
-                    step=64,
-                    tooltip="Side of the pictures in pixels; 0 is the base's own (768 for Stable Diffusion 2.1).",
-                ),
+                *sampling_inputs(),
             ],
             outputs=[
                 FarPrior.Output("prior", tooltip="For FaR Concept Fusion."),
@@ -107,31 +103,17 @@ class ClassPrior(io.ComfyNode):
         if sam_model is not None:
             SubjectExtractor(sam_model)  # so that a wrong one is refused before the pictures are drawn
         wanted = [(noun, i) for noun in nouns for i in range(count)]
-        config = SampleConfig(
-            sample_seed=prior_seed, sampler="dpm++", sampling_steps=steps, guidance=guidance, sample_batch=1
-        )
         progress = host.Progress(len(wanted), cls.hidden.unique_id)
-        with host.no_inference_mode():
-            base = host.read_base(model, clip, vae)
-            folder = prior_folder(base, config, size or base.native_size)
-            try:
-                if not all(picture_path(folder, noun, i).exists() for noun, i in wanted):
-                    host.free_everything()
-                    base.to(*choose_device(str(host.compute_device())))
-                pictures = draw_class_pictures(
-                    base,
-                    nouns,
-                    count,
-                    folder,
-                    config,
-                    size=size or None,
-                    on_progress=lambda done, total: _show_progress(progress, folder, done, total),
-                    on_step=lambda _done, _total: host.stop_if_interrupted(),
-                )
-            finally:
-                del base
-                gc.collect()
-                host.free_everything()
+        config = sampling(prior_seed, steps, guidance)
+        pictures, folder = draw_once(
+            "priors",
+            (model, clip, vae),
+            config,
+            size,
+            lambda folder: [picture_path(folder, *w) for w in wanted],
+            lambda base, folder, **on: draw_class_pictures(base, nouns, count, folder, config, size=size or None, **on),
+            progress,
+        )
         if sam_model is not None:
             pictures = with_masks(pictures, [picture_path(folder, *w) for w in wanted], sam_model, progress)
         masked = sum(p.mask is not None for p in pictures)
@@ -139,15 +121,155 @@ class ClassPrior(io.ComfyNode):
         return prior_output(cls, pictures, text)
 
 
+class EmptyScenes(io.ComfyNode):
+    """Backgrounds that the base draws itself."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="FaR_EmptyScenes",
+            display_name="FaR Empty Scenes",
+            description="Let the base model draw empty places for Concept Fusion to put your subjects into. They are "
+            "what keeps a subject from being tied to the place of its photos. They are kept in output/far/scenes and "
+            "never drawn twice.",
+            search_aliases=["backgrounds", "background images", "background generator"],
+            inputs=[
+                Model.Input("model", tooltip="The base that will be trained: Stable Diffusion 2.1."),
+                Clip.Input("clip", tooltip="Its text encoder."),
+                Vae.Input("vae", tooltip="Its VAE."),
+                io.String.Input(
+                    "scenes",
+                    default=EVERYDAY_SCENES,
+                    multiline=True,
+                    tooltip="One place a line: what to draw, a bar, and what captions say of it, such as 'an empty "
+                    "beach | on the beach'. Ask for places that fit your subjects and hold none like them. Eight or "
+                    "more are a good number.",
+                ),
+                io.Int.Input(
+                    "each",
+                    default=2,
+                    min=1,
+                    max=100,
+                    tooltip="Pictures of every place. 2 to 4 are a good number; 1 is enough for a first try.",
+                ),
+                io.Int.Input(
+                    "scene_seed",
+                    default=0,
+                    min=0,
+                    max=2**53 - 1,
+                    control_after_generate=False,
+                    tooltip="Seed of the pictures. Keep it, and they are found again on disk.",
+                ),
+                *sampling_inputs(),
+            ],
+            outputs=[
+                io.Image.Output(
+                    "backgrounds", is_output_list=True, tooltip="For the backgrounds of FaR Concept Fusion."
+                ),
+                io.String.Output(
+                    "captions",
+                    is_output_list=True,
+                    tooltip="What captions say of each, for background_captions of FaR Concept Fusion.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        clip: Any,
+        vae: Any,
+        scenes: str,
+        each: int,
+        scene_seed: int,
+        steps: int,
+        guidance: float,
+        size: int,
+    ) -> io.NodeOutput:
+        places = parse_scenes(scenes.splitlines())
+        progress = host.Progress(len(places) * each, cls.hidden.unique_id)
+        config = sampling(scene_seed, steps, guidance)
+        drawn, folder = draw_once(
+            "scenes",
+            (model, clip, vae),
+            config,
+            size,
+            lambda folder: [scene_path(folder, place.prompt, i) for place in places for i in range(each)],
+            lambda base, folder, **on: draw_empty_scenes(base, places, each, folder, config, size=size or None, **on),
+            progress,
+        )
+        some = drawn[:MAX_SHOWN]
+        sheet = subject_sheet([b.image for b in some], [None] * len(some), [b.phrase for b in some])
+        text = f"{counted(len(drawn), 'empty scene')} in {folder}"
+        return io.NodeOutput([b.image[None] for b in drawn], [b.phrase for b in drawn], ui=shown(cls, sheet, text))
+
+
+def sampling_inputs() -> list[Any]:
+    """The inputs of a node that draws with the base, read by :func:`sampling`."""
+    return [
+        io.Int.Input("steps", default=20, min=1, max=200, tooltip="Sampling steps of a picture. 20 are enough."),
+        io.Float.Input(
+            "guidance", default=7.0, min=1.0, max=20.0, step=0.5, tooltip="Classifier-free guidance. 6 to 7.5."
+        ),
+        io.Int.Input(
+            "size",
+            default=0,
+            min=0,
+            max=2048,
+            step=64,
+            tooltip="Side of the pictures in pixels; 0 is the base's own (768 for Stable Diffusion 2.1).",
+        ),
+    ]
+
+
+def sampling(seed: int, steps: int, guidance: float) -> SampleConfig:
+    return SampleConfig(sample_seed=seed, sampler="dpm++", sampling_steps=steps, guidance=guidance, sample_batch=1)
+
+
+def draw_once(
+    kind: str,
+    models: tuple[Any, Any, Any],
+    config: SampleConfig,
+    size: int,
+    paths: Callable[[Path], Sequence[Path]],
+    draw: Callable[..., list[Drawn]],
+    progress: host.Progress,
+) -> tuple[list[Drawn], Path]:
+    """What ``draw(base, folder, on_progress=, on_step=)`` gives, and the folder in which it keeps the pictures.
+
+    ``models``: MODEL, CLIP and VAE. The base goes to the device only if one of ``paths(folder)`` is missing.
+    """
+    with host.no_inference_mode():
+        base = host.read_base(*models)
+        folder = drawn_folder(kind, base, config, size or base.native_size)
+        try:
+            if not all(path.exists() for path in paths(folder)):
+                host.free_everything()
+                base.to(*choose_device(str(host.compute_device())))
+            drawn = draw(
+                base,
+                folder,
+                on_progress=lambda done, total: _show_progress(progress, folder, done, total),
+                on_step=lambda _done, _total: host.stop_if_interrupted(),
+            )
+        finally:
+            del base
+            gc.collect()
+            host.free_everything()
+    return drawn, folder
+
+
 def _show_progress(progress: host.Progress, folder: Path, done: int, total: int) -> None:
     """Report the pictures drawn so far and show the newest. What is drawn is on disk, so a cancel loses nothing."""
     host.stop_if_interrupted()
-    newest = max(folder.glob("*/[0-9][0-9][0-9][0-9].png"), key=lambda p: p.stat().st_mtime_ns, default=None)
+    newest = max(folder.rglob("*[0-9][0-9][0-9][0-9].png"), key=lambda p: p.stat().st_mtime_ns, default=None)
     progress.update(done, total, None if newest is None else to_pil(load_photo(newest).image))
 
 
-def prior_folder(base: BaseModel, config: SampleConfig, size: int) -> Path:
-    """Where the class pictures of this base and these settings are kept. Their number doesn't matter: it may grow."""
+def drawn_folder(kind: str, base: BaseModel, config: SampleConfig, size: int) -> Path:
+    """Where what this base draws with these settings is kept. The number of pictures doesn't matter: it may grow."""
     settings = {
         "base": _weights_digest(base),
         "size": size,
@@ -157,7 +279,7 @@ def prior_folder(base: BaseModel, config: SampleConfig, size: int) -> Path:
         "guidance": config.guidance,
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    folder = make_folder(host.output_folder() / "far" / "priors" / key)
+    folder = make_folder(host.output_folder() / "far" / kind / key)
     write_json(folder / "settings.json", settings)
     return folder
 
@@ -249,4 +371,4 @@ def prior_output(cls: type[io.ComfyNode], pictures: Sequence[ClassPicture], text
     return io.NodeOutput(Carried(pictures), as_image(sheet), ui=shown(cls, sheet, text))
 
 
-NODES = [ClassPrior, PriorFromImages]
+NODES = [ClassPrior, PriorFromImages, EmptyScenes]

@@ -25,6 +25,7 @@ from far_train.concepts import Background, ClassPicture, Concept  # noqa: E402
 from far_train.config import FusionConfig  # noqa: E402
 from far_train.fusion import ConceptFusion  # noqa: E402
 from far_train.mini.identity import Identity  # noqa: E402
+from far_train.mini.scenery import PLACES  # noqa: E402
 from far_train.mini.shipped import DRAWING, SIZE, SUBJECTS, small_base  # noqa: E402
 from far_train.mini.world import empty_scene, reference_photos, render_scene  # noqa: E402
 from far_train.photos import to_pil  # noqa: E402
@@ -146,7 +147,10 @@ def model_pictures(demo: Path) -> dict[str, Image.Image]:
         "a photo of a yellow robot, in a city at night",
         "a photo of a green cup and a pink dog, in a meadow",
     ]
-    words, dogs = (draw_pictures(base, plain_vocabulary(base), p, DRAWING) for p in (prompts, ["a photo of a dog"] * 4))
+    phrases, places = zip(*list(PLACES.values())[:8])
+    words, dogs, scenes = (
+        draw_pictures(base, plain_vocabulary(base), p, DRAWING) for p in (prompts, ["a photo of a dog"] * 4, places)
+    )
     names, identities = zip(SUBJECTS["rex"], SUBJECTS["max"])
     scene = render_scene(1, 0, SIZE, identities=identities)
     vocabulary = FarWeights.load(demo / "run-far" / "weights.safetensors").apply(base)
@@ -156,6 +160,7 @@ def model_pictures(demo: Path) -> dict[str, Image.Image]:
     return {
         "FaR_MiniCheckpoint": contact_sheet([to_pil(p) for p in words], prompts, cell=180),
         "FaR_ClassPrior": contact_sheet([to_pil(p) for p in dogs], ["dog"] * 4, cell=180),
+        "FaR_EmptyScenes": contact_sheet([to_pil(p) for p in scenes], phrases, cell=180),
         "FaR_AttentionProbe": contact_sheet(
             [to_pil(p) for p in (scene.image, *heats)], ["the picture", *(n.token for n in names)], cell=240
         ),

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from far_train.backbone import kv_weights, load_base
 from far_train.cli import main
+from far_train.commands import read_backgrounds
 from far_train.config import FusionConfig
 from far_train.mini.tiny import WIDTH
 from far_train.photos import save_pair
@@ -271,6 +272,21 @@ def test_train_export_inspect_generate(dataset, tiny_folder, tmp_path, capsys):
     assert (pictures / "0001.txt").read_text() == "a <tom> cat\n" and (tmp_path / "pictures.grid.jpg").exists()
     with Image.open(pictures / "0000.png") as picture:
         assert picture.size == (SIZE, SIZE)
+
+
+def test_scenes_become_the_backgrounds_of_fuse(subjects, tiny_folder, tmp_path, capsys):
+    out = tmp_path / "scenes"
+    draw = ["scenes", "--base", str(tiny_folder), "--out", str(out), "--device", "cpu", "--sampling-steps", "1"]
+    draw += ["--width", "64", "--height", "64", "--count", "1"]
+    assert main([*draw, "--scene", "an empty beach | on the beach", "--scene", "a wall"]) == 0
+    assert "2 empty scenes" in capsys.readouterr().out and (tmp_path / "scenes.grid.jpg").exists()
+    assert sorted(b.phrase for b in read_backgrounds(out)) == ["", "on the beach"]
+    fuse = ["fuse", "--concept", "<tom>", "cat", str(subjects / "tom"), "--backgrounds", str(out), "--size", "64"]
+    assert main([*fuse, "--out", str(tmp_path / "set"), "--count", "8"]) == 0
+    captions = [p.read_text() for p in (tmp_path / "set").rglob("*.txt")]
+    assert any(c.strip().endswith(", on the beach") for c in captions)
+    refused(capsys, [*draw, "--scene", "| on the beach"], "scenes: line 1 says nothing before the bar")
+    refused(capsys, [*draw, "--count", "0"], "count: 0 is no number of pictures")
 
 
 def test_bad_input_to_generate(capsys, tiny_folder, weights, tmp_path):

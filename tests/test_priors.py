@@ -10,8 +10,9 @@ import torch
 from far_train import priors
 from far_train.backbone import BaseModel, load_base
 from far_train.config import FusionConfig, SampleConfig, TrainConfig
+from far_train.errors import ConfigError
 from far_train.fusion import ConceptFusion
-from far_train.priors import prior_key, prior_sampling
+from far_train.priors import EVERYDAY_SCENES, EmptyScene, parse_scenes, prior_key, prior_sampling, scene_path
 from far_train.recipe import train
 from far_train.runs import read_metrics
 from far_train.weights import FarWeights
@@ -71,3 +72,47 @@ def test_both_samplers_draw_and_differ(base: BaseModel, tmp_path: Path):
     ]
     assert all(p[0].image.shape == (128, 128, 3) and p[0].image.std() > 0 for p in drawn)
     assert not torch.equal(drawn[0][0].image, drawn[1][0].image)
+
+
+# ---- empty scenes
+
+
+def test_scenes_are_read_a_line_each():
+    lines = ["an empty beach | on the  beach", "", "  an empty room", "a wall with a bar | in a bar | at night", "|"]
+    assert parse_scenes(lines) == [
+        EmptyScene("an empty beach", "on the beach"),
+        EmptyScene("an empty room", ""),
+        EmptyScene("a wall with a bar", "in a bar | at night"),
+    ]
+    everyday = parse_scenes(EVERYDAY_SCENES.splitlines())
+    assert len(everyday) == 12 and all(scene.phrase for scene in everyday)
+    for bad, words in (
+        (["", " | "], "scenes: there are none"),
+        (["a beach", "| at sea"], "scenes: line 2 says nothing"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            parse_scenes(bad)
+
+
+def test_files_of_scenes_stay_in_their_folder_and_apart(tmp_path: Path):
+    prompts = ["an empty beach", "an empty beach!", "../../etc/passwd", "C:\\x", "ein leerer Strand", "空", "a" * 500]
+    paths = [scene_path(tmp_path, prompt, 0) for prompt in prompts]
+    assert len(set(paths)) == len(prompts)
+    assert all(p.parent == tmp_path and len(p.name) < 80 and p.name.isascii() for p in paths)
+
+
+def test_scenes_are_drawn_once_with_the_words_of_each(base: BaseModel, tmp_path: Path, monkeypatch):
+    config = SampleConfig(sampling_steps=1)
+    scenes = [EmptyScene("a beach", "by the sea"), EmptyScene("a wall"), EmptyScene("a beach", "on sand")]
+    counts = []
+    drawn = priors.draw_empty_scenes(
+        base, scenes, 2, tmp_path, config, size=64, on_progress=lambda *count: counts.append(count)
+    )
+    assert [b.phrase for b in drawn] == ["by the sea", "by the sea", "", "", "on sand", "on sand"]
+    assert len(list(tmp_path.glob("*.png"))) == 4 and counts[-1] == (4, 4)
+    assert torch.equal(drawn[0].image, drawn[4].image)
+    assert not torch.equal(drawn[0].image, drawn[1].image) and not torch.equal(drawn[0].image, drawn[2].image)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    more = priors.draw_empty_scenes(base, scenes[:1], 3, tmp_path, config, size=64)
+    assert len(more) == 3 and all(torch.equal(a.image, b.image) for a, b in zip(more, drawn[:2]))
+    assert all(p.stat().st_mtime_ns == time for p, time in before.items())

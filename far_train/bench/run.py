@@ -29,7 +29,7 @@ from ..concepts import Background, ClassPicture, Concept, TrainingSet
 from ..errors import CheckpointError, Interrupted
 from ..files import write_json, write_text
 from ..fusion import ConceptFusion
-from ..mini.materials import cut_class_pictures, draw_empty_scenes
+from ..mini.materials import cut_class_pictures, draw_places
 from ..mini.oracle import Oracle, read_pictures
 from ..mini.scenery import BACKGROUNDS, PLACES
 from ..mini.shipped import DRAWING, SIZE
@@ -149,7 +149,7 @@ class Bench:
     @cached_property
     def _scenes(self) -> list[Background]:
         folder = self.out / "materials" / "scenes"
-        return draw_empty_scenes(self._base, EMPTY_SCENES, folder, self._phase("empty scenes"))
+        return draw_places(self._base, EMPTY_SCENES, folder, self._phase("empty scenes"))
 
     def _phase(self, name: str) -> Callable[[int, int], None]:
         return lambda done, total: self.on_progress(name, done, total)

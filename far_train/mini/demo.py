@@ -33,7 +33,7 @@ from ..sampling import draw_pictures, plain_vocabulary
 from ..subjects import SubjectExtractor, extract_folder
 from ..tokens import Vocabulary
 from .identity import Identity, describe
-from .materials import cut_class_pictures, draw_empty_scenes
+from .materials import cut_class_pictures, draw_places
 from .oracle import read_pictures
 from .scenery import PLACES
 from .shipped import (
@@ -106,7 +106,7 @@ def run_demo(out: Path, device: str, on_progress: Progress = lambda phase, done,
     )
     page.section("Class pictures", "Dogs as the base draws them: they keep 'dog' a dog.")
     page.picture(picture_grid([p.image for p in priors[:16]], columns=8, cell=120))
-    scenes = draw_empty_scenes(base, EMPTY_SCENES, out / "scenes", lambda *a: on_progress("empty scenes", *a))
+    scenes = draw_places(base, EMPTY_SCENES, out / "scenes", lambda *a: on_progress("empty scenes", *a))
 
     settings = FUSING.replace(count=COMPOSITES)
     fused = write_dataset(

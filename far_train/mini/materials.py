@@ -8,9 +8,8 @@ from pathlib import Path
 from ..backbone import BaseModel
 from ..concepts import Background, ClassPicture
 from ..errors import SubjectError
-from ..photos import Photo, load_photo, save_picture
-from ..priors import draw_class_pictures
-from ..sampling import draw_pictures, plain_vocabulary
+from ..photos import Photo
+from ..priors import EmptyScene, draw_class_pictures, draw_empty_scenes
 from ..subjects import SubjectExtractor
 from .scenery import PLACES
 from .shipped import DRAWING
@@ -38,16 +37,9 @@ def cut_class_pictures(
     return cut
 
 
-def draw_empty_scenes(
+def draw_places(
     base: BaseModel, each: int, folder: Path, on_progress: OnProgress = lambda done, total: None
 ) -> list[Background]:
     """``each`` pictures of every empty place, as the base draws them; those in ``folder`` are used again."""
-    wanted = [
-        (phrase, prompt, folder / f"{place}-{k}.png") for place, (phrase, prompt) in PLACES.items() for k in range(each)
-    ]
-    if not all(path.exists() for _, _, path in wanted):
-        prompts = [prompt for _, prompt, _ in wanted]
-        pictures = draw_pictures(base, plain_vocabulary(base), prompts, DRAWING, on_progress=on_progress)
-        for (_, _, path), picture in zip(wanted, pictures):
-            save_picture(path, picture)
-    return [Background(load_photo(path).image, phrase) for phrase, _, path in wanted]
+    places = [EmptyScene(prompt, phrase) for phrase, prompt in PLACES.values()]
+    return draw_empty_scenes(base, places, each, folder, DRAWING, on_progress=on_progress)

@@ -24,6 +24,7 @@ LOWERED = {
     "Photos of Rex": {"count": 2},
     "Photos of Max": {"count": 2},
     "Class pictures": {"count": 2, "steps": 2},
+    "Empty places": {"each": 1, "steps": 2},
     "Training pictures": {"count": 4},
     "Settings for a small model": {"prior_batch_size": 1, "sample_steps": 2},
     "Learn Rex and Max": {"steps": 2, "batch_size": 1},

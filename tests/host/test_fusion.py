@@ -274,6 +274,44 @@ def test_a_foreign_base_is_refused_in_words(comfy: ComfyServer):
         comfy.run(prompt)
 
 
+# FaR_EmptyScenes
+
+
+def among_scenes(comfy: ComfyServer, folders: dict[str, str], scenes: str, **changes) -> dict:
+    base = {"model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2]}
+    settings = {"scenes": scenes, "each": 2, "scene_seed": 0, "steps": 2, "guidance": 5.0, "size": 64} | changes
+    return fusing(comfy, folders, backgrounds=["45", 0], background_captions=["45", 1], count=8) | {
+        "1": node("FaRTest_TinyCheckpoint", weights_seed=0, prediction="v_prediction"),
+        "45": node("FaR_EmptyScenes", **base, **settings),
+        "60": node("FaR_SaveDataset", dataset=["50", 0], name="among_scenes"),
+    }
+
+
+def test_empty_scenes_are_drawn_once_and_stand_behind_the_subjects(comfy: ComfyServer, folders: dict[str, str]):
+    prompt = among_scenes(comfy, folders, "an empty beach | on the beach\n\nan empty room")
+    outputs = comfy.run(prompt)
+    text = outputs["45"]["text"][0]
+    assert text.startswith("4 empty scenes in ")
+    folder = Path(text.rpartition(" in ")[2])
+    assert folder.is_relative_to(comfy.folder("output") / "far" / "scenes")
+    first = {p: p.stat().st_mtime_ns for p in folder.glob("*.png")}
+    assert len(first) == 4 and all(np.asarray(Image.open(p)).shape == (64, 64, 3) for p in first)
+    saved = comfy.folder("output") / "far" / "datasets" / "among_scenes"
+    assert any(p.read_text().strip().endswith(", on the beach") for p in saved.rglob("*.txt"))
+
+    prompt["45"]["inputs"]["scenes"] += "\nan empty wood | in a wood"
+    prompt["60"]["inputs"]["name"] = "among_more_scenes"
+    assert comfy.run(prompt)["45"]["text"][0] == f"6 empty scenes in {folder}"
+    later = {p: p.stat().st_mtime_ns for p in folder.glob("*.png")}
+    assert len(later) == 6 and later.items() > first.items()
+
+
+def test_scenes_that_say_nothing_are_refused_in_words(comfy: ComfyServer, folders: dict[str, str]):
+    for scenes, words in (("\n", "scenes: there are none"), ("a wall\n| at sea", "scenes: line 2 says nothing before")):
+        with pytest.raises(ExecutionFailed, match=f"node 45 .*{words}"):
+            comfy.run(among_scenes(comfy, folders, scenes))
+
+
 # Real photos
 
 

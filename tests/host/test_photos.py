@@ -26,6 +26,7 @@ NODES = (
     "FaR_Concept",
     "FaR_ClassPrior",
     "FaR_PriorFromImages",
+    "FaR_EmptyScenes",
     "FaR_ConceptFusion",
     "FaR_SaveDataset",
     "FaR_LoadDataset",

@@ -103,6 +103,8 @@ def newer(comfy: ComfyServer) -> dict[str, Any]:
                    text="a <red-ball> ball", concepts="", when="0.5", probe_seed=0, cells=4),
         "22": node("FaR_Evaluate", images=["2", 0], masks=["2", 1], concepts=["5", 0], presence=0.6,
                    encoder="FaR mini oracle (built in)"),
+        "23": node("FaR_EmptyScenes", model=["1", 0], clip=["1", 1], vae=["1", 2], scenes="a wall | at a wall", each=1,
+                   scene_seed=0, steps=1, guidance=1.0, size=64),
     }  # fmt: skip
     known = comfy.object_info()
     return {number: about for number, about in graph.items() if about["class_type"] in known}

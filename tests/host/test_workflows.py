@@ -129,6 +129,8 @@ def test_the_small_one_runs_to_the_end_as_it_is(comfy: ComfyServer, tmp_path):
         "Photos of Max.count=2",
         "Class pictures.count=2",
         "Class pictures.steps=2",
+        "Empty places.scenes=an empty beach | on the beach",
+        "Empty places.steps=2",
         "Training pictures.count=4",
         "Settings for a small model.prior_batch_size=1",
         "Settings for a small model.sample_steps=2",
@@ -143,7 +145,15 @@ def test_the_small_one_runs_to_the_end_as_it_is(comfy: ComfyServer, tmp_path):
     assert len({path.read_bytes() for path in pictures}) == 4
     samples = [path for path in shown if path.stem.startswith("Samples while it learned")]
     assert len(samples) == 3 and all(Image.open(p).size == (SIZE, SIZE) for p in (*pictures, *samples))
-    titles = {"Photos of Rex", "Cut out Max", "Name Max", "Class pictures", "Training pictures", "Loss curve"}
+    titles = {
+        "Photos of Rex",
+        "Cut out Max",
+        "Name Max",
+        "Class pictures",
+        "Empty places",
+        "Training pictures",
+        "Loss curve",
+    }
     assert titles <= {path.stem for path in shown}
     run = comfy.base / "output" / "far" / "small-dogs"
     assert (run / "metrics.jsonl").read_text(encoding="utf-8").count("\n") == 2
@@ -196,7 +206,10 @@ def prepared(dogs: ComfyServer, tmp_path_factory) -> list[Path]:
         "Photos of the chow.max_side=256",
         "Class pictures.count=2",
         "Class pictures.steps=2",
+        "Empty places.scenes=an empty beach | on the beach",
+        "Empty places.steps=2",
         f"Class pictures.size={SIZE}",
+        f"Empty places.size={SIZE}",
         f"Training pictures.size={SIZE}",
         "Training pictures.count=6",
     )
@@ -215,6 +228,7 @@ def test_three_subjects_in_one_graph(dogs: ComfyServer, tmp_path):
     changes = [f"Photos of {who}.max_side=240" for who in ("the corgi", "the chow", "the husky")]
     changes += ["Photos of the husky.folder=chow", "Segment Anything.model_name=tiny.safetensors"]
     changes += ["Class pictures.count=2", "Class pictures.steps=2", f"Class pictures.size={SIZE}"]
+    changes += ["Empty places.each=1", "Empty places.steps=2", f"Empty places.size={SIZE}"]
     changes += [f"Training pictures.size={SIZE}", "Training pictures.count=8", "Training pictures.triple=1"]
     changes += ["Learn the dogs.steps=2", "Learn the dogs.batch_size=1", "Draw.steps=2"]
     changes += [f"Four pictures of 768 px.{side}={SIZE}" for side in ("width", "height")]
