@@ -69,17 +69,17 @@ class FuseConcepts(io.ComfyNode):
                 io.Image.Input(
                     "backgrounds",
                     optional=True,
-                    tooltip="Empty scenes without any such subject, from FaR Empty Scenes or as a list or batch of your "
-                    "own. Ten or more are a good number; without them, the photos' own surroundings and plain colours "
-                    "serve.",
+                    tooltip="Empty scenes without any such subject, from FaR Empty Scenes or as a list or batch of "
+                    "your own. Ten or more are a good number; without them, the photos' own surroundings and plain "
+                    "colours serve.",
                 ),
                 io.String.Input(
                     "background_captions",
                     default="",
                     multiline=True,
                     optional=True,
-                    tooltip="The captions of FaR Empty Scenes, or one line per background, in their order: words that a "
-                    "caption can end with, such as 'in a garden'. An empty line says nothing about it; empty "
+                    tooltip="The captions of FaR Empty Scenes, or one line per background, in their order: words that "
+                    "a caption can end with, such as 'in a garden'. An empty line says nothing about it; empty "
                     "altogether is fine.",
                 ),
                 io.Int.Input(
