@@ -389,6 +389,7 @@ class _ModifierTokens:
 
     far_tokens: Mapping[str, Tensor]
     far_warned: set[str]
+    far_names_found: bool  # whether this host's _try_get_embedding also gives the name back, as it does since 2026
 
     def tokenize_with_weights(self, text: str, *args: Any, **kwargs: Any) -> Any:
         for token in unknown_tokens(text, tuple(self.far_tokens)):
@@ -405,10 +406,11 @@ class _ModifierTokens:
         text = pattern.sub(lambda m: f" {self.embedding_identifier}{m[1].lower()} ", text)
         return super().tokenize_with_weights(text, *args, **kwargs)
 
-    def _try_get_embedding(self, embedding_name: str) -> tuple[Tensor | None, str]:
+    def _try_get_embedding(self, embedding_name: str) -> tuple[Any, ...]:
         name, _, rest = embedding_name.partition(" ")
         if name in self.far_tokens:
-            return self.far_tokens[name], rest.strip()
+            found = self.far_tokens[name]
+            return (found, name, rest.strip()) if self.far_names_found else (found, rest.strip())
         return super()._try_get_embedding(embedding_name)
 
 
@@ -421,6 +423,9 @@ def _with_modifiers(tokenizer: Any, embeddings: Mapping[str, Tensor]) -> Any:
     tokens = {token: plain(rows).float() for token, rows in embeddings.items()}
     applied.far_tokens = {**getattr(tokenizer, "far_tokens", {}), **tokens}
     applied.far_warned = set()
+    nowhere = copy.copy(tokenizer)
+    nowhere.embedding_directory = []
+    applied.far_names_found = len(nowhere._try_get_embedding("none")) == 3
     if applied.embedding_directory is None:  # then the host would not look for embeddings at all
         applied.embedding_directory = []
     return applied
