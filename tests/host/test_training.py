@@ -88,7 +88,9 @@ def test_progress_and_pictures_are_seen_while_it_trains(comfy: ComfyServer):
     with Listener(comfy) as seen:
         comfy.run(training(comfy, "watched", steps=4, options={"sample_every": 2}))
     progress = [(d["value"], d["max"]) for kind, d in seen.events if kind == "progress" and d["node"] == "4"]
-    assert {(1, 4), (2, 4), (3, 4), (4, 4), (5, 5)} <= set(progress)  # steps, and before them the pictures encoded
+    assert (5, 5) in progress  # the pictures encoded, and then the steps, of which newer hosts leave some out
+    steps = [value for value, of in progress if of == 4]
+    assert steps == sorted(steps) and {2, 4} <= set(steps)
     assert [kind for kind, _ in seen.binaries].count(PREVIEW) >= 2
     picture = next(payload for kind, payload in seen.binaries if kind == PREVIEW)
     assert b"JFIF" in picture[:2000]

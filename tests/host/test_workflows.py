@@ -71,7 +71,10 @@ def test_sockets_are_the_schemas(comfy: ComfyServer, path: Path):
         declared, widgets = api_twins.inputs_of(schema), api_twins.widget_names(schema)
         expected = {name: None if name in widgets else kind for name, (kind, _) in declared.items()}
         assert {i["name"]: None if "widget" in i else i["type"] for i in node["inputs"]} == expected, node["title"]
-        assert [(o["name"], o["type"]) for o in node["outputs"]] == list(zip(schema["output_name"], schema["output"]))
+        outputs = list(zip(schema["output_name"], schema["output"]))
+        if not node["type"].startswith("FaR_"):
+            outputs = outputs[: len(node["outputs"])]  # a newer host's own nodes may have got some
+        assert [(o["name"], o["type"]) for o in node["outputs"]] == outputs
 
 
 def test_the_template_browser_lists_them(comfy: ComfyServer):
@@ -103,7 +106,9 @@ def test_fitting_changes_only_what_differs(comfy: ComfyServer, template_files, p
             for link in older["links"]:
                 link[4] += link[3] == node["id"]
     api_twins.fit(older, schemas)
-    for node in graph["nodes"]:
+    for fitted, node in zip(older["nodes"], graph["nodes"]):
+        if not node["type"].startswith("FaR_"):
+            del fitted["outputs"][len(node["outputs"]) :]  # what a newer host's own nodes have got
         if node["type"] == "KSampler":
             node["widgets_values"][4] = "euler"  # the host's default
     assert older == graph
