@@ -129,7 +129,8 @@ def learn_diffusion(
     readout = seeded(config.learn_seed, lambda: ContentReadout(parts["unet"]))
     model = nn.ModuleDict({"unet": parts["unet"], "text_encoder": parts["text_encoder"], "readout": readout})
     parts["unet"].set_attn_processor(PlainAttention())
-    parts["text_encoder"].set_attn_implementation("eager")
+    if hasattr(parts["text_encoder"], "set_attn_implementation"):  # a matter of speed; transformers 4.50 lacks it
+        parts["text_encoder"].set_attn_implementation("eager")
     if start:
         _start_from(model, start)
     tokenizer = CLIPTokenizerFast.from_pretrained(str(tokenizer_folder), local_files_only=True)
