@@ -50,9 +50,7 @@ class ClassPrior(io.ComfyNode):
             "training keeps what the word means. They are kept in output/far/priors and never drawn twice.",
             search_aliases=["regularization images", "prior preservation", "class images"],
             inputs=[
-                Model.Input("model", tooltip="The base that will be trained: Stable Diffusion 2.1."),
-                Clip.Input("clip", tooltip="Its text encoder."),
-                Vae.Input("vae", tooltip="Its VAE."),
+                *base_inputs(),
                 FarConcepts.Input("concepts", tooltip="The concepts, whose nouns say what is drawn."),
                 SamModel.Input(
                     "sam_model",
@@ -68,15 +66,7 @@ class ClassPrior(io.ComfyNode):
                     tooltip="Pictures per noun. 50 to 100 are a good number; 12 are enough for a first try. More can "
                     "be added later: those that are there stay.",
                 ),
-                io.Int.Input(
-                    "prior_seed",
-                    default=0,
-                    min=0,
-                    max=2**53 - 1,
-                    control_after_generate=False,
-                    tooltip="Seed of the pictures. Keep it, and they are found again on disk.",
-                ),
-                *sampling_inputs(),
+                *sampling_inputs("prior_seed"),
             ],
             outputs=[
                 FarPrior.Output("prior", tooltip="For FaR Concept Fusion."),
@@ -134,9 +124,7 @@ class EmptyScenes(io.ComfyNode):
             "never drawn twice.",
             search_aliases=["backgrounds", "background images", "background generator"],
             inputs=[
-                Model.Input("model", tooltip="The base that will be trained: Stable Diffusion 2.1."),
-                Clip.Input("clip", tooltip="Its text encoder."),
-                Vae.Input("vae", tooltip="Its VAE."),
+                *base_inputs(),
                 io.String.Input(
                     "scenes",
                     default=EVERYDAY_SCENES,
@@ -152,15 +140,7 @@ class EmptyScenes(io.ComfyNode):
                     max=100,
                     tooltip="Pictures of every place. 2 to 4 are a good number; 1 is enough for a first try.",
                 ),
-                io.Int.Input(
-                    "scene_seed",
-                    default=0,
-                    min=0,
-                    max=2**53 - 1,
-                    control_after_generate=False,
-                    tooltip="Seed of the pictures. Keep it, and they are found again on disk.",
-                ),
-                *sampling_inputs(),
+                *sampling_inputs("scene_seed"),
             ],
             outputs=[
                 io.Image.Output(
@@ -206,9 +186,26 @@ class EmptyScenes(io.ComfyNode):
         return io.NodeOutput([b.image[None] for b in drawn], [b.phrase for b in drawn], ui=shown(cls, sheet, text))
 
 
-def sampling_inputs() -> list[Any]:
-    """The inputs of a node that draws with the base, read by :func:`sampling`."""
+def base_inputs() -> list[Any]:
+    """The sockets of the base that a node draws with."""
     return [
+        Model.Input("model", tooltip="The base that will be trained: Stable Diffusion 2.1."),
+        Clip.Input("clip", tooltip="Its text encoder."),
+        Vae.Input("vae", tooltip="Its VAE."),
+    ]
+
+
+def sampling_inputs(seed: str) -> list[Any]:
+    """How a node draws with the base, read by :func:`sampling`; ``seed`` names the input of the seed."""
+    return [
+        io.Int.Input(
+            seed,
+            default=0,
+            min=0,
+            max=2**53 - 1,
+            control_after_generate=False,
+            tooltip="Seed of the pictures. Keep it, and they are found again on disk.",
+        ),
         io.Int.Input("steps", default=20, min=1, max=200, tooltip="Sampling steps of a picture. 20 are enough."),
         io.Float.Input(
             "guidance", default=7.0, min=1.0, max=20.0, step=0.5, tooltip="Classifier-free guidance. 6 to 7.5."

@@ -101,7 +101,7 @@ def test_files_of_scenes_stay_in_their_folder_and_apart(tmp_path: Path):
     assert all(p.parent == tmp_path and len(p.name) < 80 and p.name.isascii() for p in paths)
 
 
-def test_scenes_are_drawn_once_with_the_words_of_each(base: BaseModel, tmp_path: Path, monkeypatch):
+def test_scenes_are_drawn_once_with_the_words_of_each(base: BaseModel, tmp_path: Path):
     config = SampleConfig(sampling_steps=1)
     scenes = [EmptyScene("a beach", "by the sea"), EmptyScene("a wall"), EmptyScene("a beach", "on sand")]
     counts = []
