@@ -50,10 +50,11 @@ def test_two_processes_learn_what_one_learns(tiny_folder: Path, dataset: Path, t
     """Five samples a step, so that the shares differ in size."""
     alone = learn(tiny_folder, dataset, tmp_path / "alone")
     together = learn(tiny_folder, dataset, tmp_path / "together", TORCHRUN)
-    assert torch.allclose(alone["value/rows"], together["value/rows"], rtol=1e-5, atol=0)
-    # AdamW takes a gradient that is nothing but rounding for as large as any other: single elements may differ.
-    assert together["value/kv"].any()
-    assert (alone["value/kv"] - together["value/kv"]).norm() < 1e-3 * alone["value/kv"].norm()
+    # Norms, not elements: one that happens to be near 0 differs by more of itself, and AdamW takes a gradient that is
+    # nothing but rounding for as large as any other.
+    for name, tolerance in {"value/rows": 1e-5, "value/kv": 1e-3}.items():
+        assert together[name].any()
+        assert (alone[name] - together[name]).norm() < tolerance * alone[name].norm()
     losses = [[m["loss"] for m in read_metrics(tmp_path / run / "metrics.jsonl")] for run in ("alone", "together")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == STEPS
 

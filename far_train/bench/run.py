@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,10 +28,10 @@ from ..backbone import BaseModel, load_base
 from ..captions import Name, join_phrases, with_article
 from ..concepts import Background, ClassPicture, Concept, TrainingSet
 from ..errors import CheckpointError, Interrupted
-from ..files import write_json, write_text
+from ..files import write_json, write_tensors, write_text
 from ..fusion import ConceptFusion
 from ..mini.materials import cut_class_pictures, draw_places
-from ..mini.oracle import Oracle, read_pictures
+from ..mini.oracle import Oracle, Reading, picture_features, read_pictures
 from ..mini.scenery import BACKGROUNDS, PLACES
 from ..mini.shipped import DRAWING, SIZE
 from ..mini.verdicts import judge_subjects
@@ -45,6 +46,7 @@ from ..tokens import Vocabulary
 from .arms import FUSION, Arm
 from .groups import Group
 from .measures import Seen, binding_figures, corrected_leakage, joint_figures, prior_figures, solo_figures
+from .overfitting import SubjectRuler, kernel_distance, overfitting_figures, subject_rulers
 from .plans import Plan
 from .rivals import ResizedPhotos, SegMix, ShuffledMasks, TrueScenes, degrade
 
@@ -54,6 +56,7 @@ PROBES = 16  # held-out renders on which attention is measured
 PROBE_SEED = 91_000
 
 OnProgress = Callable[[str, int, int], None]
+Asked = tuple[str, str, str | None, int | None]  # kind, prompt, place, which subject alone
 
 
 class Bench:
@@ -79,6 +82,7 @@ class Bench:
         self.steps, self.device = steps, device
         self.on_progress, self.should_stop = on_progress, should_stop
         self._priors: dict[str, list[ClassPicture]] = {}
+        self._rulers_of: dict[str, list[SubjectRuler]] = {}
 
     def run(self) -> list[dict[str, Any]]:
         """Make the runs that are missing and return all rows. Raises Interrupted, CheckpointError if a row is of other
@@ -196,43 +200,54 @@ class Bench:
     ) -> tuple[dict[str, float], list[Seen], Tensor]:
         names = group.names if vocabulary else [Name(n.noun) for n in group.names]
         asked = prompts(group, names, self.plan.pictures)
-        seen, drawn = self._look(base, vocabulary or plain_vocabulary(base), asked, _seeds(seed, len(asked)))
+        seeds = _seeds(seed, len(asked))
+        pictures, readings = self._look(base, vocabulary or plain_vocabulary(base), asked, seeds)
+        seen = _seen(asked, seeds, readings)
         by_kind = {kind: [s for s in seen if s.kind == kind] for kind in self.plan.pictures}
+        joint = self.plan.pictures["joint"]  # they come first, prior pictures last
         figures = joint_figures(by_kind["joint"], group.identities, reference_places(group))
         if vocabulary:
             figures |= solo_figures(by_kind["solo"], group.identities)
-            figures |= prior_figures(by_kind["prior"], self._base_prior(group, seed), group.identities)
+            figures |= overfitting_figures(self._rulers(group), group.identities, pictures[:joint], readings[:joint])
+            base_seen, base_features = self._base_prior(group, seed)
+            figures |= prior_figures(by_kind["prior"], base_seen, group.identities)
+            drawn = pictures[len(pictures) - len(by_kind["prior"]) :]
+            figures["prior_kid"] = kernel_distance(picture_features(self.oracle, drawn), base_features)
         if len(names) == 2:
             figures |= binding_figures(by_kind["binding"], group.identities)
             figures["leakage_corrected"] = corrected_leakage(by_kind["joint"], group.identities, self.confusion)
-        return figures, seen, drawn[: self.plan.pictures["joint"]]
+        return figures, seen, pictures[:joint]
 
     def _look(
-        self,
-        base: BaseModel,
-        vocabulary: Vocabulary,
-        asked: Sequence[tuple[str, str, str | None, int | None]],
-        seeds: Sequence[int],
-    ) -> tuple[list[Seen], Tensor]:
+        self, base: BaseModel, vocabulary: Vocabulary, asked: Sequence[Asked], seeds: Sequence[int]
+    ) -> tuple[Tensor, list[Reading]]:
         pictures = draw_pictures(
             base, vocabulary, [a[1] for a in asked], DRAWING, seeds=seeds, on_progress=self._phase("drawing")
         )
-        readings = read_pictures(self.oracle, pictures)
-        return [Seen.build(*a, s, r) for a, s, r in zip(asked, seeds, readings)], pictures
+        return pictures, read_pictures(self.oracle, pictures)
 
-    def _base_prior(self, group: Group, seed: int) -> list[Seen]:
-        """What the untrained base shows for the group's bare nouns, with the same seeds."""
+    def _rulers(self, group: Group) -> list[SubjectRuler]:
+        if group.key not in self._rulers_of:
+            self._rulers_of[group.key] = subject_rulers(group.identities, concepts(group), self.oracle, SIZE)
+        return self._rulers_of[group.key]
+
+    def _base_prior(self, group: Group, seed: int) -> tuple[list[Seen], Tensor]:
+        """What the untrained base shows for the group's bare nouns, with the same seeds, and the pictures' features."""
         names = [Name(n.noun) for n in group.names]
         asked = prompts(group, names, self.plan.pictures)
         # Seeds go by position, so the other kinds are counted, not drawn.
         first = next(i for i, a in enumerate(asked) if a[0] == "prior")
         path = self.out / "materials" / "prior" / f"{'-'.join(sorted({n.noun for n in names}))}-{first}-s{seed}.json"
-        if path.exists():
-            return [Seen(**{**s, "found": tuple(s["found"])}) for s in json.loads(path.read_text(encoding="utf-8"))]
+        kept = path.with_suffix(".safetensors")
+        if path.exists() and kept.exists():
+            seen = [Seen(**{**s, "found": tuple(s["found"])}) for s in json.loads(path.read_text(encoding="utf-8"))]
+            return seen, load_file(kept)["features"]
         seeds = _seeds(seed, len(asked))[first:]
-        seen, _ = self._look(self._base, plain_vocabulary(self._base), asked[first:], seeds)
+        pictures, readings = self._look(self._base, plain_vocabulary(self._base), asked[first:], seeds)
+        seen, features = _seen(asked[first:], seeds, readings), picture_features(self.oracle, pictures)
         write_json(path, [asdict(s) for s in seen])
-        return seen
+        write_tensors(kept, {"features": features}, {})
+        return seen, features
 
     def _write(self, folder: Path, row: dict[str, Any], group: Group, seen: Sequence[Seen], pictures: Tensor) -> None:
         write_text(folder / "seen.jsonl", "".join(json.dumps(asdict(s)) + "\n" for s in seen))
@@ -240,6 +255,10 @@ class Bench:
         labels = [judge_subjects(group.identities, s.place, s.as_reading()).words for s, _ in zip(seen, sheet)]
         save_sheet(folder / "sheet.jpg", picture_grid(sheet, labels, columns=8, cell=144))
         write_json(folder / "row.json", row)  # last: a run that has it is whole
+
+
+def _seen(asked: Sequence[Asked], seeds: Sequence[int], readings: Sequence[Reading]) -> list[Seen]:
+    return [Seen.build(*a, s, r) for a, s, r in zip(asked, seeds, readings)]
 
 
 def _seeds(seed: int, count: int) -> list[int]:
@@ -268,12 +287,10 @@ def concepts(group: Group) -> list[Concept]:
     return found
 
 
-def prompts(
-    group: Group, names: Sequence[Name], counts: Mapping[str, int]
-) -> list[tuple[str, str, str | None, int | None]]:
-    """(kind, prompt, place, subject) of every picture of a run; ``names`` without tokens ask the bare base."""
+def prompts(group: Group, names: Sequence[Name], counts: Mapping[str, int]) -> list[Asked]:
+    """Every picture of a run, joint ones first and prior ones last; ``names`` without tokens ask the bare base."""
     free = [place for place in BACKGROUNDS if place not in reference_places(group)]
-    asked: list[tuple[str, str, str | None, int | None]] = []
+    asked: list[Asked] = []
     for i in range(counts["joint"]):
         place = free[i % len(free)]
         asked.append(("joint", f"a photo of {join_phrases(names)}, {PLACES[place][0]}", place, None))

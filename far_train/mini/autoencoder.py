@@ -37,6 +37,7 @@ from .world import render_scene
 
 BLOCKS = (64, 64, 96, 96)  # four levels make stride 8; 32 norm groups, as hosts fix them, want two channels or more
 KL_WEIGHT = 1e-3
+L2_WEIGHT, DECODER_L2_WEIGHT = 2.0, 10.0  # alone, the decoder may go for what PSNR counts: its input is settled
 ON_SPRITES = 0.8  # share of crops that hold a part of a sprite for sure
 CODED = 2048  # pictures from which the latents' spread is measured
 EVAL_SEED = 3  # a series of scenes that no training uses
@@ -100,6 +101,7 @@ def learn_autoencoder(
     crop: int = 0,
     kl_weight: float = KL_WEIGHT,
     start: Path | None = None,
+    decoder_only: bool = False,
     compiled: bool = False,
     on_step: OnStep = lambda step, metrics: None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -107,14 +109,21 @@ def learn_autoencoder(
     """Train on a pool's pictures, or go on with it; writes ``folder``/vae when done and returns that autoencoder.
 
     ``crop``: train on windows of this many pixels (0: whole pictures), for machines that would wait long. ``start``: a
-    folder of an AutoencoderKL to begin with; ``compiled``: through torch.compile, a fifth faster on a CPU.
+    folder of an AutoencoderKL to begin with; ``decoder_only``: its latents, and so every base that was trained on them,
+    stay as they are. ``compiled``: through torch.compile, a fifth faster on a CPU. Raises BaseModelError.
     """
+    if decoder_only and not start:
+        raise BaseModelError("a decoder is trained on the latents of a finished encoder: name its folder (--start)")
     size = pool.config.picture_size
     shape = autoencoder_config(size, blocks)
     vae = seeded(config.learn_seed, lambda: build_autoencoder(shape))
     if start:
         load_first_weights(vae, load_file(start / "diffusion_pytorch_model.safetensors"), start)
     colours = seeded(config.learn_seed, lambda: nn.Conv2d(shape["latent_channels"], 3, 1))
+    if decoder_only:
+        for part in (vae.encoder, vae.quant_conv, colours):
+            part.requires_grad_(False)
+    l2_weight = DECODER_L2_WEIGHT if decoder_only else L2_WEIGHT
     if compiled:
         vae.encoder.compile()
         vae.decoder.compile()
@@ -137,18 +146,20 @@ def learn_autoencoder(
         cells = F.avg_pool2d(pictures, 2 ** (len(blocks) - 1))
         errors["cells"] = (colours(posterior.mean) - cells).square().mean()
         kl = kl_term(posterior.mean, posterior.logvar)
-        loss = (
-            errors["l1"] + 2 * errors["l2"] + errors["gradient"] + errors["scales"] + errors["cells"] + kl_weight * kl
-        )
+        loss = errors["l1"] + l2_weight * errors["l2"] + errors["gradient"] + errors["scales"]
+        if not decoder_only:
+            loss = loss + errors["cells"] + kl_weight * kl
         return loss, {**errors, "kl": kl}
 
     about = {"model": "autoencoder", "blocks": list(blocks), "crop": crop, "kl_weight": kl_weight}
-    about |= {"pool_seed": pool.config.pool_seed, "start": weights_digest(start)}
+    about |= {"pool_seed": pool.config.pool_seed, "start": weights_digest(start), "decoder_only": decoder_only}
     both = nn.ModuleDict({"vae": vae, "colours": colours})
     vae = fit(both, step_loss, config, folder, about, on_step=on_step, should_stop=should_stop)["vae"]
-    # Latents of unit spread are what the noise schedule is made for.
-    latents = encode_pool_means(vae, pool, min(CODED, len(pool)))
-    shape["scaling_factor"] = round(1 / float(latents.float().std()), 5)
+    if decoder_only:
+        shape["scaling_factor"] = json.loads((start / "config.json").read_text(encoding="utf-8"))["scaling_factor"]
+    else:  # latents of unit spread are what the noise schedule is made for
+        latents = encode_pool_means(vae, pool, min(CODED, len(pool)))
+        shape["scaling_factor"] = round(1 / float(latents.float().std()), 5)
     vae.register_to_config(scaling_factor=shape["scaling_factor"])
     write_module(folder / "vae" / "diffusion_pytorch_model.safetensors", vae)
     write_json(folder / "vae" / "config.json", shape)

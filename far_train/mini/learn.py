@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=0, help="processes that render scenes; 0: none beside this one")
     parser.add_argument("--start", type=Path, help="begin with the weights of this export instead of random ones")
     parser.add_argument("--crop", type=int, default=0, help="autoencoder: train on windows of this many pixels")
+    parser.add_argument("--decoder-only", action="store_true", help="autoencoder: keep --start's encoder, and latents")
     parser.add_argument("--compile", action="store_true", help="autoencoder: through torch.compile (a C++ compiler)")
     parser.add_argument("--pictures", type=int, default=512, help="gates: pictures of the base for each gate")
     parser.add_argument("--only", choices=TRAININGS, help="gates: measure this model alone")
@@ -140,7 +141,8 @@ def train(stage: str, out: Path, flags: dict[str, Any], pool: ScenePool, bars: A
     options: dict[str, Any] = {"on_step": on_step, "should_stop": should_stop}
     start = flags.get("start")
     if stage == "autoencoder":
-        options |= {"start": start and start / "base" / "vae", "crop": flags["crop"], "compiled": flags["compile"]}
+        options |= {"start": start and start / "base" / "vae", "decoder_only": flags["decoder_only"]}
+        options |= {"crop": flags["crop"], "compiled": flags["compile"]}
         learn_autoencoder(pool, out / stage, config, **options)
     elif stage == "diffusion":
         learn_diffusion(out / "autoencoder", pool, out / stage, config, start=start and start / "base", **options)

@@ -114,14 +114,21 @@ class Oracle(nn.Module):
         )
         self.place = nn.Linear(widths[-1], len(BACKGROUNDS))
 
-    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
-        """``subject`` and ``centre`` logits [B, h, w], ``offset`` [B, 2, h, w] to the centre in cells (x, y), the
-        logits of each field [B, n, h, w] under its name, ``place`` [B, 10]."""
+    def _coarse(self, pictures: Tensor) -> tuple[Tensor, list[Tensor]]:
         x, kept = self.stem(pictures), []
         for i, block in enumerate(self.down):
             x = block(F.avg_pool2d(x, 2) if i else x)
             kept.append(x)
-        x = self.middle(x)
+        return self.middle(x), kept
+
+    def features(self, pictures: Tensor) -> Tensor:
+        """What the place is read from: one vector for each picture, [B, d]."""
+        return F.silu(self._coarse(pictures)[0]).mean((2, 3))
+
+    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
+        """``subject`` and ``centre`` logits [B, h, w], ``offset`` [B, 2, h, w] to the centre in cells (x, y), the
+        logits of each field [B, n, h, w] under its name, ``place`` [B, 10]."""
+        x, kept = self._coarse(pictures)
         place = self.place(F.silu(x).mean((2, 3)))
         for block, skip in zip(self.up, kept[-2::-1]):
             x = block(torch.cat([F.interpolate(x, scale_factor=2, mode="nearest"), skip], 1))
@@ -287,6 +294,14 @@ def read_pictures(oracle: Oracle, pictures: Tensor, batch: int = 64) -> list[Rea
         found = {k: v.cpu() for k, v in found.items()}
         readings += [_read_one({k: v[i] for k, v in found.items()}) for i in range(len(part))]
     return readings
+
+
+@torch.no_grad()
+def picture_features(oracle: Oracle, pictures: Tensor, batch: int = 64) -> Tensor:
+    """Features [n, d] on the CPU of pictures [n, S, S, 3] (float 0..1), by which sets of them can be compared."""
+    device = oracle.place.weight.device
+    parts = [oracle.features(p.permute(0, 3, 1, 2).to(device) * 2 - 1).cpu() for p in pictures.split(batch)]
+    return torch.cat(parts)
 
 
 def _read_one(found: dict[str, Tensor]) -> Reading:
