@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 
 import pytest
 import torch
@@ -107,7 +108,9 @@ def test_degraded_masks_are_off_but_still_on_the_subject():
 
 
 def test_arms_differ_from_far_in_what_they_say_and_spend_the_same_budget():
-    budgets = {(a.train_config(0).steps, a.train_config(0).batch_size, a.train_config(0).prior_batch_size) for a in ALL}
+    budgets = {
+        (a.train_config(0).steps, a.train_config(0).batch_size, a.train_config(0).prior_batch_size) for a in CORE
+    }
     assert len(budgets) == 1
     assert {a.name for a in ALL if a.train_config(0).refinement_weight == 0} == {
         "custom-diffusion",
@@ -125,6 +128,10 @@ def test_plans():
     assert len(build_plan(BenchConfig(plan="core")).runs()) == 8 * 2 * len(CORE)
     assert {g.kind for g in build_plan(BenchConfig(plan="full")).groups} == {"near", "far", "classes", "triple", "five"}
     assert len(build_plan(BenchConfig(arms=("far",))).runs()) == 2
+    some = build_plan(BenchConfig(plan="dev", arms=("far",), groups=("dev-far-1",), more_pictures=4))
+    assert [(a.name, g.key) for a, g, _ in some.runs()] == [("far", "dev-far-1")] and some.pictures["joint"] == 128
+    with pytest.raises(ConfigError, match="plan 'reduced' has no group 'near-1'"):
+        build_plan(BenchConfig(groups=("near-1",)))
 
 
 @pytest.fixture(scope="module")
@@ -133,13 +140,17 @@ def models():
 
 
 def make_bench(models, out, arms=("floor", "custom-diffusion", "far"), **options):
-    plan = Plan(find_arms(arms), (PAIR,), 1, {"joint": 2, "solo": 2, "binding": 1, "prior": 2})
+    plan = Plan(
+        tuple(replace(a, class_pictures=2) for a in find_arms(arms)),
+        (PAIR,),
+        1,
+        {"joint": 2, "solo": 2, "binding": 1, "prior": 2},
+    )
     return bench_run.Bench(out, plan, shipped.BASE, *models, {}, steps=options.pop("steps", 2), **options)
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(bench_run, "CLASS_PICTURES", 2)
     monkeypatch.setattr(bench_run, "EMPTY_SCENES", 1)
     monkeypatch.setattr(bench_run, "PROBES", 1)
     monkeypatch.setattr(bench_run, "FUSION", bench_run.FUSION.replace(count=8))

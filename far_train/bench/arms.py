@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config import FusionConfig, TrainConfig
+from ..config import FusionConfig, SampleConfig, TrainConfig
 from ..errors import ConfigError
-from ..mini.shipped import FUSING, PLAIN_LOSS, TRAINING
+from ..mini.shipped import DRAWING, FUSING, PLAIN_LOSS, TRAINING
 
+CLASS_PICTURES = 32
 FUSION = FUSING.replace(count=160)
 RESIZED_LOSS = PLAIN_LOSS | {"background_weight": 0.0}  # the photo counts, the grey around it does not
 NO_REFINEMENT = {"refinement_weight": 0.0}
@@ -22,7 +23,8 @@ ORIGINALS = {"recipe_weights": {"original": 1.0}}
 @dataclass(frozen=True)
 class Arm:
     """One way to learn. ``data``: fused (Concept Fusion with the changes in ``fusion``), resized, seg_mix, true_scenes,
-    or none for an arm that learns nothing; ``masks``: exact, shuffled, degraded; ``training``: changes of TRAINING."""
+    or none for an arm that learns nothing; ``masks``: exact, shuffled, degraded; ``training``: changes of TRAINING;
+    ``class_pictures`` of each noun, drawn with the changes of DRAWING in ``class_drawing``."""
 
     name: str
     title: str
@@ -31,12 +33,17 @@ class Arm:
     masks: str = "exact"
     fusion: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
+    class_pictures: int = CLASS_PICTURES
+    class_drawing: Mapping[str, Any] = field(default_factory=dict)
 
     def train_config(self, train_seed: int) -> TrainConfig:
         return TRAINING.replace(train_seed=train_seed, **self.training)
 
     def fusion_config(self, fusion_seed: int) -> FusionConfig:
         return FUSION.replace(fusion_seed=fusion_seed, **self.fusion)
+
+    def class_config(self) -> SampleConfig:
+        return DRAWING.replace(**self.class_drawing)
 
 
 CORE = (
@@ -88,6 +95,22 @@ FURTHER = (
     ),
     Arm("far-no-competition", "FaR − competition", "no competition term", training={"competition_weight": 0.0}),
     Arm("far-min-snr", "FaR + Min-SNR", "timesteps weighted as for SD 2.1, γ = 5", training={"min_snr_gamma": 5.0}),
+    Arm(
+        "far-costly-priors",
+        "FaR, 200 class pictures",
+        "as public scripts draw them: 200, in 50 steps of DDIM",
+        class_pictures=200,
+        class_drawing={"sampling_steps": 50},
+    ),
+    Arm(
+        "far-cheap-priors",
+        "FaR, 50 class pictures",
+        "the product's default: 50, in 20 steps of DPM-Solver++, a tenth of the cost",
+        class_pictures=50,
+        class_drawing={"sampler": "dpm++", "sampling_steps": 20},
+    ),
+    Arm("far-no-priors", "FaR, no prior loss", "no class pictures in a step", training={"prior_batch_size": 0}),
+    Arm("far-bf16", "FaR in bf16", "the arithmetic of GPUs", training={"precision": "bf16"}),
     Arm("far-degraded", "FaR, poor masks", "masks two pixels off, with a part missing", masks="degraded"),
 )
 CONTROLS = (

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from ..errors import ConfigError
 from .arms import ALL, CORE, Arm, find_arms
 from .groups import Group, core_groups, dev_groups, larger_groups, test_groups
 from .settings import BenchConfig
@@ -29,7 +30,7 @@ MANY = {"joint": 32, "solo": 16, "binding": 16, "prior": 32}
 
 
 def build_plan(config: BenchConfig) -> Plan:
-    """The plan of these settings. Raises ConfigError for an unknown arm."""
+    """The plan of these settings. Raises ConfigError for an unknown arm or group."""
     dev = dev_groups()  # the first differs in a trim of yellow or orange, which not even the ceiling learns
     plan = {
         "reduced": Plan(CORE, (dev[1], dev[2]), 1, FEW),
@@ -37,4 +38,13 @@ def build_plan(config: BenchConfig) -> Plan:
         "core": Plan(CORE, core_groups(), 2, MANY),
         "full": Plan(ALL, (*test_groups(), *larger_groups()), 3, MANY),
     }[config.plan]
-    return replace(plan, arms=find_arms(config.arms)) if config.arms else plan
+    known = {group.key: group for group in plan.groups}
+    for key in config.groups:
+        if key not in known:
+            raise ConfigError(f"groups: plan '{config.plan}' has no group '{key}'; it has: {', '.join(known)}")
+    return Plan(
+        find_arms(config.arms) if config.arms else plan.arms,
+        tuple(known[key] for key in config.groups) or plan.groups,
+        plan.seeds,
+        {kind: config.more_pictures * count for kind, count in plan.pictures.items()},
+    )

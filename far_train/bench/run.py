@@ -50,7 +50,7 @@ from .overfitting import SubjectRuler, kernel_distance, overfitting_figures, sub
 from .plans import Plan
 from .rivals import ResizedPhotos, SegMix, ShuffledMasks, TrueScenes, degrade
 
-CLASS_PICTURES, EMPTY_SCENES, REFERENCES = 32, 2, 5
+EMPTY_SCENES, REFERENCES = 2, 5
 SHOWN = 16
 PROBES = 16  # held-out renders on which attention is measured
 PROBE_SEED = 91_000
@@ -81,7 +81,7 @@ class Bench:
         self.extractor, self.oracle, self.confusion = SubjectExtractor(sam), oracle, confusion
         self.steps, self.device = steps, device
         self.on_progress, self.should_stop = on_progress, should_stop
-        self._priors: dict[str, list[ClassPicture]] = {}
+        self._priors: dict[tuple[Any, ...], list[ClassPicture]] = {}
         self._rulers_of: dict[str, list[SubjectRuler]] = {}
 
     def run(self) -> list[dict[str, Any]]:
@@ -110,7 +110,7 @@ class Bench:
         started = time.monotonic()
         base, vocabulary = load_base(self.base_folder).to(self.device), None
         if arm.data != "none":
-            training_set = WithPriors(self.training_set(arm, group, seed), self._class_pictures(group))
+            training_set = WithPriors(self.training_set(arm, group, seed), self._class_pictures(arm, group))
             vocabulary = self._train(base, training_set, arm, seed, folder / "training")
         trained = time.monotonic()
         figures, seen, pictures = self._judge(base, vocabulary, group, seed)
@@ -134,6 +134,7 @@ class Bench:
             "arm": asdict(arm),
             "training": arm.train_config(seed).replace(**self._changes()).result_shaping(),
             "fusion": arm.fusion_config(seed).to_dict(),
+            "class_drawing": arm.class_config().to_dict(),
             "group": [asdict(i) for i in group.identities],
             "pictures": dict(self.plan.pictures),
             "base": self._base.digest,
@@ -158,15 +159,23 @@ class Bench:
     def _phase(self, name: str) -> Callable[[int, int], None]:
         return lambda done, total: self.on_progress(name, done, total)
 
-    def _class_pictures(self, group: Group) -> list[ClassPicture]:
-        nouns = sorted({i.noun for i in group.identities})
-        for noun in nouns:
-            if noun not in self._priors:
-                folder = self.out / "materials" / "class"
-                self._priors[noun] = cut_class_pictures(
-                    self._base, self.extractor, [noun], CLASS_PICTURES, folder, self._phase("class pictures")
-                )
-        return [picture for noun in nouns for picture in self._priors[noun]]
+    def _class_pictures(self, arm: Arm, group: Group) -> list[ClassPicture]:
+        return [picture for noun in sorted({i.noun for i in group.identities}) for picture in self._prior(arm, noun)]
+
+    def _prior(self, arm: Arm, noun: str) -> list[ClassPicture]:
+        config = arm.class_config()
+        key = (noun, arm.class_pictures, config.sampler, config.sampling_steps)
+        if key not in self._priors:
+            self._priors[key] = cut_class_pictures(
+                self._base,
+                self.extractor,
+                [noun],
+                arm.class_pictures,
+                self.out / "materials" / f"class-{config.sampler}-{config.sampling_steps}",
+                config,
+                self._phase("class pictures"),
+            )
+        return self._priors[key]
 
     def training_set(self, arm: Arm, group: Group, seed: int) -> TrainingSet:
         """What an arm learns from, without the prior half."""
@@ -179,7 +188,7 @@ class Bench:
             return SegMix(found, SIZE, FUSION.count, seed)
         if arm.data == "true_scenes":
             return TrueScenes(found, group.identities, SIZE, FUSION.count, seed)
-        fused = ConceptFusion(found, self._class_pictures(group), self._scenes, arm.fusion_config(seed))
+        fused = ConceptFusion(found, self._class_pictures(arm, group), self._scenes, arm.fusion_config(seed))
         return ShuffledMasks(fused) if arm.masks == "shuffled" else fused
 
     def _train(self, base: BaseModel, training_set: TrainingSet, arm: Arm, seed: int, folder: Path) -> Vocabulary:

@@ -18,6 +18,8 @@ class BenchConfig(Config):
         choices=("reduced", "dev", "core", "full"),
     )
     arms: tuple[str, ...] = setting((), "these arms alone, by name")
+    groups: tuple[str, ...] = setting((), "these groups of the plan alone, by name")
+    more_pictures: int = setting(1, "draw so many times the plan's pictures", low=1, high=64)
     steps: int | None = setting(
         None, "training steps of every arm (default: as the arms have them)", low=1, high=100_000
     )

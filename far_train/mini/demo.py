@@ -102,7 +102,12 @@ def run_demo(out: Path, device: str, on_progress: Progress = lambda phase, done,
     extractor = SubjectExtractor(sam)
     concepts = [_concept(key, out, extractor, page, on_progress) for key in PAIR]
     priors = cut_class_pictures(
-        base, extractor, ["dog"], CLASS_PICTURES, out / "class", lambda *a: on_progress("class pictures", *a)
+        base,
+        extractor,
+        ["dog"],
+        CLASS_PICTURES,
+        out / "class",
+        on_progress=lambda *a: on_progress("class pictures", *a),
     )
     page.section("Class pictures", "Dogs as the base draws them: they keep 'dog' a dog.")
     page.picture(picture_grid([p.image for p in priors[:16]], columns=8, cell=120))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..backbone import BaseModel
 from ..concepts import Background, ClassPicture
+from ..config import SampleConfig
 from ..errors import SubjectError
 from ..photos import Photo
 from ..priors import EmptyScene, draw_class_pictures, draw_empty_scenes
@@ -23,10 +24,11 @@ def cut_class_pictures(
     nouns: Sequence[str],
     count: int,
     folder: Path,
+    config: SampleConfig = DRAWING,
     on_progress: OnProgress = lambda done, total: None,
 ) -> list[ClassPicture]:
     """What the base draws for each noun, cut out where a subject is found; pictures in ``folder`` are used again."""
-    pictures = draw_class_pictures(base, nouns, count, folder, DRAWING, on_progress=on_progress)
+    pictures = draw_class_pictures(base, nouns, count, folder, config, on_progress=on_progress)
     cut = []
     for i, picture in enumerate(pictures):
         try:
