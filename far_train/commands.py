@@ -425,7 +425,7 @@ def bench(inputs: Inputs, config: BenchConfig) -> None:
             load_sam(weights / shipped.SAM.relative_to(shipped.WEIGHTS), device),
             load_oracle(oracle, device),
             read_confusion(oracle.parent),
-            steps=config.steps,
+            changes=config.training_changes(),
             device=device,
             on_progress=bars,
             should_stop=should_stop,

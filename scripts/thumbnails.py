@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
@@ -23,14 +24,16 @@ sys.path.insert(0, str(REPOSITORY))
 from far_train.captions import join_phrases  # noqa: E402
 from far_train.concepts import Background, ClassPicture, Concept  # noqa: E402
 from far_train.config import FusionConfig  # noqa: E402
+from far_train.evaluate import compare_picture, read_references  # noqa: E402
 from far_train.fusion import ConceptFusion  # noqa: E402
 from far_train.mini.identity import Identity  # noqa: E402
+from far_train.mini.likeness import OracleEncoder  # noqa: E402
 from far_train.mini.scenery import PLACES  # noqa: E402
-from far_train.mini.shipped import DRAWING, SIZE, SUBJECTS, small_base  # noqa: E402
+from far_train.mini.shipped import DRAWING, SIZE, SUBJECTS, small_base, small_oracle  # noqa: E402
 from far_train.mini.world import empty_scene, reference_photos, render_scene  # noqa: E402
-from far_train.photos import to_pil  # noqa: E402
+from far_train.photos import list_photos, load_photo, to_pil  # noqa: E402
 from far_train.probe import attention_maps, heat_over  # noqa: E402
-from far_train.report import COLOURS, checkerboard, contact_sheet, dataset_sheet, overlay  # noqa: E402
+from far_train.report import COLOURS, checkerboard, contact_sheet, dataset_sheet, overlay, tinted  # noqa: E402
 from far_train.sampling import draw_pictures, plain_vocabulary  # noqa: E402
 from far_train.weights import FarWeights  # noqa: E402
 
@@ -40,11 +43,11 @@ SIDE = 2 * CELL + GAP
 BYTES = 60_000
 HELP = REPOSITORY / "web" / "docs"
 DOGS = {
-    "<corgi-dog>": Identity("dog", "white", "green", "banded", "scarf", "floppy"),
-    "<chow-dog>": Identity("dog", "white", "purple", "banded", "none", "floppy"),
+    "<corgi-dog>": Identity("dog", "orange", "yellow", "plain", "none", "floppy"),
+    "<chow-dog>": Identity("dog", "blue", "yellow", "plain", "none", "floppy"),
     "<husky-dog>": Identity("dog", "white", "red", "spotted", "hat", "pointed"),
 }
-OTHER = Identity("dog", "orange", "blue", "plain", "none", "pointed")  # a dog that is no concept
+OTHER = Identity("dog", "pink", "white", "plain", "none", "pointed")  # a dog that is no concept
 SCENES = ("beach", "meadow", "snow", "mountains", "forest")
 
 DRAWN = {token: reference_photos(dog, seed=i, count=4, size=CELL) for i, (token, dog) in enumerate(DOGS.items())}
@@ -157,7 +160,10 @@ def model_pictures(demo: Path) -> dict[str, Image.Image]:
     caption = f"a photo of {join_phrases(names)}"
     maps = attention_maps(base, vocabulary, scene.image, caption, names, timestep=(400, 500, 600))
     heats = [heat_over(scene.image, heat) for heat in maps]
+    places = [f"{caption}, {PLACES[place][0]}" for place in ("beach", "moon", "kitchen", "snow")]
+    pictures = draw_pictures(base, vocabulary, places, DRAWING)
     return {
+        "FaR_Evaluate": evaluated(pictures, [subject_of(demo, key) for key in ("rex", "max")]),
         "FaR_MiniCheckpoint": contact_sheet([to_pil(p) for p in words], prompts, cell=180),
         "FaR_ClassPrior": contact_sheet([to_pil(p) for p in dogs], ["dog"] * 4, cell=180),
         "FaR_EmptyScenes": contact_sheet([to_pil(p) for p in scenes], phrases, cell=180),
@@ -165,6 +171,24 @@ def model_pictures(demo: Path) -> dict[str, Image.Image]:
             [to_pil(p) for p in (scene.image, *heats)], ["the picture", *(n.token for n in names)], cell=240
         ),
     }
+
+
+def subject_of(demo: Path, key: str) -> Concept:
+    """One of the demo's subjects, as it was cut out there."""
+    name, _ = SUBJECTS[key]
+    photos = [load_photo(path) for path in list_photos(demo / "subjects" / key)]
+    return Concept(name.token, name.noun, tuple(p.image for p in photos), tuple(p.mask for p in photos))
+
+
+def evaluated(pictures: Sequence[Tensor], concepts: Sequence[Concept]) -> Image.Image:
+    """Pictures as FaR Evaluate shows them, judged with the oracle."""
+    encoder = OracleEncoder(small_oracle())
+    references = read_references(concepts, encoder)
+    found = [encoder.detect(picture) for picture in pictures]
+    compared = [compare_picture(encoder.features(p, f), references) for p, f in zip(pictures, found)]
+    owners = [{j: i for i, j in enumerate(c.matches)} for c in compared]
+    shown = [tinted(p, f, [o.get(j) for j in range(len(f))]) for p, f, o in zip(pictures, found, owners)]
+    return contact_sheet(shown, [c.words(references.names) for c in compared], cell=200)
 
 
 def write(path: Path, picture: Image.Image) -> None:

@@ -134,6 +134,15 @@ def test_plans():
         build_plan(BenchConfig(groups=("near-1",)))
 
 
+def test_tuned_rates_leave_alone_what_an_arm_does_not_learn(models, tmp_path):
+    changes = BenchConfig(kv_lr=8e-5, embedding_lr=1e-2).training_changes()
+    assert changes == {"kv_lr": 8e-5, "embedding_lr": 1e-2}
+    bench = bench_run.Bench(tmp_path, build_plan(BenchConfig()), shipped.BASE, *models, {}, changes=changes)
+    far, inversion = find_arms(("far", "textual-inversion"))
+    assert bench.train_config(far, 0).kv_lr == 8e-5 and bench.train_config(inversion, 0).kv_lr == 0
+    assert bench.train_config(inversion, 0).embedding_lr == 1e-2
+
+
 @pytest.fixture(scope="module")
 def models():
     return shipped.small_sam(), shipped.small_oracle()
@@ -146,7 +155,7 @@ def make_bench(models, out, arms=("floor", "custom-diffusion", "far"), **options
         1,
         {"joint": 2, "solo": 2, "binding": 1, "prior": 2},
     )
-    return bench_run.Bench(out, plan, shipped.BASE, *models, {}, steps=options.pop("steps", 2), **options)
+    return bench_run.Bench(out, plan, shipped.BASE, *models, {}, changes={"steps": options.pop("steps", 2)}, **options)
 
 
 @pytest.fixture

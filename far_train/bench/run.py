@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from ..backbone import BaseModel, load_base
 from ..captions import Name, join_phrases, with_article
 from ..concepts import Background, ClassPicture, Concept, TrainingSet
+from ..config import TrainConfig
 from ..errors import CheckpointError, Interrupted
 from ..files import write_json, write_tensors, write_text
 from ..fusion import ConceptFusion
@@ -61,7 +62,7 @@ Asked = tuple[str, str, str | None, int | None]  # kind, prompt, place, which su
 
 class Bench:
     """All runs of a plan below ``out``. ``base_folder``: the base in diffusers' layout; ``confusion``: the oracle's own
-    mistakes (attribute → true → read → count), by which leakage is corrected."""
+    mistakes (attribute → true → read → count), by which leakage is corrected; ``changes`` of every arm's training."""
 
     def __init__(
         self,
@@ -72,14 +73,14 @@ class Bench:
         oracle: Oracle,
         confusion: Mapping[str, Any],
         *,
-        steps: int | None = None,
+        changes: Mapping[str, Any] | None = None,
         device: torch.device | str = "cpu",
         on_progress: OnProgress = lambda phase, done, total: None,
         should_stop: Callable[[], bool] = lambda: False,
     ):
         self.out, self.plan, self.base_folder = out, plan, base_folder
         self.extractor, self.oracle, self.confusion = SubjectExtractor(sam), oracle, confusion
-        self.steps, self.device = steps, device
+        self.changes, self.device = dict(changes or {}), device
         self.on_progress, self.should_stop = on_progress, should_stop
         self._priors: dict[tuple[Any, ...], list[ClassPicture]] = {}
         self._rulers_of: dict[str, list[SubjectRuler]] = {}
@@ -132,7 +133,7 @@ class Bench:
         """What decides a row, as JSON types."""
         about = {
             "arm": asdict(arm),
-            "training": arm.train_config(seed).replace(**self._changes()).result_shaping(),
+            "training": self.train_config(arm, seed).result_shaping(),
             "fusion": arm.fusion_config(seed).to_dict(),
             "class_drawing": arm.class_config().to_dict(),
             "group": [asdict(i) for i in group.identities],
@@ -141,8 +142,11 @@ class Bench:
         }
         return json.loads(json.dumps(about))
 
-    def _changes(self) -> dict[str, Any]:
-        return {"steps": self.steps} if self.steps else {}
+    def train_config(self, arm: Arm, seed: int) -> TrainConfig:
+        """An arm's training with the bench's changes, save of what the arm doesn't learn."""
+        own = arm.train_config(seed)
+        changes = {k: v for k, v in self.changes.items() if getattr(own, k) != 0}
+        return own.replace(**changes)
 
     # ---- what is learned from
 
@@ -192,7 +196,7 @@ class Bench:
         return ShuffledMasks(fused) if arm.masks == "shuffled" else fused
 
     def _train(self, base: BaseModel, training_set: TrainingSet, arm: Arm, seed: int, folder: Path) -> Vocabulary:
-        config = arm.train_config(seed).replace(device=str(self.device), **self._changes())
+        config = self.train_config(arm, seed).replace(device=str(self.device))
         callbacks = Callbacks(
             on_phase=self.on_progress,
             on_step=lambda step, _: self.on_progress(arm.title, step, config.steps_for(2)),

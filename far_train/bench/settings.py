@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..config import Config, setting
 
@@ -20,6 +21,12 @@ class BenchConfig(Config):
     arms: tuple[str, ...] = setting((), "these arms alone, by name")
     groups: tuple[str, ...] = setting((), "these groups of the plan alone, by name")
     more_pictures: int = setting(1, "draw so many times the plan's pictures", low=1, high=64)
-    steps: int | None = setting(
-        None, "training steps of every arm (default: as the arms have them)", low=1, high=100_000
-    )
+    # For tuning: the same change of all arms, each against its own default.
+    steps: int | None = setting(None, "training steps of every arm (default: each arm's own)", low=1, high=100_000)
+    kv_lr: float | None = setting(None, "learning rate of K and V in every arm that learns them", low=0, high=1)
+    embedding_lr: float | None = setting(None, "learning rate of the embeddings in every arm", low=0, high=1)
+
+    def training_changes(self) -> dict[str, Any]:
+        """Changes of every arm's training."""
+        names = ("steps", "kv_lr", "embedding_lr")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}

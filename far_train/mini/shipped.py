@@ -41,10 +41,10 @@ FUSING = FusionConfig(size=SIZE, rotation=0, background_weights={"scene": 0.85, 
 # The loss as Custom Diffusion and MuDI have it: no refinement, every cell and every timestep alike.
 PLAIN_LOSS = {"refinement_weight": 0.0, "background_weight": 1.0, "min_snr_gamma": None}
 
-# Two pairs that differ in their second colour and one more attribute. The base has seen none of the four.
+# Two pairs: dogs that differ in their coat alone, robots in two small parts. The base has seen none of the four.
 SUBJECTS: dict[str, tuple[Name, Identity]] = {
-    "rex": (Name("dog", "<rex-dog>"), Identity("dog", "white", "green", "banded", "scarf", "floppy")),
-    "max": (Name("dog", "<max-dog>"), Identity("dog", "white", "purple", "banded", "none", "floppy")),
+    "rex": (Name("dog", "<rex-dog>"), Identity("dog", "blue", "yellow", "plain", "none", "floppy")),
+    "max": (Name("dog", "<max-dog>"), Identity("dog", "orange", "yellow", "plain", "none", "floppy")),
     "bolt": (Name("robot", "<bolt-robot>"), Identity("robot", "yellow", "red", "spotted", "scarf", "round")),
     "dot": (Name("robot", "<dot-robot>"), Identity("robot", "yellow", "purple", "spotted", "none", "round")),
 }

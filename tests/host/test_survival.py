@@ -204,3 +204,30 @@ def test_five_runs_queued_at_once(frail: ComfyServer):
 @pytest.mark.torture
 def test_fifty_runs_queued_at_once(frail: ComfyServer):
     soak(frail, 50)
+
+
+# ---- how long a cancel takes
+
+
+@pytest.mark.torture
+def test_how_soon_a_cancel_is_acknowledged(frail: ComfyServer):
+    """Twelve cancels at any moment of a long training of the small model, from the request to the end of the run."""
+    fault(frail, None)
+    waited, step = [], 0.0
+    for k in range(12):
+        name = f"patience-{k}"
+        prompt_id = frail.queue(line(frail, name, steps=10_000, train_seed=k))
+        metrics, deadline = run_folder(frail, name) / "metrics.jsonl", time.monotonic() + 120
+        while not metrics.exists() or len(read_metrics(metrics)) < 3:
+            assert time.monotonic() < deadline, "the training didn't begin"
+            time.sleep(0.05)
+        began, before = time.monotonic(), len(read_metrics(metrics))
+        time.sleep(1.5 + 0.1 * k)
+        asked = time.monotonic()
+        step = max(step, (asked - began) / max(len(read_metrics(metrics)) - before, 1))
+        frail.cancel(prompt_id)
+        waited.append(time.monotonic() - asked)
+        assert not (run_folder(frail, name) / "weights.safetensors").exists()
+        assert list(run_folder(frail, name).glob("checkpoints/checkpoint-*.safetensors"))
+    print(f"\n{len(waited)} cancels: {min(waited):.2f} to {max(waited):.2f} s, a step takes up to {step:.2f} s")
+    assert max(waited) <= step + 1
