@@ -71,6 +71,8 @@ def train(
 class TrainingRun:
     """One training from beginning to end; see :func:`train`."""
 
+    trainables_type = Trainables
+
     def __init__(
         self,
         base: BaseModel,
@@ -111,13 +113,11 @@ class TrainingRun:
         side = self.training_set.size // base.downscale
         layers = supervised_layers(base.unet, side, side, config.attention_cells)
         stride = layer_stride(layers[0], len(base.unet.config.block_out_channels))
-        report = self._reporter("encoding")
-        self.pools = encode_pool(
-            self.training_set, base, self.vocabulary, stride, seed=config.train_seed, on_progress=report
-        )
+        seed, report = config.train_seed, self._reporter("encoding")
+        self.pools = encode_pool(self.training_set, base, self.vocabulary, stride, seed=seed, on_progress=report)
         self.alphas_cumprod = base.alphas_cumprod.to(self.device)
         self.text_cache = TextCache(base, [sample.prompt for pool in self.pools for sample in pool])
-        self.trainables = Trainables(base, self.vocabulary)
+        self.trainables = self.trainables_type(base, self.vocabulary)
         if self.start is not None:
             self.start.initialize(self.vocabulary, self.trainables.rows, self.trainables.deltas)
         if config.refinement_weight > 0:
@@ -292,9 +292,8 @@ class TrainingRun:
 
     def clean_up(self) -> None:
         """Leave the base as it was found."""
-        for installed in (self.recorder, self.trainables):
-            if installed:
-                installed.remove()
+        for installed in filter(None, (self.recorder, self.trainables)):
+            installed.remove()
         set_checkpointing(self.base.unet, False)
         if self.config.compile:
             set_compiled(self.base.unet, False)

@@ -117,6 +117,7 @@ def test_arms_differ_from_far_in_what_they_say_and_spend_the_same_budget():
         "seg-mix",
         "fusion",
         "textual-inversion",
+        "dreambooth-lora",
         "masked-loss",
     }
     with pytest.raises(ConfigError, match="unknown arm 'fra'"):

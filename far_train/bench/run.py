@@ -46,6 +46,7 @@ from ..subjects import SubjectExtractor
 from ..tokens import Vocabulary
 from .arms import FUSION, Arm
 from .groups import Group
+from .low_rank import train_low_rank
 from .measures import Seen, binding_figures, corrected_leakage, joint_figures, prior_figures, solo_figures
 from .overfitting import SubjectRuler, kernel_distance, overfitting_figures, subject_rulers
 from .plans import Plan
@@ -202,7 +203,8 @@ class Bench:
             on_step=lambda step, _: self.on_progress(arm.title, step, config.steps_for(2)),
             should_stop=self.should_stop,
         )
-        weights = train(base, training_set, config, folder, resume=folder.exists(), callbacks=callbacks)
+        learn = train_low_rank if arm.trainable == "low_rank" else train
+        weights = learn(base, training_set, config, folder, resume=folder.exists(), callbacks=callbacks)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return weights.apply(base)
 
