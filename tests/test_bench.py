@@ -129,8 +129,9 @@ def test_plans():
     assert len(build_plan(BenchConfig(plan="core")).runs()) == 8 * 2 * len(CORE)
     assert {g.kind for g in build_plan(BenchConfig(plan="full")).groups} == {"near", "far", "classes", "triple", "five"}
     assert len(build_plan(BenchConfig(arms=("far",))).runs()) == 2
-    some = build_plan(BenchConfig(plan="dev", arms=("far",), groups=("dev-far-1",), more_pictures=4))
-    assert [(a.name, g.key) for a, g, _ in some.runs()] == [("far", "dev-far-1")] and some.pictures["joint"] == 128
+    some = build_plan(BenchConfig(plan="dev", arms=("far",), groups=("dev-far-1",), more_pictures=4, seeds=2))
+    assert [(a.name, g.key, s) for a, g, s in some.runs()] == [("far", "dev-far-1", 0), ("far", "dev-far-1", 1)]
+    assert some.pictures["joint"] == 128
     with pytest.raises(ConfigError, match="plan 'reduced' has no group 'near-1'"):
         build_plan(BenchConfig(groups=("near-1",)))
 

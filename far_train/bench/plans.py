@@ -45,6 +45,6 @@ def build_plan(config: BenchConfig) -> Plan:
     return Plan(
         find_arms(config.arms) if config.arms else plan.arms,
         tuple(known[key] for key in config.groups) or plan.groups,
-        plan.seeds,
+        config.seeds or plan.seeds,
         {kind: config.more_pictures * count for kind, count in plan.pictures.items()},
     )

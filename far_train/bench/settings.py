@@ -21,6 +21,7 @@ class BenchConfig(Config):
     arms: tuple[str, ...] = setting((), "these arms alone, by name")
     groups: tuple[str, ...] = setting((), "these groups of the plan alone, by name")
     more_pictures: int = setting(1, "draw so many times the plan's pictures", low=1, high=64)
+    seeds: int | None = setting(None, "runs of each arm and group (default: the plan's)", low=1, high=100)
     # For tuning: the same change of all arms, each against its own default.
     steps: int | None = setting(None, "training steps of every arm (default: each arm's own)", low=1, high=100_000)
     kv_lr: float | None = setting(None, "learning rate of K and V in every arm that learns them", low=0, high=1)

@@ -39,7 +39,7 @@ WIDTHS = (48, 80, 112, 112)
 STRIDE = 4
 FILE = "oracle.safetensors"
 CONFUSION_FILE = "confusion.json"
-ROUND_TRIPS = 1500  # scenes that are decoded once for its training
+ROUND_TRIPS = 6000  # scenes that are decoded once for its training
 # Logits for each field of an identity, in the order of its codes. Shapes are named by class, two to each: their logits
 # are per class, so that "round" of a cup and "round" of a car need not look alike.
 HEADS = {
@@ -204,7 +204,7 @@ def learn_oracle(
     """Train on a pool of all identities, or go on with it; writes ``folder``/oracle.safetensors when done.
 
     ``autoencoder``: the pool's first ``round_trips`` scenes go through it once, every other one with a little noise on
-    its latents, and make half of each batch: what the oracle will judge are decoded pictures.
+    its latents, and make three quarters of each batch: what the oracle will judge are decoded pictures.
     """
     oracle = seeded(config.learn_seed, lambda: Oracle(widths))
     if start:
@@ -214,14 +214,14 @@ def learn_oracle(
     def step_loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         device = oracle.place.weight.device
         rows = draw_rows(config.learn_seed, step, config.batch_size, len(pool))
-        half = len(rows) // 2 if autoencoder is not None else 0
-        if half:
+        tripped = 3 * len(rows) // 4 if autoencoder is not None else 0
+        if tripped:
             if not decoded:
                 decoded.append(decode_scenes(autoencoder.to(device), pool.hold(device), round_trips))
-            rows[:half] %= len(decoded[0])
+            rows[:tripped] %= len(decoded[0])
         pictures = pool.hold(device).pictures(rows)
-        if half:
-            pictures[:half] = decoded[0][rows[:half].to(device)].float() / 127.5 - 1
+        if tripped:
+            pictures[:tripped] = decoded[0][rows[:tripped].to(device)].float() / 127.5 - 1
         labels, subjects, places = (pool.take(name, rows) for name in ("labels", "subjects", "places"))
         if int(draw_rows(config.learn_seed + 1, step, 1, 2)):
             pictures, labels = pictures.flip(-1), labels.flip(-1)
