@@ -170,6 +170,12 @@ def quick(monkeypatch):
     monkeypatch.setattr(bench_run, "corrected_leakage", lambda *_: 0.0)
 
 
+def test_arms_with_other_trainables_run_too(quick, models, tmp_path):
+    rows = make_bench(models, tmp_path, ("dreambooth-lora", "far-low-rank")).run()
+    assert [row["arm"] for row in rows] == ["dreambooth-lora", "far-low-rank"]
+    assert all(0 <= row["figures"]["attention_own"] <= 1 and "copied" in row["figures"] for row in rows)
+
+
 def test_a_run_from_end_to_end_goes_on_where_it_stopped(quick, models, tmp_path):
     asked = []
 

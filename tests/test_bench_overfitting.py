@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from far_train.bench.groups import dev_groups
+from far_train.bench.groups import dev_groups, larger_groups
 from far_train.bench.overfitting import cut_out, kernel_distance, overfitting_figures, subject_rulers
 from far_train.bench.run import concepts
 from far_train.mini.oracle import picture_features, read_pictures
@@ -46,6 +46,11 @@ def test_true_new_pictures_are_neither_copies_nor_stiff(oracle, rulers):
     pictures = torch.stack([render_scene(SEED, k, SIZE, identities=PAIR.identities).image for k in range(40)])
     figures = overfitting_figures(rulers, PAIR.identities, pictures, read_pictures(oracle, pictures))
     assert figures["copied"] < 0.2 and figures["pose_spread"] > 0.8
+
+
+def test_five_at_once_have_rulers_too(oracle):
+    five = larger_groups()[-1]
+    assert len(subject_rulers(five.identities, concepts(five), oracle, SIZE)) == 5
 
 
 def test_photos_are_copies_and_stiff(oracle, rulers):

@@ -442,6 +442,20 @@ def test_export_halves_and_loads(runs, monkeypatch):
         learn.export(runs / "nothing")
 
 
+def test_the_decoder_alone_leaves_the_latents_as_they_are(runs, tmp_path):
+    pool = ScenePool(runs / "pool", PoolConfig(count=24, picture_size=64, chunk=8))
+    start, blocks = runs / "autoencoder" / "vae", (32, 32, 32, 32)
+    options = {"blocks": blocks, "start": start, "decoder_only": True}
+    taught = learn_autoencoder(pool, tmp_path, quick(steps=3), **options)
+    before, _ = load_autoencoder(runs / "autoencoder")
+    for name, value in taught.state_dict().items():
+        decodes = name.startswith(("decoder.", "post_quant_conv."))
+        assert torch.equal(value, before.state_dict()[name]) != decodes, name
+    assert taught.config.scaling_factor == before.config.scaling_factor
+    with pytest.raises(BaseModelError, match="name its folder"):
+        learn_autoencoder(pool, tmp_path / "other", quick(), blocks=blocks, decoder_only=True)
+
+
 def test_the_command_line_trains_stops_and_reports(tmp_path, capsys):
     flags = ["--out", str(tmp_path), "--count", "4", "--chunk", "4", "--picture-size", "64", "--device", "cpu"]
     assert learn.main(["pool", *flags]) == 0

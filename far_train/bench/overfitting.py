@@ -17,6 +17,7 @@ from ..concepts import Concept
 from ..mini.gates import match_identities
 from ..mini.identity import Identity
 from ..mini.oracle import Oracle, Reading, read_pictures
+from ..mini.scene_pool import MOST_SPRITES
 from ..mini.world import render_scene
 
 SIDE = 32  # pixels to which cut-outs are brought
@@ -73,14 +74,19 @@ class SubjectRuler:
 def subject_rulers(
     wanted: Sequence[Identity], concepts: Sequence[Concept], oracle: Oracle, size: int
 ) -> list[SubjectRuler]:
-    """A ruler for each subject, from true pictures of all of them together: alone they would be larger. All masks are
-    the oracle's, as those of drawn pictures are."""
-    images = torch.stack([render_scene(TRUE_SEED, k, size, identities=wanted).image for k in range(TRUE_PICTURES)])
-    found = list(_matched(wanted, images, read_pictures(oracle, images)))
+    """A ruler for each subject, from true pictures of all of them together (or as many as the world draws): alone they
+    would be larger. All masks are the oracle's, as those of drawn pictures are."""
+    true: list[list[tuple[Tensor, Tensor]]] = [[] for _ in wanted]
+    for k in range(TRUE_PICTURES):
+        cast = [(k + j) % len(wanted) for j in range(min(len(wanted), MOST_SPRITES))]
+        together = [wanted[i] for i in cast]
+        image = render_scene(TRUE_SEED, k, size, identities=together).image
+        for j, _, mask in _matched(together, [image], read_pictures(oracle, image[None])):
+            true[cast[j]].append((image, mask))
     rulers = []
-    for i, (identity, concept) in enumerate(zip(wanted, concepts)):
+    for identity, concept, seen in zip(wanted, concepts, true):
         shots = _matched([identity], concept.images, read_pictures(oracle, torch.stack(concept.images)))
-        rulers.append(SubjectRuler([s[1:] for s in shots], [f[1:] for f in found if f[0] == i]))
+        rulers.append(SubjectRuler([(image, mask) for _, image, mask in shots], seen))
     return rulers
 
 
