@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .errors import EncoderError
 from .photos import to_pil
+from .placement import bounding_box
 
 # Of models with a text side only the pictures' side is loaded.
 PICTURE_SIDE = {
@@ -79,8 +80,7 @@ def crop_subject(image: Tensor, mask: Tensor) -> Tensor:
     inside = mask > 0.5
     if not bool(inside.any()):
         raise EncoderError("a subject's mask is empty; leave it out")
-    rows, columns = (inside.any(axis).nonzero().flatten() for axis in (1, 0))
-    top, bottom, left, right = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+    left, top, right, bottom = bounding_box(inside.numpy())
     cut = (1 + mask[..., None] * (image - 1))[top:bottom, left:right]
     height, width = cut.shape[:2]
     side = max(height, width)

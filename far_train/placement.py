@@ -35,7 +35,7 @@ class Cutout:
     @property
     def box(self) -> tuple[int, int, int, int]:
         """Bounding box of the subject: left, top, right, bottom."""
-        return _bounds(self.region)
+        return bounding_box(self.region)
 
     @property
     def extent(self) -> tuple[int, int]:
@@ -56,7 +56,7 @@ class Placed:
 
 def cut_out(picture: Image.Image, mask: Image.Image) -> Cutout:
     """Crop a photo to its subject and a little context."""
-    left, top, right, bottom = _bounds(np.asarray(mask) > 127)
+    left, top, right, bottom = bounding_box(np.asarray(mask) > 127)
     pad = round(CONTEXT * max(right - left, bottom - top)) + 2
     box = (max(left - pad, 0), max(top - pad, 0), min(right + pad, picture.width), min(bottom + pad, picture.height))
     return Cutout(picture.crop(box), mask.crop(box), bottom / picture.height)
@@ -136,7 +136,8 @@ def paste(
     return canvas, [torch.from_numpy(masks[i]) for i in range(len(placed))]
 
 
-def _bounds(region: np.ndarray) -> tuple[int, int, int, int]:
+def bounding_box(region: np.ndarray) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom, the last two past the end, of a region bool [H, W]; all of it if that is empty."""
     rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
     if not len(rows):
         return 0, 0, region.shape[1], region.shape[0]

@@ -52,14 +52,15 @@ def train(
     start: FarWeights | None = None,
     resume: bool = False,
     callbacks: Callbacks = Callbacks(),
+    run_type: type[TrainingRun] | None = None,
 ) -> FarWeights:
     """Teach ``base`` the concepts of ``training_set``; the base comes back as it was, on the training device.
 
-    ``start``: weights of the same base to learn on from, instead of from nothing; new concepts may join them.
+    ``start``: weights of the same base to learn on from; new concepts may join them. ``run_type``: a variant's.
     ``run_folder`` gets run.json, metrics.jsonl, checkpoints, samples and ``weights.safetensors``. Raises Interrupted
     when ``should_stop`` says so (after saving), TrainingDiverged, OutOfMemory, or errors of dataset and disk.
     """
-    run = TrainingRun(base, training_set, config, Path(run_folder), resume, callbacks, start)
+    run = (run_type or TrainingRun)(base, training_set, config, Path(run_folder), resume, callbacks, start)
     try:
         run.set_up()
         run.fit()
@@ -238,8 +239,7 @@ class TrainingRun:
             loss = denoising_share + config.prior_weight * prior_share
             loss = loss + config.refinement_weight * (instance * schedule * refinement).sum()
             self.scaler.scale(loss).backward()
-        refinement_share = (instance * refinement).sum()
-        return torch.stack([loss, denoising_share, refinement_share, prior_share]).detach()
+        return torch.stack([loss, denoising_share, (instance * refinement).sum(), prior_share]).detach()
 
     def _refinement(self, batch: Batch) -> Tensor:
         """Localized Refinement [B] of the pass just recorded; 0 for samples without mentions."""

@@ -7,10 +7,11 @@ import copy
 import pytest
 import torch
 
-from far_train.bench.low_rank import RANK, LowRankTrainables, attention_projections, train_low_rank
+from far_train.bench.low_rank import RANK, LowRankRun, LowRankTrainables, attention_projections
 from far_train.callbacks import Callbacks
 from far_train.config import TrainConfig
 from far_train.errors import Interrupted
+from far_train.recipe import train
 from far_train.tokens import Vocabulary
 
 CONFIG = TrainConfig(steps=3, batch_size=2, prior_batch_size=1, kv_lr=1e-3, sample_every=0, save_every=1, device="cpu")
@@ -39,7 +40,7 @@ def test_it_begins_as_the_base_and_leaves_it_as_it_was(base, fusion):
 
 def test_what_is_learned_is_what_is_applied(base, fusion, tmp_path):
     state = copy.deepcopy(base.unet.state_dict())
-    weights = train_low_rank(base, fusion, CONFIG, tmp_path / "run")
+    weights = train(base, fusion, CONFIG, tmp_path / "run", run_type=LowRankRun)
     assert all(torch.equal(v, state[k]) for k, v in base.unet.state_dict().items())
     assert set(weights.changes) == set(attention_projections(base.unet))
     for change in weights.changes.values():
@@ -53,10 +54,10 @@ def test_what_is_learned_is_what_is_applied(base, fusion, tmp_path):
 
 
 def test_it_goes_on_where_it_was_stopped(base, fusion, tmp_path):
-    whole = train_low_rank(base, fusion, CONFIG, tmp_path / "whole")
+    whole = train(base, fusion, CONFIG, tmp_path / "whole", run_type=LowRankRun)
     steps = []
     stop = Callbacks(on_step=lambda step, _: steps.append(step), should_stop=lambda: len(steps) >= 2)
     with pytest.raises(Interrupted):
-        train_low_rank(base, fusion, CONFIG, tmp_path / "run", callbacks=stop)
-    again = train_low_rank(base, fusion, CONFIG, tmp_path / "run", resume=True)
+        train(base, fusion, CONFIG, tmp_path / "run", run_type=LowRankRun, callbacks=stop)
+    again = train(base, fusion, CONFIG, tmp_path / "run", run_type=LowRankRun, resume=True)
     assert all(torch.equal(again.changes[k], v) for k, v in whole.changes.items())

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..backbone import BaseModel
-from ..callbacks import Callbacks
-from ..concepts import TrainingSet
 from ..config import TrainConfig
 from ..files import write_tensors
 from ..recipe import TrainingRun
@@ -82,12 +79,6 @@ class LowRankTrainables(Trainables):
         super().remove()
 
 
-class LowRankRun(TrainingRun):
-    """The recipe with other trainables."""
-
-    trainables_type = LowRankTrainables
-
-
 @dataclass(frozen=True)
 class LowRankWeights:
     """``embeddings`` as FaR weights without deltas; ``changes`` [out, in] by the projection's name in the UNet."""
@@ -103,25 +94,15 @@ class LowRankWeights:
         return self.embeddings.apply(base)
 
 
-def train_low_rank(
-    base: BaseModel,
-    training_set: TrainingSet,
-    config: TrainConfig,
-    run_folder: Path,
-    *,
-    resume: bool = False,
-    callbacks: Callbacks = Callbacks(),
-) -> LowRankWeights:
-    """As :func:`far_train.recipe.train`, of which it is a variant; writes ``low-rank.safetensors`` as well."""
-    run = LowRankRun(base, training_set, config, run_folder, resume, callbacks)
-    try:
-        run.set_up()
-        run.fit()
-        changes = {name: module.change.cpu() for name, module in run.trainables.low_rank.items()}
-        write_tensors(run_folder / "low-rank.safetensors", changes, {"format": "pt"})
-        return LowRankWeights(run.save_weights(), changes)
-    finally:
-        run.clean_up()
+class LowRankRun(TrainingRun):
+    """The recipe with other trainables; writes ``low-rank.safetensors`` beside the weights file."""
+
+    trainables_type = LowRankTrainables
+
+    def save_weights(self) -> LowRankWeights:
+        changes = {name: module.change.cpu() for name, module in self.trainables.low_rank.items()}
+        write_tensors(self.folder / "low-rank.safetensors", changes, {"format": "pt"})
+        return LowRankWeights(super().save_weights(), changes)
 
 
 def attention_projections(unet: nn.Module) -> dict[str, nn.Linear]:

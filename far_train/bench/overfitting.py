@@ -19,6 +19,7 @@ from ..mini.identity import Identity
 from ..mini.oracle import Oracle, Reading, read_pictures
 from ..mini.scene_pool import MOST_SPRITES
 from ..mini.world import render_scene
+from ..placement import bounding_box
 
 SIDE = 32  # pixels to which cut-outs are brought
 TRUE_PICTURES, TRUE_SEED = 48, 92_000
@@ -40,11 +41,7 @@ def kernel_distance(first: Tensor, second: Tensor) -> float:
 def cut_out(image: Tensor, mask: Tensor) -> Tensor:
     """A subject of an image [H, W, 3] on grey, cropped to the box of its mask [H, W] and brought to ``SIDE`` pixels, as
     a vector of length 1; zeros for an empty mask."""
-    mask = mask.float()
-    inside = (mask > 0.5).nonzero()
-    if not len(inside):
-        return torch.zeros(3 * SIDE * SIDE)
-    (top, left), (bottom, right) = inside.amin(0).tolist(), (inside.amax(0) + 1).tolist()
+    left, top, right, bottom = bounding_box(mask.numpy() > 0.5)
     subject = ((image - 0.5) * mask[..., None])[top:bottom, left:right].permute(2, 0, 1)
     resized = F.interpolate(subject[None], (SIDE, SIDE), mode="bilinear", align_corners=False, antialias=True)
     return F.normalize(resized.flatten(), dim=0)
@@ -122,9 +119,8 @@ def _matched(
 
 
 def _size_and_aspect(mask: Tensor) -> tuple[float, float]:
-    inside = mask.nonzero()
-    height, width = (inside.amax(0) - inside.amin(0) + 1).tolist()
-    return float(len(inside)), height / width
+    left, top, right, bottom = bounding_box(mask.numpy())
+    return float(mask.sum()), (bottom - top) / (right - left)
 
 
 def _entropy(kinds: Sequence[int]) -> float:

@@ -143,13 +143,13 @@ def learn_autoencoder(
         )
         drawn = vae.decode(posterior.mean + posterior.std * noise).sample
         errors = picture_loss(drawn, pictures)
+        loss = errors["l1"] + l2_weight * errors["l2"] + errors["gradient"] + errors["scales"]
+        if decoder_only:
+            return loss, errors
         cells = F.avg_pool2d(pictures, 2 ** (len(blocks) - 1))
         errors["cells"] = (colours(posterior.mean) - cells).square().mean()
         kl = kl_term(posterior.mean, posterior.logvar)
-        loss = errors["l1"] + l2_weight * errors["l2"] + errors["gradient"] + errors["scales"]
-        if not decoder_only:
-            loss = loss + errors["cells"] + kl_weight * kl
-        return loss, {**errors, "kl": kl}
+        return loss + errors["cells"] + kl_weight * kl, {**errors, "kl": kl}
 
     about = {"model": "autoencoder", "blocks": list(blocks), "crop": crop, "kl_weight": kl_weight}
     about |= {"pool_seed": pool.config.pool_seed, "start": weights_digest(start), "decoder_only": decoder_only}
