@@ -22,7 +22,7 @@ from ..mini.world import render_scene
 from ..placement import bounding_box
 
 SIDE = 32  # pixels to which cut-outs are brought
-TRUE_PICTURES, TRUE_SEED = 48, 92_000
+TRUE_PICTURES, TRUE_SEED = 192, 92_000
 COPIED = 0.95  # a subject closer to a photo than this share of true pictures counts as copied
 BINS = 3  # of size and of height over width each
 
