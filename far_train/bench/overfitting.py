@@ -92,8 +92,8 @@ def overfitting_figures(
 ) -> dict[str, float]:
     """Of the subjects found in pictures [H, W, 3] of all of them together.
 
-    ``copied``: the share that is more like one of its photos than 95 % of true pictures are (so 0.05 for true ones).
-    ``pose_spread``: entropy of the kinds of size and shape over its maximum, a mean over subjects (.8 and more for
+    ``copied``: the share that is more like one of its photos than 95 % of true pictures are (for those, 0.05).
+    ``pose_spread``: entropy of the kinds of size and shape over its maximum, a mean over subjects (.9 and more for
     true pictures; few pictures lower it).
     """
     copied: list[bool] = []
