@@ -129,6 +129,17 @@ def kv_weights(unet: nn.Module) -> dict[str, Tensor]:
     return {name: getattr(layer, part).weight for name, (layer, part) in kv_layers(unet).items()}
 
 
+def attention_projections(unet: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Q, K, V and output of all self- and cross-attention: original (LDM) layer name → (the module that holds it, its
+    name there)."""
+    parts = ("to_q", "to_k", "to_v", "to_out.0")
+    found = {}
+    for name in (n for n, _ in unet.named_modules() if n.endswith(tuple(f".{part}" for part in parts))):
+        owner, _, last = name.rpartition(".")
+        found[unet_to_ldm(name, unet.config)] = (unet.get_submodule(owner), last)
+    return found
+
+
 def kv_digest(weights: Mapping[str, Tensor]) -> str:
     """Hex digest of the K/V matrices in fp16, so that a base's file format and precision don't change it."""
     digest = hashlib.sha256()

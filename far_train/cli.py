@@ -190,7 +190,7 @@ COMMANDS = (
             Argument("weights", "FaR weights file", required=True),
             Argument("out", "folder for loras/ and embeddings/", required=True),
             Argument("name", "name of the LoRA file (default: of the weights file or its run)"),
-            Argument("rank", "approximate the K/V deltas by this rank (default: exact)", options=(("type", int),)),
+            Argument("rank", "approximate the model's changes by this rank (default: exact)", options=(("type", int),)),
         ),
     ),
     Command(

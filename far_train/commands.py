@@ -337,7 +337,7 @@ def export(inputs: Inputs, _config: None) -> None:
     lora = out / "loras" / f"{name}.safetensors"
     weights.export_lora(lora, rank)
     embeddings = weights.export_embeddings(out / "embeddings")
-    print(f"K/V deltas → {lora}")
+    print(f"changes of the model → {lora}")
     for token, embedding in zip(weights.embeddings, embeddings):
         print(f"{token} → {embedding}; write it as embedding:{embedding.stem}")
 
@@ -349,7 +349,8 @@ def inspect(inputs: Inputs, _config: None) -> None:
         return
     for token, concept in about["concepts"].items():
         print(f"{token:24} {concept['noun']}, {concept['vectors']} vector(s)")
-    for key in ("kv_deltas", "parameters", "family", "prediction_type", "base_digest", "steps", "size", "far_version"):
+    changes = "low_rank_changes" if about["low_rank_changes"] else "kv_deltas"
+    for key in (changes, "parameters", "family", "prediction_type", "base_digest", "steps", "size", "far_version"):
         print(f"{key:24} {about[key]}")
 
 

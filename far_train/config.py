@@ -225,10 +225,19 @@ class TrainConfig(Config):
     )
     train_seed: int = setting(0, "seed of noise, timesteps and batch order", low=0, high=2**63 - 1)
     embedding_lr: float = setting(5e-4, "learning rate of the modifier tokens' embeddings", low=0, high=1)
+    trainable: str = setting(
+        "kv",
+        "what learns beside the embeddings; kv: cross-attention K and V; attention: low-rank changes of all attention",
+        choices=("kv", "attention"),
+    )
     kv_lr: float = setting(
         1e-5, "learning rate of cross-attention K and V, per sample of the whole step", low=0, high=1
     )
-    weight_decay: float = setting(0.01, "AdamW decay of the K/V deltas (embeddings have none)", low=0, high=1)
+    low_rank: int = setting(8, "rank of the changes of all attention", low=1, high=1024)
+    low_rank_lr: float = setting(
+        3e-5, "learning rate of the changes of all attention, per sample of the whole step", low=0, high=1
+    )
+    weight_decay: float = setting(0.01, "AdamW decay of the model's changes (embeddings have none)", low=0, high=1)
     grad_clip: float = setting(1.0, "largest norm of the whole gradient", low=1e-6, high=1e6)
     vectors_per_token: int = setting(1, "embedding vectors behind each modifier token", low=1, high=16)
     prior_weight: float = setting(1.0, "weight of the prior preservation loss", low=0, high=100)
@@ -277,8 +286,13 @@ class TrainConfig(Config):
     )
 
     def check(self) -> None:
-        if self.embedding_lr == 0 and self.kv_lr == 0:
+        if self.embedding_lr == 0 and self.change_lr == 0:
             raise ConfigError("embedding_lr: both learning rates are 0, so nothing would be learned; raise one")
+
+    @property
+    def change_lr(self) -> float:
+        """The rate at which the model's own changes are learned, per sample of the whole step."""
+        return self.kv_lr if self.trainable == "kv" else self.low_rank_lr
 
     def steps_for(self, concepts: int) -> int:
         """Steps of a run: 500 per concept unless set, at most 2,500."""
@@ -297,7 +311,7 @@ class SampleConfig(Config):
     width: int | None = setting(None, "width in pixels; default: the base's own", low=64, high=4096)
     height: int | None = setting(None, "height in pixels; default: the base's own", low=64, high=4096)
     sample_batch: int = setting(4, "pictures drawn at once", low=1, high=256)
-    strength: float = setting(1.0, "strength of the K/V deltas", low=-4, high=4)
+    strength: float = setting(1.0, "strength of the model's changes", low=-4, high=4)
     concept_strength: dict[str, float] | None = setting(
         None, "per modifier token: 0 is the bare class noun's embedding, 1 the learned one"
     )

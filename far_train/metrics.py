@@ -85,7 +85,7 @@ class StepReports:
             if self._failures == self._patience:
                 raise TrainingDiverged(
                     f"the loss was not finite for {self._patience} steps up to step {step}; the last checkpoint is "
-                    "kept. Lower kv_lr or embedding_lr, or use precision fp32"
+                    "kept. Lower its learning rates, or use precision fp32"
                 )
             last, self._last = self._last, time.perf_counter()
             metrics["seconds"] = round(self._last - last, 4)

@@ -36,7 +36,7 @@ from .sampling import TextCache, check_size, draw_pictures, encode_prompts
 from .state import checkpoint_bytes, load_checkpoint, save_checkpoint
 from .thrift import Thrift, skip_without_memory
 from .tokens import Vocabulary
-from .trainable import Trainables
+from .trainable import Trainables, put_trainables
 from .weights import FarWeights, Provenance
 
 PATIENCE = 3  # non-finite steps in a row that end a run
@@ -52,15 +52,14 @@ def train(
     start: FarWeights | None = None,
     resume: bool = False,
     callbacks: Callbacks = Callbacks(),
-    run_type: type[TrainingRun] | None = None,
 ) -> FarWeights:
     """Teach ``base`` the concepts of ``training_set``; the base comes back as it was, on the training device.
 
-    ``start``: weights of the same base to learn on from; new concepts may join them. ``run_type``: a variant's.
+    ``start``: weights of the same base to learn on from; new concepts may join them.
     ``run_folder`` gets run.json, metrics.jsonl, checkpoints, samples and ``weights.safetensors``. Raises Interrupted
     when ``should_stop`` says so (after saving), TrainingDiverged, OutOfMemory, or errors of dataset and disk.
     """
-    run = (run_type or TrainingRun)(base, training_set, config, Path(run_folder), resume, callbacks, start)
+    run = TrainingRun(base, training_set, config, Path(run_folder), resume, callbacks, start)
     try:
         run.set_up()
         run.fit()
@@ -71,8 +70,6 @@ def train(
 
 class TrainingRun:
     """One training from beginning to end; see :func:`train`."""
-
-    trainables_type = Trainables
 
     def __init__(
         self,
@@ -118,9 +115,10 @@ class TrainingRun:
         self.pools = encode_pool(self.training_set, base, self.vocabulary, stride, seed=seed, on_progress=report)
         self.alphas_cumprod = base.alphas_cumprod.to(self.device)
         self.text_cache = TextCache(base, [sample.prompt for pool in self.pools for sample in pool])
-        self.trainables = self.trainables_type(base, self.vocabulary)
+        self.trainables = put_trainables(base, self.vocabulary, config)
         if self.start is not None:
-            self.start.initialize(self.vocabulary, self.trainables.rows, self.trainables.deltas)
+            self.start.initialize(self.vocabulary, self.trainables.rows)
+            self.trainables.start_from(self.start)
         if config.refinement_weight > 0:
             self.recorder = AttentionRecorder(base.unet, layers)
         samples_per_step = config.batch_size + (config.prior_batch_size if self.pools[1] else 0)
@@ -273,9 +271,11 @@ class TrainingRun:
     def save_weights(self) -> FarWeights:
         """Write the weights file that a finished run is known by."""
         names, rows = self.training_set.names, self.trainables.rows.detach().cpu()
+        deltas, products = self.trainables.learned()
         weights = FarWeights(
             embeddings={n.token: rows[list(self.vocabulary.rows(n.token))].clone() for n in names},
-            deltas={k: d.detach().to("cpu", torch.float16) for k, d in self.trainables.deltas.items()},
+            deltas=deltas,
+            products=products,
             provenance=Provenance(
                 family=self.base.family,
                 base_digest=self.base.digest,

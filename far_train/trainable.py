@@ -1,18 +1,104 @@
-"""What is trained: modifier embeddings and the cross-attention K/V, as fp32 parameters beside a frozen base."""
+"""What is trained: modifier embeddings and changes of the attention, as fp32 parameters beside a frozen base."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .backbone import BaseModel, kv_layers
+from .backbone import BaseModel, attention_projections, kv_layers
 from .config import TrainConfig
 from .tokens import ModifierEmbedding, Vocabulary, initial_rows, norm_limits
+from .weights import FarWeights, Product
+
+
+class Trainables:
+    """The learning parameters, put into a base and taken out again; its own weights are never written.
+
+    ``rows`` [concepts × vectors, width] are the modifier embeddings. What changes the UNet is a subclass's: see
+    :func:`put_trainables`.
+    """
+
+    def __init__(self, base: BaseModel, vocabulary: Vocabulary):
+        from .frozen import FrozenLayers  # loads diffusers, which takes seconds
+
+        self._base = base
+        table = base.text_encoder.get_input_embeddings()
+        self._limits = norm_limits(table.weight, vocabulary)
+        self._embedding = ModifierEmbedding(table, initial_rows(table.weight, vocabulary))
+        base.text_encoder.set_input_embeddings(self._embedding)
+        self._frozen = FrozenLayers(base.unet)
+        self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
+
+    def _replace(self, owner: nn.Module, name: str, module: nn.Module) -> None:
+        self._replaced.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, module)
+
+    @property
+    def rows(self) -> nn.Parameter:
+        return self._embedding.rows
+
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """What changes the UNet, by name."""
+        raise NotImplementedError
+
+    def learned(self) -> tuple[dict[str, Tensor], dict[str, Product]]:
+        """Changes of matrices by original (LDM) layer name, whole ones and low-rank ones, in fp16 on the CPU."""
+        raise NotImplementedError
+
+    def start_from(self, weights: FarWeights) -> None:
+        """Take over the UNet's changes of earlier weights. Raises WeightsError where they are of another kind."""
+        raise NotImplementedError
+
+    def projecting(self, context: Tensor) -> AbstractContextManager[None]:
+        """To be entered for the passes of the UNet that read the text ``context`` [B, length, width], and their
+        backward passes."""
+        return nullcontext()
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        return {"rows": self.rows, **self.parameters()}
+
+    def gradients(self) -> list[Tensor]:
+        """The gradient of each parameter; zeros where samples left it out, as class pictures do the modifiers."""
+        for parameter in self.named_parameters().values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [parameter.grad for parameter in self.named_parameters().values()]
+
+    def optimizer(self, config: TrainConfig, samples_per_step: int) -> torch.optim.Optimizer:
+        """AdamW over all; the UNet's changes learn at a rate per sample of the whole step, embeddings don't decay."""
+        changes, lr = list(self.parameters().values()), config.change_lr * samples_per_step
+        return torch.optim.AdamW(
+            [
+                {"params": [self.rows], "lr": config.embedding_lr, "weight_decay": 0.0},
+                {"params": changes, "lr": lr, "weight_decay": config.weight_decay},
+            ],
+            fused=self.rows.device.type in ("cuda", "cpu"),  # one launch, and it can skip a step without the host
+        )
+
+    @torch.no_grad()
+    def cap_norms(self) -> None:
+        """Scale modifier rows down to their class noun's norm; rows at it already, but for rounding, stay."""
+        excess = self.rows.norm(dim=1, keepdim=True) / self._limits
+        self.rows.div_(torch.where(excess > 1 + 1e-6, excess, 1))
+
+    def remove(self) -> None:
+        """Leave the base as it was found."""
+        self._frozen.remove()
+        self._base.text_encoder.set_input_embeddings(self._embedding.table)
+        for owner, name, module in self._replaced:
+            setattr(owner, name, module)
+
+
+def put_trainables(base: BaseModel, vocabulary: Vocabulary, config: TrainConfig) -> Trainables:
+    """Put into ``base`` what ``config.trainable`` says."""
+    if config.trainable == "kv":
+        return KeysAndValues(base, vocabulary)
+    return LowRankAttention(base, vocabulary, config.low_rank)
 
 
 class ProjectionBank:
@@ -62,68 +148,78 @@ class _BankedLinear(nn.Module):
         return F.linear(context, weight) + F.linear(context, delta.to(context.dtype))
 
 
-class Trainables:
-    """The learning parameters, put into a base and taken out again.
-
-    ``rows`` [concepts × vectors, width] are the modifier embeddings, ``deltas`` the K/V changes by layer name, views of
-    one flat parameter. The base's own weights are never written.
-    """
+class KeysAndValues(Trainables):
+    """Whole changes of all cross-attention K and V, as Custom Diffusion has them (arXiv 2212.04488)."""
 
     def __init__(self, base: BaseModel, vocabulary: Vocabulary):
-        from .frozen import FrozenLayers  # loads diffusers, which takes seconds
-
-        self._base = base
-        table = base.text_encoder.get_input_embeddings()
-        self._limits = norm_limits(table.weight, vocabulary)
-        self._embedding = ModifierEmbedding(table, initial_rows(table.weight, vocabulary))
-        base.text_encoder.set_input_embeddings(self._embedding)
-        self._layers = {
-            name: (layer, part, getattr(layer, part)) for name, (layer, part) in kv_layers(base.unet).items()
-        }
-        self._bank = ProjectionBank([linear for _, _, linear in self._layers.values()])
-        self.projecting = self._bank.projecting
-        self._frozen = FrozenLayers(base.unet)
-        for (layer, part, _), banked in zip(self._layers.values(), self._bank.layers):
-            setattr(layer, part, banked)
-
-    @property
-    def rows(self) -> nn.Parameter:
-        return self._embedding.rows
+        super().__init__(base, vocabulary)
+        layers = kv_layers(base.unet)
+        self._names = list(layers)
+        self._bank = ProjectionBank([getattr(layer, part) for layer, part in layers.values()])
+        for (layer, part), banked in zip(layers.values(), self._bank.layers):
+            self._replace(layer, part, banked)
 
     @property
     def deltas(self) -> Mapping[str, Tensor]:
-        return dict(zip(self._layers, self._bank.delta.detach().split(self._bank.sizes)))
+        """The changes by layer name, views of one flat parameter."""
+        return dict(zip(self._names, self._bank.delta.detach().split(self._bank.sizes)))
 
-    def named_parameters(self) -> dict[str, nn.Parameter]:
-        return {"rows": self.rows, "kv": self._bank.delta}
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        return {"kv": self._bank.delta}
 
-    def gradients(self) -> list[Tensor]:
-        """The gradient of each parameter; zeros where samples left it out, as class pictures do the modifiers."""
-        for parameter in self.named_parameters().values():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        return [parameter.grad for parameter in self.named_parameters().values()]
+    def learned(self) -> tuple[dict[str, Tensor], dict[str, Product]]:
+        return {name: delta.to("cpu", torch.float16) for name, delta in self.deltas.items()}, {}
 
-    def optimizer(self, config: TrainConfig, samples_per_step: int) -> torch.optim.Optimizer:
-        """AdamW over both parameters; K/V learn at a rate per sample of the whole step, embeddings don't decay."""
-        kv_lr = config.kv_lr * samples_per_step
-        return torch.optim.AdamW(
-            [
-                {"params": [self.rows], "lr": config.embedding_lr, "weight_decay": 0.0},
-                {"params": [self._bank.delta], "lr": kv_lr, "weight_decay": config.weight_decay},
-            ],
-            fused=self.rows.device.type in ("cuda", "cpu"),  # one launch, and it can skip a step without the host
-        )
+    def start_from(self, weights: FarWeights) -> None:
+        weights.check_kind("kv")
+        for name, delta in self.deltas.items():
+            delta.copy_(weights.deltas[name])
+
+    def projecting(self, context: Tensor) -> AbstractContextManager[None]:
+        return self._bank.projecting(context)
+
+
+class LowRank(nn.Module):
+    """A frozen projection beside which a low-rank change is learned: W x + B A x (Hu et al. 2021, arXiv 2106.09685).
+
+    A [rank, in] begins at random, B [out, rank] at 0, so that nothing changes at first.
+    """
+
+    def __init__(self, inner: nn.Linear, rank: int, choices: torch.Generator):
+        super().__init__()
+        self.inner = inner
+        down = torch.randn(rank, inner.in_features, generator=choices) / rank
+        self.down = nn.Parameter(down.to(inner.weight.device))
+        self.up = nn.Parameter(torch.zeros(inner.out_features, rank, device=inner.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, n, in] → [B, n, out]."""
+        return self.inner(x) + F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+
+
+class LowRankAttention(Trainables):
+    """Low-rank changes of every attention projection, self-attention's too, as DreamBooth-LoRA has them."""
+
+    def __init__(self, base: BaseModel, vocabulary: Vocabulary, rank: int):
+        super().__init__(base, vocabulary)
+        choices = torch.Generator().manual_seed(0)
+        self.layers: dict[str, LowRank] = {}
+        for name, (owner, part) in attention_projections(base.unet).items():
+            self.layers[name] = LowRank(getattr(owner, part), rank, choices)
+            self._replace(owner, part, self.layers[name])
+
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        return {f"{name}.{side}": getattr(m, side) for name, m in self.layers.items() for side in ("down", "up")}
+
+    def learned(self) -> tuple[dict[str, Tensor], dict[str, Product]]:
+        def half(parameter: Tensor) -> Tensor:
+            return parameter.detach().to("cpu", torch.float16)
+
+        return {}, {name: Product(half(m.up), half(m.down)) for name, m in self.layers.items()}
 
     @torch.no_grad()
-    def cap_norms(self) -> None:
-        """Scale modifier rows down to their class noun's norm; rows at it already, but for rounding, stay."""
-        excess = self.rows.norm(dim=1, keepdim=True) / self._limits
-        self.rows.div_(torch.where(excess > 1 + 1e-6, excess, 1))
-
-    def remove(self) -> None:
-        """Leave the base as it was found."""
-        self._frozen.remove()
-        self._base.text_encoder.set_input_embeddings(self._embedding.table)
-        for layer, part, linear in self._layers.values():
-            setattr(layer, part, linear)
+    def start_from(self, weights: FarWeights) -> None:
+        weights.check_kind("attention", next(iter(self.layers.values())).down.shape[0])
+        for name, layer in self.layers.items():
+            layer.up.copy_(weights.products[name].up)
+            layer.down.copy_(weights.products[name].down)

@@ -7,14 +7,15 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any, NamedTuple, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .backbone import FAMILIES, BaseModel, kv_layers, kv_weights
+from .backbone import FAMILIES, BaseModel, attention_projections, kv_weights
 from .captions import Name, check_noun, check_token
 from .config import SCHEMA_VERSION, SampleConfig
 from .errors import ConfigError, FarError, UnreadableFile, WeightsError
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+PREFIXES = ("delta.", "up.", "down.")  # of the tensors that change the UNet
 MAX_METADATA = 1_000_000  # characters; a file of ten concepts has about two thousand
 RESERVED = {"con", "prn", "aux", "nul", *(f"com{i}" for i in range(10)), *(f"lpt{i}" for i in range(10))}
 
@@ -44,14 +46,27 @@ class Provenance:
     schema: int = SCHEMA_VERSION
 
 
+class Product(NamedTuple):
+    """A change of a matrix [out, in] as ``up`` [out, rank] @ ``down`` [rank, in]."""
+
+    up: Tensor
+    down: Tensor
+
+    @property
+    def whole(self) -> Tensor:
+        return self.up.float() @ self.down.float()
+
+
 @dataclass(frozen=True)
 class FarWeights:
-    """Learned weights: ``embeddings`` [n, width] by modifier token, ``deltas`` [out, in] of the K/V by the
-    original (LDM) layer name, ``input_blocks.1.1.transformer_blocks.0.attn2.to_k``."""
+    """Learned weights: ``embeddings`` [n, width] by modifier token, and what changes in the UNet by the original (LDM)
+    layer name, ``input_blocks.1.1.transformer_blocks.0.attn2.to_k``: ``deltas`` [out, in] of all K/V, or ``products``
+    for all projections of the attention."""
 
     embeddings: dict[str, Tensor]
     deltas: dict[str, Tensor]
     provenance: Provenance
+    products: dict[str, Product] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[Name, ...]:
@@ -60,8 +75,14 @@ class FarWeights:
     def save(self, path: Path) -> None:
         """Write one ``.safetensors`` file. Raises OutputError."""
         tensors = {f"embedding.{t}": e for t, e in self.embeddings.items()}
-        tensors |= {f"delta.{name}": d for name, d in self.deltas.items()}
+        tensors |= self._changes()
         write_tensors(path, tensors, {"format": "pt", "far": json.dumps(asdict(self.provenance))})
+
+    def _changes(self) -> dict[str, Tensor]:
+        """The UNet's changes as a file names them."""
+        tensors = {f"delta.{name}": d for name, d in self.deltas.items()}
+        tensors |= {f"up.{name}": product.up for name, product in self.products.items()}
+        return tensors | {f"down.{name}": product.down for name, product in self.products.items()}
 
     @classmethod
     def load(cls, path: Path) -> FarWeights:
@@ -76,9 +97,9 @@ class FarWeights:
             raise WeightsError(f"weights: {path} is no FaR file (it has no 'far' metadata); is it a LoRA?")
         provenance = _read_provenance(metadata["far"], path)
         embeddings = {t: tensors.get(f"embedding.{t}") for t in provenance.nouns}
-        deltas = {k.removeprefix("delta."): v for k, v in tensors.items() if k.startswith("delta.")}
-        foreign = [k for k in tensors if not k.startswith("delta.") and k.removeprefix("embedding.") not in embeddings]
-        for name, value in [*embeddings.items(), *deltas.items()]:
+        deltas, ups, downs = ({k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)} for p in PREFIXES)
+        foreign = [k for k in tensors if not k.startswith(PREFIXES) and k.removeprefix("embedding.") not in embeddings]
+        for name, value in [*embeddings.items(), *deltas.items(), *ups.items(), *downs.items()]:
             if value is None or value.ndim != 2 or not value.numel() or value.dtype not in DTYPES:
                 raise WeightsError(f"weights: {path} holds no proper tensor for {name}; the file is damaged")
             if not bool(torch.isfinite(value).all()):
@@ -87,7 +108,10 @@ class FarWeights:
             raise WeightsError(f"weights: the embeddings in {path} differ in shape; the file is damaged")
         if foreign or not embeddings:
             raise WeightsError(f"weights: {path} does not hold what its metadata says ({foreign[:1] or 'no concepts'})")
-        return cls(embeddings, deltas, provenance)
+        for name in ups.keys() | downs.keys():
+            if name not in ups or name not in downs or ups[name].shape[1] != downs[name].shape[0]:
+                raise WeightsError(f"weights: {path}: the halves of {name} don't belong together; the file is damaged")
+        return cls(embeddings, deltas, provenance, {name: Product(ups[name], downs[name]) for name in ups})
 
     def check_fits(self, base: BaseModel) -> None:
         """Refuse a base of another shape or prediction type (WeightsError); warn about another one of the same kind."""
@@ -97,8 +121,12 @@ class FarWeights:
                 f"weights: trained on a base with {about.prediction_type}, this one has {base.prediction_type}; "
                 "use the base that they were trained on"
             )
-        own = {k: tuple(v.shape) for k, v in kv_weights(base.unet).items()}
-        ours = {k: tuple(v.shape) for k, v in self.deltas.items()}
+        if self.products:
+            layers = attention_projections(base.unet).items()
+            own = {k: tuple(getattr(owner, part).weight.shape) for k, (owner, part) in layers}
+        else:
+            own = {k: tuple(v.shape) for k, v in kv_weights(base.unet).items()}
+        ours = self.shapes()
         wrong = sorted(k for k in own.keys() | ours.keys() if own.get(k) != ours.get(k))
         width = base.text_encoder.get_input_embeddings().weight.shape[1]
         if any(e.shape[1] != width for e in self.embeddings.values()):
@@ -110,17 +138,32 @@ class FarWeights:
         if about.base_digest != base.digest:
             log.warning("These weights were trained on another base of the same shape; likeness may suffer.")
 
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Shape [out, in] of every matrix that changes."""
+        products = {name: (p.up.shape[0], p.down.shape[1]) for name, p in self.products.items()}
+        return {name: tuple(delta.shape) for name, delta in self.deltas.items()} | products
+
+    def check_kind(self, trainable: str, rank: int | None = None) -> None:
+        """Refuse weights that a training of this kind can't go on from. Raises WeightsError."""
+        kind = "attention" if self.products else "kv"
+        ranks = {product.up.shape[1] for product in self.products.values()}
+        if kind != trainable:
+            raise WeightsError(f"continue_from: these weights were trained with trainable {kind}; set it to {kind}")
+        if ranks and ranks != {rank}:
+            raise WeightsError(f"continue_from: these weights have rank {max(ranks)}; set low_rank to {max(ranks)}")
+
     def digest(self) -> str:
         """Identifies what was learned, whatever file it came from."""
         content = hashlib.sha256()
-        for name, value in sorted({**self.embeddings, **self.deltas}.items()):
+        changes = self._changes() if self.products else self.deltas
+        for name, value in sorted({**self.embeddings, **changes}.items()):
             content.update(name.encode() + value.detach().cpu().float().contiguous().numpy().tobytes())
         return content.hexdigest()
 
     @torch.no_grad()
-    def initialize(self, vocabulary: Vocabulary, rows: Tensor, deltas: Mapping[str, Tensor]) -> None:
-        """Write what was learned into parameters that learn on: ``rows`` [concepts × vectors, width] of the
-        vocabulary's tokens and the K/V ``deltas`` by layer name. Tokens that these weights lack keep their rows.
+    def initialize(self, vocabulary: Vocabulary, rows: Tensor) -> None:
+        """Write the embeddings into ``rows`` [concepts × vectors, width] of the vocabulary's tokens, which learn on.
+        Tokens that these weights lack keep their rows.
 
         Raises WeightsError if a token has another number of vectors.
         """
@@ -134,13 +177,11 @@ class FarWeights:
                     f"continue_from: {token} has {len(learned)} vectors there; set vectors_per_token to {len(learned)}"
                 )
             rows[own.start : own.stop] = learned.to(rows)
-        for name, delta in deltas.items():
-            delta.copy_(self.deltas[name])
 
     def apply(self, base: BaseModel, config: SampleConfig = SampleConfig()) -> Vocabulary:
         """Put the weights into ``base`` for good and return the vocabulary for its prompts.
 
-        ``config.strength`` scales the K/V deltas, which all concepts share; ``config.concept_strength`` moves one
+        ``config.strength`` scales the UNet's changes, which all concepts share; ``config.concept_strength`` moves one
         concept's embedding between its bare noun's (0) and the learned one (1).
         """
         self.check_fits(base)
@@ -148,9 +189,12 @@ class FarWeights:
         for token in strengths:
             if token not in self.embeddings:
                 raise ConfigError(f"concept_strength: there is no {token}; known: {', '.join(self.embeddings)}")
-        for name, (layer, part) in kv_layers(base.unet).items():
-            projection = getattr(layer, part)
-            changed = projection.weight.detach() + config.strength * self.deltas[name].to(projection.weight)
+        changes = self.deltas | {name: product.whole for name, product in self.products.items()}
+        for name, (owner, part) in attention_projections(base.unet).items():
+            if name not in changes:
+                continue
+            projection = getattr(owner, part)
+            changed = projection.weight.detach() + config.strength * changes[name].to(projection.weight)
             projection.weight = nn.Parameter(changed, requires_grad=False)  # the old tensor may be the caller's own
         table = base.text_encoder.get_input_embeddings()
         vectors = len(next(iter(self.embeddings.values())))
@@ -163,17 +207,16 @@ class FarWeights:
         return vocabulary
 
     def export_lora(self, path: Path, rank: int | None = None) -> None:
-        """Write the K/V deltas as a LoRA file for stock loaders: whole (``.diff``), or as the nearest of ``rank``."""
+        """Write the UNet's changes as a LoRA file for stock loaders: as they are, or as the nearest of ``rank``."""
         tensors: dict[str, Tensor] = {}
+        for name, product in self.products.items():
+            up, down = product if rank is None or rank >= product.up.shape[1] else nearest(product.whole, rank)
+            tensors |= _lora_pair(name, up, down)
         for name, delta in self.deltas.items():
-            key = f"diffusion_model.{name}"
             if rank is None:
-                tensors[f"{key}.diff"] = delta.to(torch.float16)
-                continue
-            kept = min(rank, *delta.shape)
-            u, s, v = torch.linalg.svd(delta.float(), full_matrices=False)
-            tensors[f"{key}.lora_B.weight"] = (u[:, :kept] * s[:kept].sqrt()).to(torch.float16)
-            tensors[f"{key}.lora_A.weight"] = (s[:kept].sqrt()[:, None] * v[:kept]).to(torch.float16)
+                tensors[f"diffusion_model.{name}.diff"] = delta.to(torch.float16)
+            else:
+                tensors |= _lora_pair(name, *nearest(delta, rank))
         write_tensors(path, tensors, {"format": "pt"})
 
     def export_embeddings(self, folder: Path) -> list[Path]:
@@ -185,6 +228,18 @@ class FarWeights:
             write_tensors(path, {key: embedding.float()}, {"format": "pt"})
             paths.append(path)
         return paths
+
+
+def nearest(delta: Tensor, rank: int) -> Product:
+    """The product of ``rank`` that is nearest to a matrix (Eckart and Young 1936)."""
+    u, s, v = torch.linalg.svd(delta.float(), full_matrices=False)
+    root = s[:rank].sqrt()
+    return Product(u[:, :rank] * root, root[:, None] * v[:rank])
+
+
+def _lora_pair(name: str, up: Tensor, down: Tensor) -> dict[str, Tensor]:
+    key = f"diffusion_model.{name}"
+    return {f"{key}.lora_B.weight": up.to(torch.float16), f"{key}.lora_A.weight": down.to(torch.float16)}
 
 
 def file_stem(token: str) -> str:
@@ -227,10 +282,14 @@ def describe(weights: FarWeights) -> Mapping[str, Any]:
     """What a weights file holds, for people: concepts, layers, the size of the change, where it comes from."""
     about = weights.provenance
     norms = {k: float(v.float().norm()) for k, v in weights.deltas.items()}
+    norms |= {k: float(p.whole.norm()) for k, p in weights.products.items()}
+    learned = [*weights.embeddings.values(), *weights.deltas.values(), *chain(*weights.products.values())]
     return {
         "concepts": {t: {"noun": about.nouns[t], "vectors": len(e)} for t, e in weights.embeddings.items()},
         "kv_deltas": len(weights.deltas),
-        "parameters": sum(v.numel() for v in [*weights.deltas.values(), *weights.embeddings.values()]),
+        "low_rank_changes": len(weights.products),
+        "rank": max((p.up.shape[1] for p in weights.products.values()), default=None),
+        "parameters": sum(v.numel() for v in learned),
         "largest_change": max(norms, key=norms.get) if norms else None,
         "family": about.family,
         "prediction_type": about.prediction_type,

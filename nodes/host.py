@@ -32,6 +32,7 @@ from torch import Tensor
 from ..far_train.backbone import FAMILIES, BaseModel, kv_digest, load_base
 from ..far_train.errors import BaseModelError, WeightsError
 from ..far_train.tokens import unknown_tokens
+from ..far_train.weights import FarWeights
 from . import layout
 
 log = logging.getLogger(__name__)
@@ -340,18 +341,25 @@ def _text_details(encoder: torch.nn.Module) -> tuple[int, str]:
 # --- the weights: patches on MODEL, tokens in CLIP
 
 
-def apply_kv(model: Any, deltas: Mapping[str, Tensor], strength: float) -> Any:
-    """MODEL with ``strength`` × deltas [out, in] added to its K/V; the input stays as it is. Raises WeightsError."""
+def apply_changes(model: Any, weights: FarWeights, strength: float) -> Any:
+    """MODEL with ``strength`` × what the weights change; the input stays as it is. Raises WeightsError."""
     patched = model.clone()
     own = {k: tuple(v.shape) for k, v in model.model_state_dict("diffusion_model.").items()}
-    keys = {f"diffusion_model.{name}.weight": delta for name, delta in deltas.items()}
     # The host drops unknown keys without a word and logs wrong shapes only when it samples.
-    for key, delta in keys.items():
-        if own.get(key) != tuple(delta.shape):
+    for name, shape in weights.shapes().items():
+        key = _model_key(name)
+        if own.get(key) != shape:
             has = "lacks it" if key not in own else f"has {list(own[key])}"
-            raise WeightsError(f"weights: {key} is {list(delta.shape)}, MODEL {has}; use the base that they belong to")
-    patched.add_patches({key: ("diff", (plain(delta),)) for key, delta in keys.items()}, strength)
+            raise WeightsError(f"weights: {key} is {list(shape)}, MODEL {has}; use the base that they belong to")
+    patched.add_patches({_model_key(n): ("diff", (plain(d),)) for n, d in weights.deltas.items()}, strength)
+    halves = {f"{n}.lora_up.weight": plain(p.up) for n, p in weights.products.items()}
+    halves |= {f"{n}.lora_down.weight": plain(p.down) for n, p in weights.products.items()}
+    patched.add_patches(comfy.lora.load_lora(halves, {n: _model_key(n) for n in weights.products}), strength)
     return patched
+
+
+def _model_key(layer: str) -> str:
+    return f"diffusion_model.{layer}.weight"
 
 
 def apply_tokens(clip: Any, embeddings: Mapping[str, Tensor]) -> Any:

@@ -43,7 +43,7 @@ class CarriedWeights(ReportsMemory, FarWeights):
 
     @classmethod
     def of(cls, weights: FarWeights) -> CarriedWeights:
-        return cls(weights.embeddings, weights.deltas, weights.provenance)
+        return cls(weights.embeddings, weights.deltas, weights.provenance, weights.products)
 
 
 def bytes_in(value: Any) -> int:

@@ -187,7 +187,7 @@ class ApplyWeights(io.ComfyNode):
         with host.no_inference_mode(), torch.no_grad():
             check_fits(weights, model, clip)
             rows = {t: _between(clip, weights, t, strengths.get(t, 1.0)) for t in weights.embeddings}
-            return io.NodeOutput(host.apply_kv(model, weights.deltas, strength), host.apply_tokens(clip, rows))
+            return io.NodeOutput(host.apply_changes(model, weights, strength), host.apply_tokens(clip, rows))
 
 
 def check_fits(weights: FarWeights, model: Any, clip: Any) -> None:

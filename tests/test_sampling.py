@@ -11,7 +11,7 @@ from far_train.errors import ConfigError
 from far_train.sampling import TextCache, draw_pictures, encode_prompts
 from far_train.sampling import plain_vocabulary as plain
 from far_train.tokens import Vocabulary
-from far_train.trainable import Trainables
+from far_train.trainable import KeysAndValues
 
 QUICK = SampleConfig(sampling_steps=2)
 
@@ -50,7 +50,7 @@ def test_a_base_in_bf16_draws_learned_words(base):
     """The modifiers' rows stay in fp32, in training and in loaded weights alike."""
     base.to("cpu", torch.bfloat16)
     vocabulary = Vocabulary(base.tokenizer, [Name("dog", "<my-dog>")], base.tokenizer_size)
-    trainables = Trainables(base, vocabulary)
+    trainables = KeysAndValues(base, vocabulary)
     assert torch.isfinite(draw_pictures(base, vocabulary, ["a <my-dog> dog"], QUICK)).all()
     trainables.remove()
 
@@ -62,7 +62,7 @@ def test_unknown_tokens_are_warned_of(base, caplog):
 
 def test_prompts_are_encoded_once_and_with_gradients_where_modifiers_stand(base):
     vocabulary = Vocabulary(base.tokenizer, [Name("dog", "<my-dog>")], base.tokenizer_size)
-    trainables = Trainables(base, vocabulary)
+    trainables = KeysAndValues(base, vocabulary)
     texts = ["a <my-dog> dog", "a dog", "a <my-dog> dog"]
     cache = TextCache(base)
     calls = []

@@ -11,12 +11,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from far_train.backbone import kv_weights, load_base
+from far_train.backbone import attention_projections, kv_weights, load_base
 from far_train.config import SampleConfig
 from far_train.errors import ConfigError, WeightsError
 from far_train.mini.tiny import random_states, single_file_state, tiny_configs
 from far_train.sampling import encode_prompts
-from far_train.weights import FarWeights, Provenance, describe, file_stem
+from far_train.weights import FarWeights, Product, Provenance, describe, file_stem
 
 
 def make_weights(base, scale: float = 0.05) -> FarWeights:
@@ -30,9 +30,25 @@ def make_weights(base, scale: float = 0.05) -> FarWeights:
     return FarWeights(rows, deltas, Provenance("sd21", base.digest, base.prediction_type, nouns, 10, 128))
 
 
+def make_low_rank(base, rank: int = 2) -> FarWeights:
+    """The same concepts with a low-rank change of all attention."""
+    generator = torch.Generator().manual_seed(4)
+    products = {}
+    for name, (owner, part) in attention_projections(base.unet).items():
+        out, width = getattr(owner, part).weight.shape
+        up, down = torch.randn(out, rank, generator=generator), torch.randn(rank, width, generator=generator)
+        products[name] = Product((0.1 * up).half(), (0.1 * down).half())
+    return replace(make_weights(base), deltas={}, products=products)
+
+
 @pytest.fixture
 def weights(base) -> FarWeights:
     return make_weights(base)
+
+
+@pytest.fixture
+def low_rank(base) -> FarWeights:
+    return make_low_rank(base)
 
 
 def test_round_trip(weights: FarWeights, tmp_path: Path):
@@ -44,6 +60,35 @@ def test_round_trip(weights: FarWeights, tmp_path: Path):
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
     about = describe(again)
     assert about["kv_deltas"] == 20 and about["concepts"]["<red-ball>"]["noun"] == "ball"
+
+
+def test_round_trip_of_low_rank_changes(low_rank: FarWeights, tmp_path: Path):
+    low_rank.save(tmp_path / "w.safetensors")
+    again = FarWeights.load(tmp_path / "w.safetensors")
+    assert again.products.keys() == low_rank.products.keys() and not again.deltas
+    for name, product in low_rank.products.items():
+        assert torch.equal(again.products[name].up, product.up) and torch.equal(again.products[name].down, product.down)
+    assert again.digest() == low_rank.digest() != replace(low_rank, products={}).digest()
+    about = describe(again)
+    assert (about["low_rank_changes"], about["rank"], about["kv_deltas"]) == (len(low_rank.products), 2, 0)
+
+
+def test_halves_that_do_not_belong_together_are_refused(low_rank: FarWeights, tmp_path: Path):
+    name = next(iter(low_rank.products))
+    path, product = tmp_path / "w.safetensors", low_rank.products[name]
+    replace(low_rank, products=low_rank.products | {name: Product(product.up[:, :1], product.down)}).save(path)
+    with pytest.raises(WeightsError, match=f"the halves of {name} don't belong together"):
+        FarWeights.load(path)
+
+
+def test_low_rank_changes_of_another_base_are_refused(base, low_rank: FarWeights):
+    name = next(iter(low_rank.products))
+    for products in (
+        {k: v for k, v in low_rank.products.items() if k != name},
+        low_rank.products | {name: Product(torch.zeros(3, 2), torch.zeros(2, 3))},
+    ):
+        with pytest.raises(WeightsError, match=f"{name} and 0 others differ"):
+            replace(low_rank, products=products).check_fits(base)
 
 
 def test_layer_names_are_the_original_ones(weights: FarWeights):
@@ -160,6 +205,22 @@ def test_lora_export_is_exact_or_of_a_rank(weights: FarWeights, tmp_path: Path):
         error = (b @ a - delta.float()).square().sum()
         best = torch.linalg.svdvals(delta.float())[4:].square().sum()
         assert error <= 1.01 * best  # no matrix of rank 4 comes closer
+
+
+def test_lora_export_of_low_rank_changes(low_rank: FarWeights, tmp_path: Path):
+    for rank in (None, 5):
+        low_rank.export_lora(tmp_path / "own.safetensors", rank)
+        own = load_file(tmp_path / "own.safetensors")
+        assert len(own) == 2 * len(low_rank.products)
+        for name, product in low_rank.products.items():
+            assert torch.equal(own[f"diffusion_model.{name}.lora_B.weight"], product.up)
+            assert torch.equal(own[f"diffusion_model.{name}.lora_A.weight"], product.down)
+    low_rank.export_lora(tmp_path / "less.safetensors", rank=1)
+    less = load_file(tmp_path / "less.safetensors")
+    name, product = next(iter(low_rank.products.items()))
+    a, b = (less[f"diffusion_model.{name}.lora_{x}.weight"].float() for x in "AB")
+    best = torch.linalg.svdvals(product.whole)[1:].square().sum()
+    assert a.shape[0] == 1 and (b @ a - product.whole).square().sum() <= 1.01 * best
 
 
 def test_embedding_export(weights: FarWeights, tmp_path: Path):

@@ -17,7 +17,7 @@ CLASS_PICTURES = 32
 FUSION = FUSING.replace(count=160)
 RESIZED_LOSS = PLAIN_LOSS | {"background_weight": 0.0}  # the photo counts, the grey around it does not
 NO_REFINEMENT = {"refinement_weight": 0.0}
-LOW_RANK_LR = 1.25e-4  # 1e-3 for the whole step of eight samples
+LOW_RANK = {"trainable": "attention", "low_rank_lr": 1.25e-4}  # 1e-3 for the whole step of eight samples
 ORIGINALS = {"recipe_weights": {"original": 1.0}}
 
 
@@ -25,7 +25,6 @@ ORIGINALS = {"recipe_weights": {"original": 1.0}}
 class Arm:
     """One way to learn. ``data``: fused (Concept Fusion with the changes in ``fusion``), resized, seg_mix, true_scenes,
     or none for an arm that learns nothing; ``masks``: exact, shuffled, degraded; ``training``: changes of TRAINING;
-    ``trainable``: embeddings and K/V (kv), or embeddings and low-rank changes of all attention (low_rank);
     ``class_pictures`` of each noun, drawn with the changes of DRAWING in ``class_drawing``."""
 
     name: str
@@ -35,7 +34,6 @@ class Arm:
     masks: str = "exact"
     fusion: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
-    trainable: str = "kv"
     class_pictures: int = CLASS_PICTURES
     class_drawing: Mapping[str, Any] = field(default_factory=dict)
 
@@ -82,8 +80,7 @@ FURTHER = (
         "DreamBooth-LoRA",
         "arXiv 2208.12242 with 2106.09685: photos as they are, learned tokens, rank 8 on all attention",
         fusion=ORIGINALS,
-        training=PLAIN_LOSS | {"kv_lr": LOW_RANK_LR},
-        trainable="low_rank",
+        training=PLAIN_LOSS | LOW_RANK,
     ),
     Arm(
         "masked-loss",
@@ -108,8 +105,7 @@ FURTHER = (
         "far-low-rank",
         "FaR on all attention",
         "FaR's data and loss, with the rival's trainable set",
-        training={"kv_lr": LOW_RANK_LR},
-        trainable="low_rank",
+        training=LOW_RANK,
     ),
     Arm("far-no-competition", "FaR − competition", "no competition term", training={"competition_weight": 0.0}),
     Arm("far-min-snr", "FaR + Min-SNR", "timesteps weighted as for SD 2.1, γ = 5", training={"min_snr_gamma": 5.0}),

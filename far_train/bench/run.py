@@ -39,14 +39,13 @@ from ..mini.verdicts import judge_subjects
 from ..mini.world import reference_photos, render_scene
 from ..priors import WithPriors
 from ..probe import attention_maps, focus
-from ..recipe import Callbacks, TrainingRun, train
+from ..recipe import Callbacks, train
 from ..report import picture_grid, save_sheet
 from ..sampling import draw_pictures, plain_vocabulary
 from ..subjects import SubjectExtractor
 from ..tokens import Vocabulary
 from .arms import FUSION, Arm
 from .groups import Group
-from .low_rank import LowRankRun
 from .measures import Seen, binding_figures, corrected_leakage, joint_figures, prior_figures, solo_figures
 from .overfitting import SubjectRuler, kernel_distance, overfitting_figures, subject_rulers
 from .plans import Plan
@@ -203,9 +202,7 @@ class Bench:
             on_step=lambda step, _: self.on_progress(arm.title, step, config.steps_for(2)),
             should_stop=self.should_stop,
         )
-        kind = LowRankRun if arm.trainable == "low_rank" else TrainingRun
-        resume = folder.exists()
-        weights = train(base, training_set, config, folder, resume=resume, callbacks=callbacks, run_type=kind)
+        weights = train(base, training_set, config, folder, resume=folder.exists(), callbacks=callbacks)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return weights.apply(base)
 

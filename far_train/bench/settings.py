@@ -25,9 +25,12 @@ class BenchConfig(Config):
     # For tuning: the same change of all arms, each against its own default.
     steps: int | None = setting(None, "training steps of every arm (default: each arm's own)", low=1, high=100_000)
     kv_lr: float | None = setting(None, "learning rate of K and V in every arm that learns them", low=0, high=1)
+    low_rank_lr: float | None = setting(
+        None, "learning rate of low-rank changes in every arm that learns them", low=0, high=1
+    )
     embedding_lr: float | None = setting(None, "learning rate of the embeddings in every arm", low=0, high=1)
 
     def training_changes(self) -> dict[str, Any]:
         """Changes of every arm's training."""
-        names = ("steps", "kv_lr", "embedding_lr")
+        names = ("steps", "kv_lr", "low_rank_lr", "embedding_lr")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}

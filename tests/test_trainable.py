@@ -1,0 +1,90 @@
+"""What learns of the UNet, by kind: each begins as the base, moves alone, and is what its weights put into a base."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from far_train.backbone import attention_projections
+from far_train.callbacks import Callbacks
+from far_train.config import TrainConfig
+from far_train.errors import Interrupted, WeightsError
+from far_train.recipe import train
+from far_train.tokens import Vocabulary
+from far_train.trainable import put_trainables
+from far_train.weights import FarWeights
+
+KV = TrainConfig(steps=3, batch_size=2, prior_batch_size=1, kv_lr=1e-3, sample_every=0, save_every=1, device="cpu")
+ATTENTION = KV.replace(trainable="attention", low_rank=3, low_rank_lr=1e-3)
+KINDS = pytest.mark.parametrize("config", [KV, ATTENTION], ids=["kv", "attention"])
+
+
+def outputs(base, seed=0):
+    """What the UNet predicts on some noise."""
+    generator = torch.Generator().manual_seed(seed)
+    context = torch.randn(1, 77, base.unet.config.cross_attention_dim, generator=generator)
+    side = base.unet.config.sample_size
+    with torch.no_grad():
+        return base.unet(torch.randn(1, 4, side, side, generator=generator), torch.tensor([500]), context).sample
+
+
+@KINDS
+def test_it_begins_as_the_base_and_leaves_it_as_it_was(base, fusion, config):
+    before, state = outputs(base), copy.deepcopy(base.unet.state_dict())
+    vocabulary = Vocabulary(base.tokenizer, fusion.names, base.tokenizer_size, 1)
+    trainables = put_trainables(base, vocabulary, config)
+    assert torch.allclose(outputs(base), before, atol=1e-6)
+    trainables.remove()
+    assert state.keys() == base.unet.state_dict().keys()
+    assert all(torch.equal(v, state[k]) for k, v in base.unet.state_dict().items())
+
+
+@KINDS
+def test_what_is_learned_is_what_is_applied(base, fusion, config, tmp_path):
+    state = copy.deepcopy(base.unet.state_dict())
+    weights = train(base, fusion, config, tmp_path / "run")
+    assert all(torch.equal(v, state[k]) for k, v in base.unet.state_dict().items())
+    taught = copy.deepcopy(base)
+    FarWeights.load(tmp_path / "run" / "weights.safetensors").apply(taught)
+    changes = weights.deltas | {name: product.whole for name, product in weights.products.items()}
+    layers = {name: getattr(owner, part) for name, (owner, part) in attention_projections(base.unet).items()}
+    for name, (owner, part) in attention_projections(taught.unet).items():
+        moved = getattr(owner, part).weight - layers[name].weight
+        assert torch.allclose(moved, changes.get(name, torch.zeros(())).float(), atol=1e-6), name
+    assert changes and all(change.any() for change in changes.values())
+    assert not torch.allclose(outputs(taught), outputs(base))
+
+
+def test_all_attention_changes_by_the_rank(base, fusion, tmp_path):
+    weights = train(base, fusion, ATTENTION, tmp_path / "run")
+    assert not weights.deltas and weights.products.keys() == attention_projections(base.unet).keys()
+    kinds = {name.rpartition("transformer_blocks.0.")[2] for name in weights.products}
+    assert kinds == {f"attn{i}.{part}" for i in (1, 2) for part in ("to_q", "to_k", "to_v", "to_out.0")}
+    assert all(int(torch.linalg.matrix_rank(p.whole)) == 3 for p in weights.products.values())
+
+
+@KINDS
+def test_it_goes_on_where_it_was_stopped(base, fusion, config, tmp_path):
+    whole = train(base, fusion, config, tmp_path / "whole")
+    steps = []
+    stop = Callbacks(on_step=lambda step, _: steps.append(step), should_stop=lambda: len(steps) >= 2)
+    with pytest.raises(Interrupted):
+        train(base, fusion, config, tmp_path / "run", callbacks=stop)
+    assert train(base, fusion, config, tmp_path / "run", resume=True).digest() == whole.digest()
+
+
+def test_weights_of_another_kind_are_no_start(base, fusion, tmp_path: Path):
+    whole = train(base, fusion, KV, tmp_path / "kv")
+    low_rank = train(base, fusion, ATTENTION, tmp_path / "attention")
+    with pytest.raises(WeightsError, match="trained with trainable attention; set it to attention"):
+        train(base, fusion, KV, tmp_path / "a", start=low_rank)
+    with pytest.raises(WeightsError, match="trained with trainable kv; set it to kv"):
+        train(base, fusion, ATTENTION, tmp_path / "b", start=whole)
+    with pytest.raises(WeightsError, match="have rank 3; set low_rank to 3"):
+        train(base, fusion, ATTENTION.replace(low_rank=4), tmp_path / "c", start=low_rank)
+    still = ATTENTION.replace(steps=1, embedding_lr=1e-9, low_rank_lr=0)
+    on = train(base, fusion, still, tmp_path / "d", start=low_rank)
+    assert all(torch.equal(p.up, low_rank.products[name].up) for name, p in on.products.items())
