@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -174,7 +175,7 @@ class ConceptFusion:
         """Paste the subjects onto a background. Caption order and position are drawn apart from each other: else the
         loss would teach that the first one mentioned stands on the left."""
         canvas, phrase = self._background(rng)
-        sizes = [self._extent(rng, len(sources)) for _ in sources]
+        sizes = [self._extent(rng, s.cutout, len(sources)) for s in sources]
         cutouts = [self._vary(rng, s.cutout, extent) for s, extent in zip(sources, sizes)]
         may_cover = self.config.max_covered if rng.random() < self.config.occlusion else 0.0
         margin = round(self.config.margin * self.size)
@@ -195,13 +196,18 @@ class ConceptFusion:
         )
         return Composite.build(from_pil(image), caption, subjects, recipe)
 
-    def _extent(self, rng: np.random.Generator, count: int) -> tuple[float, float]:
-        """Largest width and height of one of ``count`` subjects, as shares of the canvas."""
+    def _extent(self, rng: np.random.Generator, cutout: Cutout, count: int) -> tuple[float, float]:
+        """Largest width and height of one of ``count`` subjects, as shares of the canvas.
+
+        Several share its width. A narrow one may be taller than wide, but gets no more room than a square one.
+        """
         if count == 1:
             side = rng.uniform(0.35, 0.90)
             return side, side
         shrink = rng.uniform(self.config.pair_fill if count == 2 else 0.9, 1.0)
-        return shrink / count, shrink * 0.95
+        side, (width, height) = shrink / count, cutout.extent
+        stretch = math.sqrt(height / width)
+        return min(side, side / stretch), min(side * stretch, shrink * 0.95)
 
     def _vary(self, rng: np.random.Generator, cutout: Cutout, extent: tuple[float, float]) -> Cutout:
         """Mirror, turn, brighten and scale a subject."""

@@ -39,11 +39,8 @@ FIRST_PREVIEW = 1.5  # seconds after the first step, so that one sees early that
 # TrainConfig's fields that FaR_TrainOptions shows, in order; FaR_Train itself asks for the few that matter most.
 COMMON = ("prior_batch_size", "micro_batch", "gradient_checkpointing", "precision", "sample_every", "save_every")
 RARE = (
-    "trainable",
     "embedding_lr",
     "kv_lr",
-    "low_rank",
-    "low_rank_lr",
     "weight_decay",
     "grad_clip",
     "vectors_per_token",
@@ -60,6 +57,9 @@ RARE = (
     "prior_steps",
     "sample_steps",
     "keep_checkpoints",
+    "trainable",  # last, since saved graphs keep their widgets' values by position
+    "low_rank",
+    "low_rank_lr",
 )
 
 

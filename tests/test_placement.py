@@ -152,6 +152,18 @@ def test_several_subjects_share_the_width(recipe, fill, low, high):
     assert low - 0.01 < min(widths) < low + 0.08 and high - 0.04 < max(widths) < high + 0.012
 
 
+@pytest.mark.parametrize(("recipe", "count"), [("pair", 2), ("triple", 3)])
+def test_narrow_subjects_get_no_more_room_than_square_ones(recipe, count):
+    """Of a box of 0.2 × 0.8, the area that a square of the same recipe has: (U(.9, 1) / count)²."""
+    tall = Concept("<tall>", "ball", *(tuple([x]) for x in photo("red", 60, 60, (0.4, 0.1, 0.6, 0.9))))
+    others = [dataclasses.replace(tall, token=f"<tall-{i}>") for i in range(2)]
+    fused = ConceptFusion([tall, *others], (), (), FusionConfig(size=256, **only(recipe, occlusion=0, **NO_CHANGES)))
+    boxes = [mention_box(m) for i in range(20) for m in fused.composite(i).mentions]
+    areas = [width * height / 256**2 for width, height in boxes]
+    assert 0.85 * (0.9 / count) ** 2 < min(areas) and max(areas) < 1.1 / count**2
+    assert all(3.4 < height / width < 4.6 for width, height in boxes)
+
+
 def test_lengths_are_shares_of_the_canvas():
     settings = only("pair", occlusion=0, **NO_CHANGES)
     small, large = fuse(2, size=128, **settings), fuse(2, size=512, **settings)

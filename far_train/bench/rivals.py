@@ -9,6 +9,7 @@ import hashlib
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import count
 
 import numpy as np
 from PIL import Image
@@ -23,6 +24,7 @@ from ..photos import from_pil, mask_from_pil, mask_to_pil, to_pil
 from ..placement import cut_out, fit_inside, paste, place
 
 SEGMIX_SHARE = 0.3
+SCENES = 10_000  # of the world's scenes, reserved for each picture of the ceiling's
 
 
 class _Generated:
@@ -120,7 +122,11 @@ class SegMix(_Generated):
 
 
 class TrueScenes(_Generated):
-    """The ceiling's pictures: the subjects really together, as the world draws them, in every place."""
+    """The ceiling's pictures: the subjects really together, as the world draws them, in every place.
+
+    The world finds room for a tall subject, one with a hat, mostly behind the others. Who stands in front must not tell
+    who is who, so it is drawn first, and scenes until one has it.
+    """
 
     kind = "true scenes"
 
@@ -131,8 +137,11 @@ class TrueScenes(_Generated):
     def composite(self, index: int) -> Composite:
         rng = self._rng(index)
         order = [int(i) for i in rng.permutation(len(self._identities))[:3]]
-        cast = [self._identities[i] for i in order]
-        scene = render_scene(90_000 + self._seed, index, self.size, identities=cast)
+        cast, in_front = [self._identities[i] for i in order], int(rng.integers(len(order)))
+        for attempt in count(SCENES * index):
+            scene = render_scene(90_000 + self._seed, attempt, self.size, identities=cast)
+            if in_front == int(np.argmax([sprite.y for sprite in scene.sprites])):
+                break
         mentioned = [int(i) for i in rng.permutation(len(order))]
         subjects = [(self.names[order[i]], scene.masks[i]) for i in mentioned]
         caption = write_caption([name for name, _ in subjects], rng, background=PLACES[scene.background][0])

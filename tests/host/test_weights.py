@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from far_train.backbone import BaseModel, kv_weights, load_base, packaged_configs
+from far_train.backbone import BaseModel, attention_projections, kv_weights, load_base, packaged_configs
 from far_train.config import SampleConfig
 from far_train.sampling import encode_prompts
 from far_train.tokens import noun_embedding
-from far_train.weights import FarWeights, Provenance
+from far_train.weights import FarWeights, Product, Provenance
 
 from .comfy_server import ComfyServer, ExecutionFailed, PromptRejected
 from .graphs import encoded, node, predicted, tiny_base
@@ -90,6 +91,17 @@ def weights(base: BaseModel) -> FarWeights:
     return make_weights(base)
 
 
+def make_low_rank(base: BaseModel) -> FarWeights:
+    """The same concepts with a low-rank change of all attention, half as large as the matrices."""
+    generator = torch.Generator().manual_seed(6)
+    products = {}
+    for name, (owner, part) in attention_projections(base.unet).items():
+        weight, rank = getattr(owner, part).weight, 4
+        up, down = (torch.randn(shape, generator=generator) for shape in ((len(weight), rank), (rank, weight.shape[1])))
+        products[name] = Product((0.5 * weight.std() * up).half(), (down / rank**0.5).half())
+    return replace(make_weights(base), deltas={}, products=products)
+
+
 @pytest.fixture
 def saved(comfy: ComfyServer, request: pytest.FixtureRequest) -> Callable[[FarWeights], str]:
     """Writes weights to models/far under a name of this test; returns the name."""
@@ -140,6 +152,16 @@ def test_prediction_and_conditioning_equal_those_of_diffusers(comfy, base, weigh
     assert difference(prediction, theirs["prediction"]) < TOLERANCE
 
 
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+def test_low_rank_changes_equal_those_of_diffusers(comfy, base, saved, strength):
+    weights = make_low_rank(base)
+    theirs = result(comfy, applied(saved(weights), strength=strength))
+    plain = result(comfy, applied(saved(weights), strength=0.0, name="without"), "without")
+    assert difference(plain["prediction"], theirs["prediction"]) > 0.1
+    _, prediction = diffusers_result(base, weights, theirs, config=SampleConfig(strength=strength))
+    assert difference(prediction, theirs["prediction"]) < TOLERANCE
+
+
 def test_the_comparison_can_fail(comfy, base, weights, saved, base_file):
     """Deltas and embeddings matter, and each delta belongs to its own layer."""
     theirs = result(comfy, applied(saved(weights)))
@@ -186,7 +208,9 @@ def test_model_and_clip_stay_untouched_beside_the_applied_ones(comfy, weights, s
     assert torch.equal(before["prediction"], after["prediction"])
 
 
-def test_stock_loaders_read_the_exports(comfy, base, weights, saved):
+@pytest.mark.parametrize("make", [make_weights, make_low_rank], ids=["kv", "attention"])
+def test_stock_loaders_read_the_exports(comfy, base, saved, make):
+    weights = make(base)
     save = {
         "1": node("FaR_LoadWeights", file=saved(weights)),
         "2": node(
@@ -194,14 +218,12 @@ def test_stock_loaders_read_the_exports(comfy, base, weights, saved):
         ),
     }
     files = [Path(line) for line in comfy.run(save)["2"]["text"][0].splitlines()]
-    assert [f.name for f in files] == [
-        "stock.safetensors", "stock.safetensors", "red-ball.safetensors", "blue-ball.safetensors"
-    ]  # fmt: skip
-    assert {f.parent.name for f in files} == {"far", "loras", "embeddings"}
+    assert {f.parent.name for f in files} == {"far", "loras", "embeddings"} and len(files) == 4
+    lora = next(f.name for f in files if f.parent.name == "loras")
     logged = len(comfy.log())
     prompt = {
         "1": tiny_base(),
-        "2": node("LoraLoader", model=["1", 0], clip=["1", 1], lora_name="stock.safetensors",
+        "2": node("LoraLoader", model=["1", 0], clip=["1", 1], lora_name=lora,
                   strength_model=1.0, strength_clip=1.0),
         "3": encoded("a photo of a embedding:red-ball ball, and a embedding:blue-ball ball on a beach", ["2", 1]),
         "4": predicted("stock", ["2", 0], ["3", 0]),
