@@ -180,46 +180,74 @@ class KeysAndValues(Trainables):
 
 
 class LowRank(nn.Module):
-    """A frozen projection beside which a low-rank change is learned: W x + B A x (Hu et al. 2021, arXiv 2106.09685).
+    """A frozen projection with a low-rank change beside it: W x + B A x (Hu et al. 2021, arXiv 2106.09685).
 
-    A [rank, in] begins at random, B [out, rank] at 0, so that nothing changes at first.
+    ``up`` is B [out, rank] and ``down`` A [rank, in], fp32; ``cast``: both in the dtype of a pass that is under way.
     """
 
-    def __init__(self, inner: nn.Linear, rank: int, choices: torch.Generator):
+    def __init__(self, inner: nn.Linear, up: Tensor, down: Tensor):
         super().__init__()
-        self.inner = inner
-        down = torch.randn(rank, inner.in_features, generator=choices) / rank
-        self.down = nn.Parameter(down.to(inner.weight.device))
-        self.up = nn.Parameter(torch.zeros(inner.out_features, rank, device=inner.weight.device))
+        self.inner, self.up, self.down = inner, up, down
+        self.cast: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, n, in] → [B, n, out]."""
-        return self.inner(x) + F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+        up, down = self.cast or (self.up.to(x.dtype), self.down.to(x.dtype))
+        return self.inner(x) + F.linear(F.linear(x, down), up)
 
 
 class LowRankAttention(Trainables):
-    """Low-rank changes of every attention projection, self-attention's too, as DreamBooth-LoRA has them."""
+    """Low-rank changes of every attention projection, self-attention's too, as DreamBooth-LoRA has them.
+
+    All are parts of one flat parameter, so that one cast and one gradient serve the whole UNet. Every A begins at
+    random, every B at 0: nothing changes at first.
+    """
 
     def __init__(self, base: BaseModel, vocabulary: Vocabulary, rank: int):
         super().__init__(base, vocabulary)
+        self.rank = rank
         choices = torch.Generator().manual_seed(0)
+        found = attention_projections(base.unet)
+        linears = {name: getattr(owner, part) for name, (owner, part) in found.items()}
+        first = []
+        for linear in linears.values():
+            first.append(torch.zeros(linear.out_features, rank))
+            first.append(torch.randn(rank, linear.in_features, generator=choices) / rank)
+        self._shapes = [part.shape for part in first]
+        self._flat = nn.Parameter(torch.cat([part.flatten() for part in first]).to(base.device))
         self.layers: dict[str, LowRank] = {}
-        for name, (owner, part) in attention_projections(base.unet).items():
-            self.layers[name] = LowRank(getattr(owner, part), rank, choices)
+        halves = iter(self._halves(self._flat.detach()))
+        for (name, linear), (owner, part) in zip(linears.items(), found.values()):
+            self.layers[name] = LowRank(linear, next(halves), next(halves))
             self._replace(owner, part, self.layers[name])
 
+    def _halves(self, flat: Tensor) -> list[Tensor]:
+        """Up and down of all layers in turn, parts of ``flat``."""
+        parts = flat.split([shape.numel() for shape in self._shapes])
+        return [part.view(shape) for part, shape in zip(parts, self._shapes)]
+
     def parameters(self) -> Mapping[str, nn.Parameter]:
-        return {f"{name}.{side}": getattr(m, side) for name, m in self.layers.items() for side in ("down", "up")}
+        return {"low_rank": self._flat}
 
     def learned(self) -> tuple[dict[str, Tensor], dict[str, Product]]:
-        def half(parameter: Tensor) -> Tensor:
-            return parameter.detach().to("cpu", torch.float16)
+        def half(part: Tensor) -> Tensor:
+            return part.to("cpu", torch.float16)
 
-        return {}, {name: Product(half(m.up), half(m.down)) for name, m in self.layers.items()}
+        return {}, {name: Product(half(layer.up), half(layer.down)) for name, layer in self.layers.items()}
 
-    @torch.no_grad()
     def start_from(self, weights: FarWeights) -> None:
-        weights.check_kind("attention", next(iter(self.layers.values())).down.shape[0])
+        weights.check_kind("attention", self.rank)
         for name, layer in self.layers.items():
             layer.up.copy_(weights.products[name].up)
             layer.down.copy_(weights.products[name].down)
+
+    @contextmanager
+    def projecting(self, context: Tensor) -> Iterator[None]:
+        halves = iter(self._halves(self._flat.to(context.dtype)))
+        for layer in self.layers.values():
+            layer.cast = next(halves), next(halves)
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.cast = None

@@ -148,11 +148,11 @@ def test_plans():
 
 
 def test_tuned_rates_leave_alone_what_an_arm_does_not_learn(models, tmp_path):
-    changes = BenchConfig(kv_lr=8e-5, embedding_lr=1e-2).training_changes()
-    assert changes == {"kv_lr": 8e-5, "embedding_lr": 1e-2}
+    changes = BenchConfig(low_rank_lr=8e-5, embedding_lr=1e-2).training_changes()
+    assert changes == {"low_rank_lr": 8e-5, "embedding_lr": 1e-2}
     bench = bench_run.Bench(tmp_path, build_plan(BenchConfig()), shipped.BASE, *models, {}, changes=changes)
     far, inversion = find_arms(("far", "textual-inversion"))
-    assert bench.train_config(far, 0).kv_lr == 8e-5 and bench.train_config(inversion, 0).kv_lr == 0
+    assert bench.train_config(far, 0).low_rank_lr == 8e-5 and bench.train_config(inversion, 0).low_rank_lr == 0
     assert bench.train_config(inversion, 0).embedding_lr == 1e-2
 
 
@@ -182,8 +182,8 @@ def quick(monkeypatch):
 
 
 def test_arms_with_other_trainables_run_too(quick, models, tmp_path):
-    rows = make_bench(models, tmp_path, ("dreambooth-lora", "far-low-rank")).run()
-    assert [row["arm"] for row in rows] == ["dreambooth-lora", "far-low-rank"]
+    rows = make_bench(models, tmp_path, ("dreambooth-lora", "far-kv")).run()
+    assert [row["arm"] for row in rows] == ["dreambooth-lora", "far-kv"]
     assert all(0 <= row["figures"]["attention_own"] <= 1 and "copied" in row["figures"] for row in rows)
 
 

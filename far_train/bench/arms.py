@@ -17,7 +17,7 @@ CLASS_PICTURES = 32
 FUSION = FUSING.replace(count=160)
 RESIZED_LOSS = PLAIN_LOSS | {"background_weight": 0.0}  # the photo counts, the grey around it does not
 NO_REFINEMENT = {"refinement_weight": 0.0}
-LOW_RANK = {"trainable": "attention", "low_rank_lr": 1.25e-4}  # 1e-3 for the whole step of eight samples
+KV = {"trainable": "kv"}
 ORIGINALS = {"recipe_weights": {"original": 1.0}}
 
 
@@ -54,7 +54,7 @@ CORE = (
         "Custom Diffusion",
         "arXiv 2212.04488: embeddings and K/V, class pictures, photos resized with words for it",
         data="resized",
-        training=RESIZED_LOSS,
+        training=RESIZED_LOSS | KV,
     ),
     Arm(
         "seg-mix",
@@ -73,21 +73,21 @@ FURTHER = (
         "Textual inversion",
         "arXiv 2208.01618: embeddings alone, photos as they are",
         data="resized",
-        training=RESIZED_LOSS | {"kv_lr": 0.0},
+        training=RESIZED_LOSS | {"low_rank_lr": 0.0},
     ),
     Arm(
         "dreambooth-lora",
         "DreamBooth-LoRA",
         "arXiv 2208.12242 with 2106.09685: photos as they are, learned tokens, rank 8 on all attention",
         fusion=ORIGINALS,
-        training=PLAIN_LOSS | LOW_RANK,
+        training=PLAIN_LOSS,
     ),
     Arm(
         "masked-loss",
         "Custom Diffusion + masked loss",
         "photos as they are, with FaR's masked denoising loss",
         fusion=ORIGINALS,
-        training=NO_REFINEMENT,
+        training=NO_REFINEMENT | KV,
     ),
     Arm(
         "far-no-companions",
@@ -102,10 +102,10 @@ FURTHER = (
         fusion={"background_weights": {"plain": 1.0}},
     ),
     Arm(
-        "far-low-rank",
-        "FaR on all attention",
-        "FaR's data and loss, with the rival's trainable set",
-        training=LOW_RANK,
+        "far-kv",
+        "FaR on K/V",
+        "FaR's data and loss, with Custom Diffusion's trainable set",
+        training=KV,
     ),
     Arm("far-no-competition", "FaR − competition", "no competition term", training={"competition_weight": 0.0}),
     Arm("far-min-snr", "FaR + Min-SNR", "timesteps weighted as for SD 2.1, γ = 5", training={"min_snr_gamma": 5.0}),
