@@ -60,7 +60,7 @@ def test_shapes_ranges_and_captions():
 
 SHARES = {  # of method.md, section 2: original, solo, pair, triple, beside_prior
     1: (0.35, 0.25, 0, 0, 0.40),
-    2: (0.25, 0.20, 0.35, 0, 0.20),
+    2: (0.10, 0.15, 0.65, 0, 0.10),
     3: (0.20, 0.15, 0.30, 0.20, 0.15),
     4: (0.20, 0.15, 0.30, 0.20, 0.15),
     5: (0.20, 0.15, 0.30, 0.20, 0.15),
@@ -89,7 +89,7 @@ def test_without_masked_class_pictures_their_recipe_falls_away():
     bare = [dataclasses.replace(p, mask=None) for p in PRIORS]
     for priors in ((), bare):
         fused = fuse(2, priors)
-        assert fused.recipes == pytest.approx({"original": 0.25 / 0.8, "solo": 0.2 / 0.8, "pair": 0.35 / 0.8})
+        assert fused.recipes == pytest.approx({"original": 0.1 / 0.9, "solo": 0.15 / 0.9, "pair": 0.65 / 0.9})
         assert "Recipe 'beside_prior' (20% of the composites) falls away: there are no class pictures" in fused.notes[0]
         assert {m.name.token for i in range(30) for m in fused.composite(i).mentions} == {"<red>", "<green>"}
     assert not [n for n in fuse(2).notes if "Recipe" in n]

@@ -93,7 +93,7 @@ FURTHER = (
         "far-no-companions",
         "FaR − S3",
         "no pictures of a subject beside another of its class",
-        fusion={"recipe_weights": {"original": 0.25, "solo": 0.30, "pair": 0.45}},
+        fusion={"recipe_weights": {"original": 0.10, "solo": 0.20, "pair": 0.70}},
     ),
     Arm(
         "far-plain-backgrounds",

@@ -28,8 +28,8 @@ DRAWING = SampleConfig(sampling_steps=25, guidance=5.0, sample_batch=8)  # what 
 # What a small model with 16 × 16 cells needs; the product's defaults are for Stable Diffusion 2.1.
 TRAINING = TrainConfig(
     steps=400,
-    batch_size=4,
-    prior_batch_size=4,
+    batch_size=6,
+    prior_batch_size=2,
     embedding_lr=5e-3,
     trainable="attention",
     kv_lr=4e-5,
@@ -38,8 +38,8 @@ TRAINING = TrainConfig(
     refinement_weight=0.03,
     sample_every=0,
 )
-# Its subjects stand upright, and a drawing that was painted over shows remains of what stood there.
-FUSING = FusionConfig(size=SIZE, rotation=0, background_weights={"scene": 0.85, "plain": 0.15})
+# Its subjects stand upright, pasting leaves no marks, and a drawing that was painted over shows what stood there.
+FUSING = FusionConfig(size=SIZE, rotation=0, collage_words=0, background_weights={"scene": 0.85, "plain": 0.15})
 # The loss as Custom Diffusion and MuDI have it: no refinement, every cell and every timestep alike.
 PLAIN_LOSS = {"refinement_weight": 0.0, "background_weight": 1.0, "min_snr_gamma": None}
 
