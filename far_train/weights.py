@@ -143,6 +143,10 @@ class FarWeights:
         products = {name: (p.up.shape[0], p.down.shape[1]) for name, p in self.products.items()}
         return {name: tuple(delta.shape) for name, delta in self.deltas.items()} | products
 
+    def change(self, name: str) -> Tensor:
+        """What is added to the matrix of a layer, [out, in]."""
+        return self.products[name].whole if name in self.products else self.deltas[name]
+
     def check_kind(self, trainable: str, rank: int | None = None) -> None:
         """Refuse weights that a training of this kind can't go on from. Raises WeightsError."""
         kind = "attention" if self.products else "kv"
@@ -189,12 +193,11 @@ class FarWeights:
         for token in strengths:
             if token not in self.embeddings:
                 raise ConfigError(f"concept_strength: there is no {token}; known: {', '.join(self.embeddings)}")
-        changes = self.deltas | {name: product.whole for name, product in self.products.items()}
-        for name, (owner, part) in attention_projections(base.unet).items():
-            if name not in changes:
-                continue
+        layers = attention_projections(base.unet)
+        for name in self.shapes():
+            owner, part = layers[name]
             projection = getattr(owner, part)
-            changed = projection.weight.detach() + config.strength * changes[name].to(projection.weight)
+            changed = projection.weight.detach() + config.strength * self.change(name).to(projection.weight)
             projection.weight = nn.Parameter(changed, requires_grad=False)  # the old tensor may be the caller's own
         table = base.text_encoder.get_input_embeddings()
         vectors = len(next(iter(self.embeddings.values())))
@@ -281,8 +284,7 @@ def _read_provenance(text: str, path: Path) -> Provenance:
 def describe(weights: FarWeights) -> Mapping[str, Any]:
     """What a weights file holds, for people: concepts, layers, the size of the change, where it comes from."""
     about = weights.provenance
-    norms = {k: float(v.float().norm()) for k, v in weights.deltas.items()}
-    norms |= {k: float(p.whole.norm()) for k, p in weights.products.items()}
+    norms = {name: float(weights.change(name).float().norm()) for name in weights.shapes()}
     learned = [*weights.embeddings.values(), *weights.deltas.values(), *chain(*weights.products.values())]
     return {
         "concepts": {t: {"noun": about.nouns[t], "vectors": len(e)} for t, e in weights.embeddings.items()},

@@ -62,7 +62,7 @@ def test_ranges_hold_at_both_ends(kind):
         (TrainConfig, {"gradient_checkpointing": 1}, "gradient_checkpointing: expected bool, got 1"),
         (TrainConfig, {"sample_prompts": "a dog"}, "sample_prompts: expected tuple, got 'a dog'"),
         (TrainConfig, {"sample_prompts": [1]}, "sample_prompts: expected str, got 1"),
-        (TrainConfig, {"embedding_lr": 0, "kv_lr": 0}, "embedding_lr: both learning rates are 0"),
+        (TrainConfig, {"embedding_lr": 0, "low_rank_lr": 0}, "embedding_lr: both learning rates are 0"),
         (SampleConfig, {"concept_strength": {"<a>": float("nan")}}, "concept_strength: nan for <a> is out of range"),
         (SampleConfig, {"concept_strength": {"<a>": 9}}, "concept_strength: 9.0 for <a> is out of range"),
     ],

@@ -22,7 +22,7 @@ QUICK = TrainConfig(steps=2, batch_size=1, prior_batch_size=1, sample_every=0, d
 
 @pytest.fixture
 def learned(base, fusion, tmp_path: Path) -> FarWeights:
-    return train(base, fusion, QUICK.replace(kv_lr=1e-3), tmp_path / "first")
+    return train(base, fusion, QUICK.replace(low_rank_lr=1e-3), tmp_path / "first")
 
 
 def opened(base, fusion, folder: Path, start: FarWeights | None) -> TrainingRun:
@@ -34,7 +34,8 @@ def opened(base, fusion, folder: Path, start: FarWeights | None) -> TrainingRun:
 def test_it_starts_where_the_weights_are(base, fusion, learned, tmp_path):
     run = opened(base, fusion, tmp_path / "on", learned)
     assert torch.equal(run.trainables.rows.detach(), torch.cat(list(learned.embeddings.values())))
-    assert all(torch.equal(d.detach(), learned.deltas[k].float()) for k, d in run.trainables.deltas.items())
+    _, products = run.trainables.learned()
+    assert all(torch.equal(p.up, learned.products[k].up) for k, p in products.items())
     first = run.train_step()["loss"]
     run.clean_up()
     fresh = opened(base, fusion, tmp_path / "fresh", None)

@@ -40,7 +40,7 @@ def make_plain(run: TrainingRun) -> None:
 
 def test_the_fast_path_has_the_loss_curve_of_plain_fp32(tiny_folder: Path, fusion, tmp_path: Path):
     """Same samples, noise and times, so that single steps can be compared; rates are high, so that they differ."""
-    rates = {"kv_lr": 1e-4, "embedding_lr": 5e-3}
+    rates = {"trainable": "kv", "kv_lr": 1e-4, "embedding_lr": 5e-3}
     plain = prepared(tiny_folder, fusion, tmp_path / "plain", precision="fp32", **rates)
     make_plain(plain)
     fast = prepared(tiny_folder, fusion, tmp_path / "fast", precision="bf16", **rates)
@@ -53,7 +53,7 @@ def test_the_fast_path_has_the_loss_curve_of_plain_fp32(tiny_folder: Path, fusio
 
 
 def test_one_product_for_all_layers_gives_what_each_layer_gives(tiny_folder: Path, fusion, tmp_path: Path):
-    run = prepared(tiny_folder, fusion, tmp_path)
+    run = prepared(tiny_folder, fusion, tmp_path, trainable="kv")
     run.train_step()  # deltas that are not zero
     context = encode_prompts(run.base, [run.pools[0][0].prompt]).detach().requires_grad_()
     layers = [layer.attn2.to_k for layer in run.base.unet.mid_block.attentions[0].transformer_blocks]

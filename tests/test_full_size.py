@@ -58,14 +58,14 @@ def test_load_train_export(checkpoint: Path, concepts: list[Concept], tmp_path: 
     before = {k: v.clone() for k, v in kv_weights(base.unet).items()}
     weights = train(base, fusion, config, tmp_path / "run")
     trained = time.perf_counter()
-    assert len(weights.deltas) == 32 and sum(d.numel() for d in weights.deltas.values()) == 25_559_040
-    assert all(d.any() for d in weights.deltas.values())
+    assert len(weights.products) == 128 and sum(h.numel() for p in weights.products.values() for h in p) == 1_659_904
+    assert all(p.up.any() for p in weights.products.values())
     assert all(torch.equal(before[k], v) for k, v in kv_weights(base.unet).items())
 
     weights.export_lora(tmp_path / "lora.safetensors")
     lora = load_file(tmp_path / "lora.safetensors")
-    assert len(lora) == 32
-    assert lora["diffusion_model.output_blocks.11.1.transformer_blocks.0.attn2.to_v.diff"].shape == (320, 1024)
+    assert len(lora) == 256
+    assert lora["diffusion_model.output_blocks.11.1.transformer_blocks.0.attn2.to_v.lora_A.weight"].shape == (8, 1024)
     FarWeights.load(tmp_path / "run" / "weights.safetensors").check_fits(base)
     with capsys.disabled():
         print(

@@ -28,8 +28,7 @@ def state_of(base) -> dict[str, torch.Tensor]:
 
 
 def same_weights(a, b) -> bool:
-    mine, theirs = {**a.embeddings, **a.deltas}, {**b.embeddings, **b.deltas}
-    return mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+    return a.digest() == b.digest()
 
 
 def open_run(base, fusion, folder: Path, **settings) -> TrainingRun:
@@ -44,16 +43,17 @@ def stop_at(step: int) -> Callbacks:
     return Callbacks(on_step=lambda step, _: done.append(step), should_stop=lambda: len(done) >= step > 0)
 
 
-def test_everything_trainable_moves_and_nothing_else_does(base, fusion, tmp_path: Path):
+@pytest.mark.parametrize(("trainable", "matrices"), [("kv", 20), ("attention", 80)])
+def test_everything_trainable_moves_and_nothing_else_does(base, fusion, tmp_path: Path, trainable, matrices):
     before = state_of(base)
-    run = open_run(base, fusion, tmp_path)
+    run = open_run(base, fusion, tmp_path, trainable=trainable)
     rows = run.trainables.rows.detach().clone()
-    assert len(run.trainables.deltas) == 20
     for _ in range(4):
         run.train_step()
     moved = (run.trainables.rows.detach() - rows).abs().amax(1)
     assert (moved > 0).all() and len(moved) == 2  # the last row too
-    assert all(d.abs().sum() > 0 for d in run.trainables.deltas.values())
+    weights = run.save_weights()
+    assert len(weights.shapes()) == matrices and all(weights.change(name).any() for name in weights.shapes())
     run.clean_up()
     after = state_of(base)
     assert before.keys() == after.keys()
@@ -95,6 +95,7 @@ def train_on_one_batch(base, fusion, folder: Path, monkeypatch, refinement_weigh
         refinement_weight=refinement_weight,
         refinement_ramp=0.0,
         min_snr_gamma=None,
+        trainable="kv",
         kv_lr=2e-3,
         embedding_lr=1e-2,
         weight_decay=0.0,
@@ -321,7 +322,7 @@ def test_bad_settings(base, concepts, tmp_path: Path):
     with pytest.raises(ConfigError, match="device: 'abacus'"):
         train(base, ConceptFusion(concepts, config=FusionConfig(size=128)), QUICK.replace(device="abacus"), tmp_path)
     with pytest.raises(ConfigError, match="nothing would be learned"):
-        TrainConfig(kv_lr=0, embedding_lr=0)
+        TrainConfig(low_rank_lr=0, embedding_lr=0)
     assert not any(tmp_path.iterdir())
 
 

@@ -17,8 +17,8 @@ from far_train.tokens import Vocabulary
 from far_train.trainable import put_trainables
 from far_train.weights import FarWeights
 
-KV = TrainConfig(steps=3, batch_size=2, prior_batch_size=1, kv_lr=1e-3, sample_every=0, save_every=1, device="cpu")
-ATTENTION = KV.replace(trainable="attention", low_rank=3, low_rank_lr=1e-3)
+SHORT = TrainConfig(steps=3, batch_size=2, prior_batch_size=1, sample_every=0, save_every=1, device="cpu")
+KV, ATTENTION = SHORT.replace(trainable="kv", kv_lr=1e-3), SHORT.replace(low_rank=3, low_rank_lr=1e-3)
 KINDS = pytest.mark.parametrize("config", [KV, ATTENTION], ids=["kv", "attention"])
 
 
@@ -49,7 +49,7 @@ def test_what_is_learned_is_what_is_applied(base, fusion, config, tmp_path):
     assert all(torch.equal(v, state[k]) for k, v in base.unet.state_dict().items())
     taught = copy.deepcopy(base)
     FarWeights.load(tmp_path / "run" / "weights.safetensors").apply(taught)
-    changes = weights.deltas | {name: product.whole for name, product in weights.products.items()}
+    changes = {name: weights.change(name) for name in weights.shapes()}
     layers = {name: getattr(owner, part) for name, (owner, part) in attention_projections(base.unet).items()}
     for name, (owner, part) in attention_projections(taught.unet).items():
         moved = getattr(owner, part).weight - layers[name].weight

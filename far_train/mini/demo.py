@@ -55,8 +55,8 @@ PAIR = ("rex", "max")
 CLASS_PICTURES, COMPOSITES, EMPTY_SCENES = 48, 120, 2  # the last: of each place
 PLACES_SHOWN = ("beach", "moon", "kitchen", "snow")
 PICTURES_EACH = 4
-# Custom Diffusion (Kumari et al. 2023, arXiv 2212.04488): the same class pictures and steps; the photos as they are, one
-# subject in each, the plain loss, and K and V alone.
+# Custom Diffusion (Kumari et al. 2023, arXiv 2212.04488): the same class pictures and steps; the photos as they are,
+# one subject in each, the plain loss, and K and V alone.
 ORIGINALS_ONLY = {"original": 1.0}
 RIVAL = TRAINING.replace(trainable="kv", **PLAIN_LOSS)
 
