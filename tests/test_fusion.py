@@ -90,7 +90,7 @@ def test_without_masked_class_pictures_their_recipe_falls_away():
     for priors in ((), bare):
         fused = fuse(2, priors)
         assert fused.recipes == pytest.approx({"original": 0.1 / 0.9, "solo": 0.15 / 0.9, "pair": 0.65 / 0.9})
-        assert "Recipe 'beside_prior' (20% of the composites) falls away: there are no class pictures" in fused.notes[0]
+        assert "Recipe 'beside_prior' (10% of the composites) falls away: there are no class pictures" in fused.notes[0]
         assert {m.name.token for i in range(30) for m in fused.composite(i).mentions} == {"<red>", "<green>"}
     assert not [n for n in fuse(2).notes if "Recipe" in n]
 
