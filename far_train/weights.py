@@ -108,6 +108,8 @@ class FarWeights:
             raise WeightsError(f"weights: the embeddings in {path} differ in shape; the file is damaged")
         if foreign or not embeddings:
             raise WeightsError(f"weights: {path} does not hold what its metadata says ({foreign[:1] or 'no concepts'})")
+        if deltas and ups:
+            raise WeightsError(f"weights: {path} holds whole changes and low-rank ones; the file is damaged")
         for name in ups.keys() | downs.keys():
             if name not in ups or name not in downs or ups[name].shape[1] != downs[name].shape[0]:
                 raise WeightsError(f"weights: {path}: the halves of {name} don't belong together; the file is damaged")

@@ -81,6 +81,12 @@ def test_halves_that_do_not_belong_together_are_refused(low_rank: FarWeights, tm
         FarWeights.load(path)
 
 
+def test_both_kinds_of_changes_in_one_file_are_refused(weights: FarWeights, low_rank: FarWeights, tmp_path: Path):
+    replace(low_rank, deltas=weights.deltas).save(tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match="holds whole changes and low-rank ones"):
+        FarWeights.load(tmp_path / "w.safetensors")
+
+
 def test_low_rank_changes_of_another_base_are_refused(base, low_rank: FarWeights):
     name = next(iter(low_rank.products))
     for products in (

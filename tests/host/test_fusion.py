@@ -67,7 +67,7 @@ def test_photos_of_mixed_sizes_become_composites(comfy: ComfyServer, folders: di
     assert all(p.std() > 5 for p in previews)
     text = report(outputs)
     assert "2 concepts: <disc-one> disc, <disc-two> disc" in text and "6 pictures of 128 px" in text
-    assert "'beside_prior' (20% of the composites) falls away" in text and "No background pictures" in text
+    assert "'beside_prior' (10% of the composites) falls away" in text and "No background pictures" in text
     assert outputs["50"]["images"], "the node shows no sheet"
 
 
@@ -96,7 +96,7 @@ def test_priors_and_backgrounds_with_their_words(comfy: ComfyServer, folders: di
     }
     outputs = comfy.run(prompt)
     assert "2 pictures of a disc, 2 of them with a mask" in outputs["31"]["text"][0]
-    assert "beside_prior 20%" in report(outputs) and "scene 45%" in report(outputs)
+    assert "beside_prior 10%" in report(outputs) and "scene 45%" in report(outputs)
     assert "30 pictures of 128 px, 2 class pictures" in report(outputs)
     dataset = DatasetFolder(comfy.folder("output") / "far" / "datasets" / "with priors")
     captions = [dataset.composite(i).caption for i in range(30)]
@@ -112,7 +112,7 @@ def test_recipes_can_be_weighted(comfy: ComfyServer, folders: dict[str, str]):
     outputs = comfy.run(fusing(comfy, folders, original=0.0, solo=0.0, pair=0.7))
     assert "recipes: pair 100%" in report(outputs)
     outputs = comfy.run(fusing(comfy, folders, pair=0.0, beside_prior=0.0))
-    assert "recipes: original 56%, solo 44%" in report(outputs)
+    assert "recipes: original 40%, solo 60%" in report(outputs)
     node_id, words = refusal(comfy, fusing(comfy, folders, **dict.fromkeys(AUTOMATIC, 0.0)))
     assert node_id == "50" and "all shares are 0" in words
 

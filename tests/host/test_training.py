@@ -280,7 +280,7 @@ def test_what_the_graph_does_to_the_base_is_trained_on(comfy: ComfyServer):
     """A LoRA on MODEL is part of the base, and MODEL's own prediction type is believed."""
     whole = {"trainable": "kv"}  # changes whose sum with the matrices has the same bits everywhere
     comfy.run(training(comfy, "patched", options=whole))
-    prompt = training(comfy, "on-patched", model=["8", 0], clip=["7", 1])
+    prompt = training(comfy, "on-patched", options=whole, model=["8", 0], clip=["7", 1])
     prompt |= {
         "7": node("FaR_ApplyWeights", model=["1", 0], clip=["1", 1], weights=["9", 0], strength=4.0),
         "8": node("ModelSamplingDiscrete", model=["7", 0], sampling="eps", zsnr=False),

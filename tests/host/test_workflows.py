@@ -241,7 +241,7 @@ def test_three_subjects_in_one_graph(dogs: ComfyServer, tmp_path):
     assert len([path for path in shown if path.stem.startswith("three-dogs_")]) == 4
     assert len([path for path in shown if path.stem.startswith("Sample pictures")]) == 4
     with safe_open(dogs.base / "models/far/three-dogs.safetensors", "pt") as weights:
-        assert len(list(weights.keys())) == 3 + 32
+        assert len(list(weights.keys())) == 3 + 2 * 128
 
 
 def test_prepare_runs_to_the_end(dogs: ComfyServer, prepared):
@@ -255,7 +255,7 @@ def test_prepare_runs_to_the_end(dogs: ComfyServer, prepared):
 
 def test_train_runs_to_the_end_and_saves(dogs: ComfyServer, trained):
     with safe_open(dogs.base / "models/far/two-dogs.safetensors", "pt") as weights:
-        assert len(list(weights.keys())) == 2 + 32  # one embedding for each dog, K and V of 16 layers
+        assert len(list(weights.keys())) == 2 + 2 * 128  # an embedding for each dog, two halves for 128 projections
     pictures = [path for path in trained if path.stem.startswith("Sample pictures")]
     assert len(pictures) == 3 and all(Image.open(p).size == (SIZE, SIZE) for p in pictures)
     assert [p.stem for p in trained if "Loss" in p.stem] == ["Loss curve"]

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from far_train.backbone import kv_weights, load_base
 from far_train.concepts import ClassPicture, Concept
-from far_train.config import FusionConfig
+from far_train.config import SCHEMA_VERSION, FusionConfig
 from far_train.dataset import DatasetFolder, write_dataset
 from far_train.errors import FarError
 from far_train.fusion import ConceptFusion
@@ -208,7 +208,7 @@ class Targets:
         return load
 
     def run_file(self, rng: random.Random) -> Callable[[], Any]:
-        identity = {"schema": 1, "config": {"steps": 3}, "concepts": [{"token": "<a>", "noun": "b"}]}
+        identity = {"schema": SCHEMA_VERSION, "config": {"steps": 3}, "concepts": [{"token": "<a>", "noun": "b"}]}
         self._put("run/run.json", mutate_json(identity, rng).encode("utf-8", "surrogatepass"))
         return lambda: find_run(self.place, "run", identity)
 
