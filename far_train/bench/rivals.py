@@ -9,7 +9,6 @@ import hashlib
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import count
 
 import numpy as np
 from PIL import Image
@@ -24,7 +23,6 @@ from ..photos import from_pil, mask_from_pil, mask_to_pil, to_pil
 from ..placement import cut_out, fit_inside, paste, place
 
 SEGMIX_SHARE = 0.3
-SCENES = 10_000  # of the world's scenes, reserved for each picture of the ceiling's
 
 
 class _Generated:
@@ -124,8 +122,7 @@ class SegMix(_Generated):
 class TrueScenes(_Generated):
     """The ceiling's pictures: the subjects really together, as the world draws them, in every place.
 
-    The world finds room for a tall subject, one with a hat, mostly behind the others. Who stands in front must not tell
-    who is who, so it is drawn first, and scenes until one has it.
+    Each gets the same room, so that where one stands doesn't tell who it is.
     """
 
     kind = "true scenes"
@@ -137,11 +134,8 @@ class TrueScenes(_Generated):
     def composite(self, index: int) -> Composite:
         rng = self._rng(index)
         order = [int(i) for i in rng.permutation(len(self._identities))[:3]]
-        cast, in_front = [self._identities[i] for i in order], int(rng.integers(len(order)))
-        for attempt in count(SCENES * index):
-            scene = render_scene(90_000 + self._seed, attempt, self.size, identities=cast)
-            if in_front == int(np.argmax([sprite.y for sprite in scene.sprites])):
-                break
+        cast = [self._identities[i] for i in order]
+        scene = render_scene(90_000 + self._seed, index, self.size, identities=cast, equal_room=True)
         mentioned = [int(i) for i in rng.permutation(len(order))]
         subjects = [(self.names[order[i]], scene.masks[i]) for i in mentioned]
         caption = write_caption([name for name, _ in subjects], rng, background=PLACES[scene.background][0])

@@ -282,12 +282,14 @@ def render_scene(
     identities: Sequence[Identity] | None = None,
     held_out: Collection[Identity] = frozenset(),
     nouns: Sequence[str] = NOUNS,
+    equal_room: bool = False,
 ) -> Scene:
     """Render scene number `index` of the endless series `seed`; deterministic, whatever was rendered before.
 
     size: pixels, 64 to 512, the same scene at any; sprites: how many, 0 to 3 (default: random, 0 rarely); background:
     a key of PLACES (default: random); identities: the subjects from left to right, instead of random ones; held_out:
-    identities that must not appear at random; nouns: classes to draw from.
+    identities that must not appear at random; nouns: classes to draw from; equal_room: find room as if each wore a hat.
+    Otherwise who wears one mostly stands behind the others, where there is room for it.
     Raises ValueError, naming the argument, for values out of range.
     """
     if not 64 <= size <= 512:
@@ -305,7 +307,9 @@ def render_scene(
     # Streams apart, so that fixing the subjects leaves the place and its light as they were.
     cast_rng, layout_rng, words_rng, place_rng = (np.random.default_rng([seed, index, k]) for k in range(1, 5))
     cast = list(identities) if identities is not None else _cast(cast_rng, count, nouns, held_out)
-    placed = _place([_pose(i, layout_rng, SIZES[count]) for i in cast], layout_rng) if cast else ()
+    posed = [_pose(i, layout_rng, SIZES[count]) for i in cast]
+    room = [replace(s, identity=replace(s.identity, accessory="hat")) for s in posed] if equal_room else posed
+    placed = tuple(replace(s, identity=i) for s, i in zip(_place(room, layout_rng), cast)) if cast else ()
     image, masks = _compose(draw_background(place, int(place_rng.integers(2**31)), size), placed)
     return Scene(image, masks, placed, place, caption_for([s.identity for s in placed], place, words_rng))
 
