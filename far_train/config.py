@@ -249,7 +249,7 @@ class TrainConfig(Config):
     )
     refinement_ramp: float = setting(0.1, "share of the steps over which λ rises from 0", low=0, high=1)
     noun_weight: float = setting(0.5, "weight of the class nouns' maps in the localization loss", low=0, high=10)
-    competition_weight: float = setting(0.1, "weight of the competition between mentions", low=0, high=10)
+    competition_weight: float = setting(1.0, "weight of the competition between mentions", low=0, high=10)
     localization: str = setting("mse", "form of the localization loss", choices=("mse", "none"))
     attention_cells: int = setting(
         16, "supervise the smallest attention maps of at least this many cells a side", low=2, high=256

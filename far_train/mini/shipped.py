@@ -35,7 +35,7 @@ TRAINING = TrainConfig(
     kv_lr=4e-5,
     low_rank_lr=1.25e-4,  # 1e-3 for the whole step of eight samples
     min_snr_gamma=None,
-    refinement_weight=0.03,
+    refinement_weight=0.1,
     sample_every=0,
 )
 # Its subjects stand upright, pasting leaves no marks, and a drawing that was painted over shows what stood there.
