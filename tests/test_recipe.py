@@ -94,6 +94,7 @@ def train_on_one_batch(base, fusion, folder: Path, monkeypatch, refinement_weigh
         steps=100,
         refinement_weight=refinement_weight,
         refinement_ramp=0.0,
+        competition_weight=0.1,  # one batch of a random model: its keys can't give every pixel to its owner
         min_snr_gamma=None,
         trainable="kv",
         kv_lr=2e-3,
