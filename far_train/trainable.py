@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,7 @@ class Trainables:
     def projecting(self, context: Tensor) -> AbstractContextManager[None]:
         """To be entered for the passes of the UNet that read the text ``context`` [B, length, width], and their
         backward passes."""
-        return nullcontext()
+        raise NotImplementedError
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return {"rows": self.rows, **self.parameters()}

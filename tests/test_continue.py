@@ -35,7 +35,7 @@ def test_it_starts_where_the_weights_are(base, fusion, learned, tmp_path):
     run = opened(base, fusion, tmp_path / "on", learned)
     assert torch.equal(run.trainables.rows.detach(), torch.cat(list(learned.embeddings.values())))
     _, products = run.trainables.learned()
-    assert all(torch.equal(p.up, learned.products[k].up) for k, p in products.items())
+    assert all(torch.equal(mine, theirs) for k, p in products.items() for mine, theirs in zip(p, learned.products[k]))
     first = run.train_step()["loss"]
     run.clean_up()
     fresh = opened(base, fusion, tmp_path / "fresh", None)

@@ -56,6 +56,7 @@ def test_load_train_export(checkpoint: Path, concepts: list[Concept], tmp_path: 
     fusion = ConceptFusion(concepts, config=FusionConfig(size=768, count=1))
     config = TrainConfig(steps=1, batch_size=1, prior_batch_size=0, sample_every=0, device="cpu", precision="fp32")
     before = {k: v.clone() for k, v in kv_weights(base.unet).items()}
+    assert len(before) == 32 and sum(v.numel() for v in before.values()) == 25_559_040  # what trainable kv changes
     weights = train(base, fusion, config, tmp_path / "run")
     trained = time.perf_counter()
     assert len(weights.products) == 128 and sum(h.numel() for p in weights.products.values() for h in p) == 1_659_904

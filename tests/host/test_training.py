@@ -262,7 +262,7 @@ def test_another_seed_trains_anew_beside_the_first(comfy: ComfyServer):
     comfy.run(training(comfy, "seeds", train_seed=1))
     assert state_of(run_folder(comfy, "seeds")) == before
     first, second = (FarWeights.load(run_folder(comfy, n) / "weights.safetensors") for n in ("seeds", "seeds-2"))
-    assert first.digest() != second.digest()
+    assert any(not torch.equal(first.change(k), second.change(k)) for k in first.shapes())
     # Back to the first seed: both are found again.
     comfy.run(training(comfy, "seeds", sample_prompt="a ball"))
     assert not run_folder(comfy, "seeds-3").exists()

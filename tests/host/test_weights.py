@@ -208,22 +208,23 @@ def test_model_and_clip_stay_untouched_beside_the_applied_ones(comfy, weights, s
     assert torch.equal(before["prediction"], after["prediction"])
 
 
-@pytest.mark.parametrize("make", [make_weights, make_low_rank], ids=["kv", "attention"])
-def test_stock_loaders_read_the_exports(comfy, base, saved, make):
+@pytest.mark.parametrize(("make", "name"), [(make_weights, "stock"), (make_low_rank, "low-rank")])
+def test_stock_loaders_read_the_exports(comfy, base, saved, make, name):
     weights = make(base)
     save = {
         "1": node("FaR_LoadWeights", file=saved(weights)),
         "2": node(
-            "FaR_SaveWeights", weights=["1", 0], name="stock", export_lora=True, export_embeddings=True, lora_rank=0
+            "FaR_SaveWeights", weights=["1", 0], name=name, export_lora=True, export_embeddings=True, lora_rank=0
         ),
     }
     files = [Path(line) for line in comfy.run(save)["2"]["text"][0].splitlines()]
-    assert {f.parent.name for f in files} == {"far", "loras", "embeddings"} and len(files) == 4
-    lora = next(f.name for f in files if f.parent.name == "loras")
+    stem = f"{name}.safetensors"
+    assert [f.name for f in files] == [stem, stem, "red-ball.safetensors", "blue-ball.safetensors"]
+    assert {f.parent.name for f in files} == {"far", "loras", "embeddings"}
     logged = len(comfy.log())
     prompt = {
         "1": tiny_base(),
-        "2": node("LoraLoader", model=["1", 0], clip=["1", 1], lora_name=lora,
+        "2": node("LoraLoader", model=["1", 0], clip=["1", 1], lora_name=stem,
                   strength_model=1.0, strength_clip=1.0),
         "3": encoded("a photo of a embedding:red-ball ball, and a embedding:blue-ball ball on a beach", ["2", 1]),
         "4": predicted("stock", ["2", 0], ["3", 0]),
