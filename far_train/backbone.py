@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import cross_attention_layers
 from .errors import BaseModelError, FarError, UnreadableFile
 from .files import parse_json, read_tensors
 from .keys import ldm_to_diffusers, strip_text_model, unet_to_ldm
@@ -112,32 +111,29 @@ def set_compiled(unet: nn.Module, on: bool) -> None:
             module._compiled_call_impl = None  # compiling a module has no public way back
 
 
-def kv_layers(unet: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """The cross-attention K and V projections: original (LDM) layer name → (attention layer, "to_k" or "to_v").
+def attention_projections(unet: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Q, K, V and output of all self- and cross-attention: original (LDM) layer name → (the module that holds it, its
+    name there).
 
     LDM names, ``input_blocks.1.1.transformer_blocks.0.attn2.to_k``, because FaR weights go to hosts that use them.
     """
-    return {
-        unet_to_ldm(f"{name}.{part}", unet.config): (layer, part)
-        for name, layer in cross_attention_layers(unet).items()
-        for part in ("to_k", "to_v")
-    }
-
-
-def kv_weights(unet: nn.Module) -> dict[str, Tensor]:
-    """The matrices of :func:`kv_layers`, each [channels, context width]."""
-    return {name: getattr(layer, part).weight for name, (layer, part) in kv_layers(unet).items()}
-
-
-def attention_projections(unet: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Q, K, V and output of all self- and cross-attention: original (LDM) layer name → (the module that holds it, its
-    name there)."""
     parts = ("to_q", "to_k", "to_v", "to_out.0")
     found = {}
     for name in (n for n, _ in unet.named_modules() if n.endswith(tuple(f".{part}" for part in parts))):
         owner, _, last = name.rpartition(".")
         found[unet_to_ldm(name, unet.config)] = (unet.get_submodule(owner), last)
     return found
+
+
+def kv_layers(unet: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """The cross-attention K and V among :func:`attention_projections`: name → (attention layer, "to_k" or "to_v")."""
+    ends = (".attn2.to_k", ".attn2.to_v")
+    return {name: found for name, found in attention_projections(unet).items() if name.endswith(ends)}
+
+
+def kv_weights(unet: nn.Module) -> dict[str, Tensor]:
+    """The matrices of :func:`kv_layers`, each [channels, context width]."""
+    return {name: getattr(layer, part).weight for name, (layer, part) in kv_layers(unet).items()}
 
 
 def kv_digest(weights: Mapping[str, Tensor]) -> str:

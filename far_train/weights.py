@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .backbone import FAMILIES, BaseModel, attention_projections, kv_weights
+from .backbone import FAMILIES, BaseModel, attention_projections, kv_layers
 from .captions import Name, check_noun, check_token
 from .config import SCHEMA_VERSION, SampleConfig
 from .errors import ConfigError, FarError, UnreadableFile, WeightsError
@@ -123,11 +123,8 @@ class FarWeights:
                 f"weights: trained on a base with {about.prediction_type}, this one has {base.prediction_type}; "
                 "use the base that they were trained on"
             )
-        if self.products:
-            layers = attention_projections(base.unet).items()
-            own = {k: tuple(getattr(owner, part).weight.shape) for k, (owner, part) in layers}
-        else:
-            own = {k: tuple(v.shape) for k, v in kv_weights(base.unet).items()}
+        layers = attention_projections(base.unet) if self.products else kv_layers(base.unet)
+        own = {k: tuple(getattr(owner, part).weight.shape) for k, (owner, part) in layers.items()}
         ours = self.shapes()
         wrong = sorted(k for k in own.keys() | ours.keys() if own.get(k) != ours.get(k))
         width = base.text_encoder.get_input_embeddings().weight.shape[1]
