@@ -10,7 +10,7 @@ import torch
 
 from far_train.bench import run as bench_run
 from far_train.bench.arms import ALL, CORE, find_arms
-from far_train.bench.groups import core_groups, dev_groups, larger_groups, test_groups
+from far_train.bench.groups import core_groups, dev_groups, dev_triple, larger_groups, single_groups, test_groups
 from far_train.bench.plans import Plan, build_plan
 from far_train.bench.rivals import ResizedPhotos, SegMix, ShuffledMasks, TrueScenes, degrade
 from far_train.bench.run import concepts, prompts, reference_places
@@ -30,7 +30,8 @@ def test_dev_and_test_subjects_are_apart_and_unknown_to_the_base():
     test = {i for g in test_groups() for i in g.identities}
     assert len(dev) == 8 and len(test) == 32 and not dev & test
     assert dev | test <= held_out_identities()
-    assert {i for g in larger_groups() for i in g.identities} <= test
+    assert {i for g in (*larger_groups(), *single_groups()) for i in g.identities} <= test
+    assert set(dev_triple().identities) <= dev and len(dev_triple().names) == 3
     assert not (dev | test) & {identity for _, identity in shipped.SUBJECTS.values()}
     assert set(core_groups()) <= set(test_groups()) and len(core_groups()) == 8
 
@@ -138,7 +139,8 @@ def test_arms_differ_from_far_in_what_they_say_and_spend_the_same_budget():
 def test_plans():
     assert len(build_plan(BenchConfig()).runs()) == 2 * len(CORE)
     assert len(build_plan(BenchConfig(plan="core")).runs()) == 8 * 2 * len(CORE)
-    assert {g.kind for g in build_plan(BenchConfig(plan="full")).groups} == {"near", "far", "classes", "triple", "five"}
+    kinds = {g.kind for g in build_plan(BenchConfig(plan="full")).groups}
+    assert kinds == {"near", "far", "classes", "triple", "five", "single"}
     assert len(build_plan(BenchConfig(arms=("far",))).runs()) == 2
     some = build_plan(BenchConfig(plan="dev", arms=("far",), groups=("dev-far-1",), more_pictures=4, seeds=2))
     assert [(a.name, g.key, s) for a, g, s in some.runs()] == [("far", "dev-far-1", 0), ("far", "dev-far-1", 1)]

@@ -1,4 +1,4 @@
-"""Which subjects are learned together: pairs for tuning, other pairs for the one measurement, triples, five at once.
+"""Which subjects are learned together: pairs to tune on, others for the one measurement, triples, five at once, one alone.
 
 All come from the identities that the small base has never seen, by a fixed seed. Dev and test share no identity.
 """
@@ -34,7 +34,7 @@ class Group:
     """Subjects that one training learns together.
 
     ``kind``: near (one class, one or two attributes differ), far (one class, four or five differ), classes (two
-    classes), triple, five. ``seed``: of their reference photos.
+    classes), triple, five, single. ``seed``: of their reference photos.
     """
 
     key: str
@@ -57,6 +57,12 @@ def dev_groups() -> tuple[Group, ...]:
     return _all_groups()[0]
 
 
+def dev_triple() -> Group:
+    """Three at once for tuning: the two robots that are near twins, and a cat."""
+    _, robots, cats, _ = dev_groups()
+    return Group("dev-triple-1", "triple", (*robots.identities, cats.identities[0]), 800)
+
+
 def test_groups() -> tuple[Group, ...]:
     """Sixteen pairs for the one measurement: 8 of near twins, 4 far apart, 4 of two classes."""
     return _all_groups()[1]
@@ -76,6 +82,14 @@ def larger_groups() -> tuple[Group, ...]:
     ]
     five = (*near[0].identities, *far[0].identities, classes[0].identities[0])
     return (*triples, Group("five", "five", five, 400))
+
+
+def single_groups() -> tuple[Group, ...]:
+    """Four subjects of the test pairs, each learned by itself."""
+    return tuple(
+        Group(f"single-{i + 1}", "single", g.identities[:1], 450 + i)
+        for i, g in enumerate(_of(test_groups(), "near")[:4])
+    )
 
 
 test_groups.__test__ = False  # its name is the bench's, not a test's
