@@ -10,12 +10,14 @@ import torch
 
 from far_train.bench import run as bench_run
 from far_train.bench.arms import ALL, CORE, find_arms
+from far_train.bench.claims import Claim, claims_table, weigh
 from far_train.bench.groups import core_groups, dev_groups, dev_triple, larger_groups, single_groups, test_groups
 from far_train.bench.plans import Plan, build_plan
 from far_train.bench.rivals import ResizedPhotos, SegMix, ShuffledMasks, TrueScenes, degrade
 from far_train.bench.run import concepts, prompts, reference_places
 from far_train.bench.settings import BenchConfig
-from far_train.bench.tables import contrasts, per_group, summarise, write_report
+from far_train.bench.summary import contrasts, per_group, summarise
+from far_train.bench.tables import write_report
 from far_train.captions import Name
 from far_train.errors import CheckpointError, ConfigError, Interrupted
 from far_train.mini import shipped
@@ -234,3 +236,30 @@ def test_seeds_are_averaged_before_pairs_are_compared():
     (contrast,) = contrasts(rows)
     assert (contrast["first"], contrast["second"], contrast["pairs"]) == ("far", "custom-diffusion", 2)
     assert contrast["difference"] == pytest.approx(0.5) and contrast["p"] == 0.5
+
+
+def test_claims_are_weighed_against_the_best_other_arm():
+    claim = Claim("most often", "success", "far", ("fusion", "seg-mix", "refinement"), ("near",), over=0)
+    rows = rows_of(far=[0.5, 0.5, 0.25, 0.25], fusion=[0.25, 0.25, 0.5, 0.5], seg_mix=[0.0, 0.0, 0.5, 0.5])
+    rows += [row | {"arm": "refinement"} for row in rows_of(far=[1.0, 1.0])]  # not run on g1: can't be compared
+    found = weigh(rows, claim)
+    assert (found["second"], found["groups"], found["value"]) == ("fusion", 2, 0)
+    assert (found["low"], found["high"]) == pytest.approx((-0.25, 0.25)) and found["verdict"] == "no, open"
+    assert weigh(rows, replace(claim, over=-0.3))["verdict"] == "yes"
+    assert weigh(rows, replace(claim, over=0.3))["verdict"] == "no"
+    assert weigh(rows, replace(claim, second="ceiling")) is None
+    lower = replace(claim, measure="leakage", second=("fusion", "seg-mix"), over=None, under=0)
+    leaking = [row | {"figures": {"leakage": row["figures"]["success"]}} for row in rows]
+    assert weigh(leaking, lower)["second"] == "seg-mix"
+
+
+def test_ratios_are_of_means_over_resampled_groups():
+    claim = Claim("of the ceiling's", "success", "far", "ceiling", ("near",), ratio=True, over=0.85)
+    rows = rows_of(far=[0.25, 0.25, 0.5, 0.5], ceiling=[0.5, 0.5, 0.5, 0.5])
+    found = weigh(rows, claim)
+    assert (found["value"], found["low"], found["high"]) == pytest.approx((0.75, 0.5, 1.0))
+    assert found["verdict"] == "no, open"
+    assert weigh(rows_of(far=[0.5, 0.5], ceiling=[0.0, 0.0]), claim) is None
+    (line,) = claims_table(rows)[2:]
+    assert "| both right, far to ceiling (2) | 0.75 × | 0.50 … 1.00 × | > 0.85 × | no, open |" in line
+    assert claims_table(rows_of(floor=[0.0, 0.0])) == []

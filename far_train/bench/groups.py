@@ -1,4 +1,4 @@
-"""Which subjects are learned together: pairs to tune on, others for the one measurement, triples, five at once, one alone.
+"""Which subjects are learned together: pairs for tuning, others for the one measurement, triples, five at once, one.
 
 All come from the identities that the small base has never seen, by a fixed seed. Dev and test share no identity.
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 
 import numpy as np
@@ -11,12 +11,21 @@ EXACT = 14  # up to so many pairs all sign flips are counted
 DRAWS = 10_000
 
 
-def bootstrap_interval(values: Sequence[float], level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """Percentile interval of the mean over resampled pairs (Efron 1979); the value twice if there is but one pair."""
+def bootstrap_interval(
+    values: Sequence[float] | np.ndarray,
+    level: float = 0.95,
+    seed: int = 0,
+    statistic: Callable[[np.ndarray], np.ndarray] = lambda resampled: resampled.mean(1),
+) -> tuple[float, float]:
+    """Percentile interval over resampled pairs (Efron 1979); the value twice if there is but one pair.
+
+    ``values``: one number, or one row of numbers, of each pair; ``statistic``: from (draws, pairs, …) to (draws,), the
+    mean unless given.
+    """
     data = np.asarray(values, dtype=float)
     rng = np.random.default_rng(seed)
-    means = data[rng.integers(len(data), size=(DRAWS, len(data)))].mean(1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    found = statistic(data[rng.integers(len(data), size=(DRAWS, len(data)))])
+    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 

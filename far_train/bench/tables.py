@@ -13,80 +13,8 @@ from PIL import Image
 
 from ..files import write_text
 from ..report import COLOURS, save_sheet
-from .arms import ALL
-from .statistics import bootstrap_interval, holm, sign_flip_test
-
-Row = Mapping[str, Any]
-PAIRS = ("near", "far", "classes")
-SAME_CLASS = ("near", "far")
-# Name in a row → heading; those with True are better when higher.
-COLUMNS: dict[str, tuple[str, bool]] = {
-    "success": ("both right", True),
-    "solo": ("alone right", True),
-    "leakage": ("leakage", False),
-    "leakage_corrected": ("leakage, corrected", False),
-    "mixing": ("mixing", False),
-    "duplication": ("same twice", False),
-    "missing": ("missing", False),
-    "extra": ("too many", False),
-    "background": ("place right", True),
-    "reference_background": ("photo's place", False),
-    "copied": ("copied", False),
-    "pose_spread": ("pose spread", True),
-    "binding": ("sides", True),
-    "prior_drift": ("prior drift", False),
-    "prior_kid": ("prior KID ×100", False),
-    "identity_without_token": ("without token", False),
-    "attention_own": ("attention on own", True),
-    "attention_other": ("on other", False),
-    "attention_hit": ("hottest on own", True),
-    "attention_density": ("density, % of outside", True),
-}
-# The contrasts that are tested, named before the test pairs were run: (measure, first arm, second arm, kinds of pairs).
-CONTRASTS = (
-    ("success", "far", "custom-diffusion", SAME_CLASS),
-    ("success", "far", "seg-mix", SAME_CLASS),
-    ("leakage", "far", "fusion", ("near",)),
-    ("reference_background", "fusion", "custom-diffusion", PAIRS),
-    ("success", "far", "far-shuffled", PAIRS),
-)
-
-
-def per_group(rows: Sequence[Row], arm: str, measure: str, kinds: Sequence[str]) -> dict[str, float]:
-    """A measure of an arm for each group of these kinds, as a mean over the seeds."""
-    values: dict[str, list[float]] = {}
-    for row in rows:
-        if row["arm"] == arm and row["kind"] in kinds and np.isfinite(row["figures"].get(measure, np.nan)):
-            values.setdefault(row["group"], []).append(row["figures"][measure])
-    return {group: float(np.mean(v)) for group, v in values.items()}
-
-
-def summarise(rows: Sequence[Row], kinds: Sequence[str]) -> dict[str, dict[str, tuple[float, float, float]]]:
-    """arm → measure → (mean over groups, low, high of its 95 % interval)."""
-    out: dict[str, dict[str, tuple[float, float, float]]] = {}
-    for arm in _arms(rows):
-        for measure in COLUMNS:
-            values = list(per_group(rows, arm, measure, kinds).values())
-            if values:
-                out.setdefault(arm, {})[measure] = (float(np.mean(values)), *bootstrap_interval(values))
-    return out
-
-
-def contrasts(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The registered contrasts that these rows can tell, with p values adjusted over all of them (Holm)."""
-    found = []
-    for measure, first, second, kinds in CONTRASTS:
-        a, b = (per_group(rows, arm, measure, kinds) for arm in (first, second))
-        common = sorted(a.keys() & b.keys())
-        if common:
-            gaps = [a[group] - b[group] for group in common]
-            about = {"measure": measure, "first": first, "second": second, "pairs": len(gaps)}
-            low, high = bootstrap_interval(gaps)
-            found.append(
-                about | {"difference": float(np.mean(gaps)), "low": low, "high": high, "p": sign_flip_test(gaps)}
-            )
-    adjusted = holm({str(i): c["p"] for i, c in enumerate(found)})
-    return [c | {"p_adjusted": adjusted[str(i)]} for i, c in enumerate(found)]
+from .claims import claims_table
+from .summary import COLUMNS, PAIRS, Row, arms_of, contrasts, per_group, summarise
 
 
 def write_report(rows: Sequence[Row], out: Path, title: str) -> Path:
@@ -99,6 +27,7 @@ def write_report(rows: Sequence[Row], out: Path, title: str) -> Path:
         ("Two classes", ("classes",)),
         ("Triples", ("triple",)),
         ("Five at once", ("five",)),
+        ("One alone", ("single",)),
     ):
         summary = summarise(rows, kinds)
         if summary:
@@ -114,19 +43,16 @@ def write_report(rows: Sequence[Row], out: Path, title: str) -> Path:
             "| --- | --- | --- | --- | --- | --- |",
         ]
         parts += [_contrast_line(c) for c in tested]
+    claimed = claims_table(rows)
+    if claimed:
+        parts += ["", "## Claims", "", '"Open": a bound lies within the interval.', "", *claimed]
     write_text(out / "results.md", "\n".join(parts) + "\n")
     write_text(out / "results.csv", _csv(rows))
     save_sheet(out / "success-drift.png", plot_success_against_drift(summarise(rows, PAIRS)))
     save_sheet(out / "leakage-similarity.png", plot_leakage(rows))
-    for arm in _arms(rows):
+    for arm in arms_of(rows):
         _join_sheets(out, arm, rows)
     return out / "results.md"
-
-
-def _arms(rows: Sequence[Row]) -> list[str]:
-    """Arms that have rows, in the order of their list."""
-    present = {row["arm"] for row in rows}
-    return [arm.name for arm in ALL if arm.name in present]
 
 
 def _table(summary: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> list[str]:
@@ -175,7 +101,7 @@ def plot_success_against_drift(summary: Mapping[str, Mapping[str, tuple[float, f
 def plot_leakage(rows: Sequence[Row]) -> Image.Image:
     """Leakage of each arm by how alike the two subjects are."""
     figure, axes = _figure()
-    arms = _arms(rows)
+    arms = arms_of(rows)
     for i, arm in enumerate(arms):
         for k, kind in enumerate(PAIRS):
             values = list(per_group(rows, arm, "leakage", (kind,)).values())
