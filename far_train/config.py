@@ -139,7 +139,7 @@ class ExtractConfig(Config):
 
 
 # Shares of the training recipes by the number of concepts (method.md, section 2). For two, pictures of both were raised
-# from .35: what prompts ask for is what must be seen (docs/benchmark.md).
+# from .35: what prompts ask for is what must be seen (docs/tuning.md).
 RECIPE_SHARES: dict[int, dict[str, float]] = {
     1: {"original": 0.35, "solo": 0.25, "pair": 0.0, "triple": 0.0, "beside_prior": 0.40},
     2: {"original": 0.10, "solo": 0.15, "pair": 0.65, "triple": 0.0, "beside_prior": 0.10},
@@ -227,7 +227,7 @@ class TrainConfig(Config):
     train_seed: int = setting(0, "seed of noise, timesteps and batch order", low=0, high=2**63 - 1)
     embedding_lr: float = setting(5e-4, "learning rate of the modifier tokens' embeddings", low=0, high=1)
     trainable: str = setting(
-        "attention",  # in docs/benchmark.md it learns looks that K and V alone don't
+        "attention",  # in docs/tuning.md it learns looks that K and V alone don't
         "what learns beside the embeddings; attention: low-rank changes of all attention; kv: cross-attention K and V",
         choices=("attention", "kv"),
     )

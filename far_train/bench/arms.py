@@ -1,6 +1,6 @@
 """The arms of the bench: every method as a change of the same recipe, on the same photos, class pictures and budget.
 
-Nothing here is tuned on test pairs. What was tried on dev pairs, and what came of it, stands in docs/benchmark.md.
+Nothing here is tuned on test pairs. What was tried on dev pairs, and what came of it, stands in docs/tuning.md.
 """
 
 from __future__ import annotations
