@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from .backbone import BaseModel, load_base
 from .bench.settings import BenchConfig
@@ -35,6 +31,7 @@ from .report import checkerboard, contact_sheet, dataset_sheet, loss_curves, pic
 from .runs import METRICS_FILE, read_metrics
 from .sampling import draw_pictures, plain_vocabulary
 from .subjects import Prompt, SubjectExtractor, extract_folder
+from .terminal import progress_bars, stop_on_interrupt
 from .weights import FarWeights, describe
 
 log = logging.getLogger(__name__)
@@ -42,60 +39,6 @@ log = logging.getLogger(__name__)
 SHOWN = 96  # pictures on a contact sheet; JPEG ends at 65,535 pixels a side
 
 Inputs = Mapping[str, Any]
-
-
-class ProgressBars:
-    """One bar per phase, for callbacks of the form (phase, done, total)."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm | None = None
-        self._phase = ""
-
-    def __call__(self, phase: str, done: int, total: int) -> None:
-        if self._bar is None or phase != self._phase:
-            self.close()
-            self._phase = phase
-            self._bar = tqdm(total=total, desc=phase, dynamic_ncols=True)
-        self._bar.update(done - self._bar.n)
-
-    def note(self, **values: Any) -> None:
-        if self._bar is not None:
-            self._bar.set_postfix(values, refresh=False)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-    def phase(self, name: str) -> Callable[[int, int], None]:
-        return lambda done, total: self(name, done, total)
-
-
-@contextmanager
-def progress_bars() -> Iterator[ProgressBars]:
-    bars = ProgressBars()
-    try:
-        yield bars
-    finally:
-        bars.close()
-
-
-@contextmanager
-def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C asks to stop after the current step; a second one stops at once."""
-    asked = threading.Event()
-
-    def ask(_signal: int, _frame: object) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-        tqdm.write("Stopping after this step; press Ctrl-C again to stop at once without saving.")
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield asked.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 # ---- extract

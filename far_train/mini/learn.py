@@ -22,12 +22,12 @@ from typing import Any
 import torch
 
 from ..backbone import load_base, read_configs
-from ..commands import progress_bars, stop_on_interrupt
 from ..config import Config
 from ..devices import choose_device
 from ..errors import CheckpointError, FarError, Interrupted, OutputError
 from ..files import write_json, write_text
 from ..sam import load_sam
+from ..terminal import progress_bars, stop_on_interrupt
 from .autoencoder import learn_autoencoder, load_autoencoder, measure_autoencoder
 from .diffusion import learn_diffusion, write_base
 from .gates import measure_base, measure_oracle
