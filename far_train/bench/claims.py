@@ -11,7 +11,16 @@ import numpy as np
 from .statistics import bootstrap_interval
 from .summary import COLUMNS, PAIRS, SAME_CLASS, Row, per_group
 
-OTHERS = ("floor", "custom-diffusion", "seg-mix", "fusion", "refinement", "textual-inversion", "dreambooth-lora")
+OTHERS = (
+    "floor",
+    "custom-diffusion",
+    "seg-mix",
+    "fusion",
+    "refinement",
+    "textual-inversion",
+    "masked-loss",
+    "dreambooth-lora",
+)
 
 
 @dataclass(frozen=True)
