@@ -177,6 +177,12 @@ class FusionConfig(Config):
     pair_fill: float = setting(
         0.9, "two subjects are fitted to half the canvas times a random share between this and 1", low=0.2, high=1
     )
+    row: float = setting(
+        0.0,
+        "share of composites in which subjects stand close together in a row, all equally large, the lower in front",
+        low=0,
+        high=1,
+    )
     margin: float = setting(1 / 64, "gap kept between subjects, as a fraction of the canvas", low=0, high=0.1)
     erode: float = setting(
         1 / 768, "rim taken off a subject before pasting, as a fraction of the canvas", low=0, high=0.08

@@ -22,7 +22,7 @@ from .concepts import Background, ClassPicture, Composite, Concept
 from .config import BACKGROUND_SHARES, MANY_CONCEPTS, RECIPE_SHARES, FusionConfig
 from .errors import SubjectError, TokenError
 from .photos import from_pil, mask_from_pil, mask_to_pil, to_pil
-from .placement import Cutout, cut_out, fit_inside, paste, place
+from .placement import Cutout, cut_out, fit_inside, paste, place, place_in_row
 from .scenery import cover, infill, plain_background
 
 FAR_AWAY, CLOSE_UP = 0.45, 0.80  # sizes of a single subject, as shares of the canvas, that captions call so
@@ -175,11 +175,15 @@ class ConceptFusion:
         """Paste the subjects onto a background. Caption order and position are drawn apart from each other: else the
         loss would teach that the first one mentioned stands on the left."""
         canvas, phrase = self._background(rng)
-        sizes = [self._extent(rng, s.cutout, len(sources)) for s in sources]
+        in_row = len(sources) > 1 and self.config.row > 0 and rng.random() < self.config.row
+        sizes = [self._extent(rng, s.cutout, len(sources), in_row) for s in sources]
         cutouts = [self._vary(rng, s.cutout, extent) for s, extent in zip(sources, sizes)]
-        may_cover = self.config.max_covered if rng.random() < self.config.occlusion else 0.0
-        margin = round(self.config.margin * self.size)
-        placed = place(cutouts, self.size, margin, may_cover, rng, self.config.height_drift)
+        if in_row:
+            placed = place_in_row(cutouts, self.size, self.config.max_covered, rng, self.config.height_drift)
+        else:
+            may_cover = self.config.max_covered if rng.random() < self.config.occlusion else 0.0
+            margin = round(self.config.margin * self.size)
+            placed = place(cutouts, self.size, margin, may_cover, rng, self.config.height_drift)
         image, masks = paste(canvas, placed, self.config.feather * self.size, round(self.config.erode * self.size))
         size_word = ""
         if len(sources) == 1 and recipe == "solo":
@@ -196,10 +200,13 @@ class ConceptFusion:
         )
         return Composite.build(from_pil(image), caption, subjects, recipe)
 
-    def _extent(self, rng: np.random.Generator, cutout: Cutout, count: int) -> tuple[float, float]:
+    def _extent(
+        self, rng: np.random.Generator, cutout: Cutout, count: int, in_row: bool = False
+    ) -> tuple[float, float]:
         """Largest width and height of one of ``count`` subjects, as shares of the canvas.
 
-        Several share its width. A narrow one may be taller than wide, but gets no more room than a square one.
+        Several share its width. A narrow one may be taller than wide, but gets no more room than a square one. In a
+        row, where neighbours may cover a little of each other, a wide one gets no less.
         """
         if count == 1:
             side = rng.uniform(0.35, 0.90)
@@ -207,7 +214,7 @@ class ConceptFusion:
         shrink = rng.uniform(self.config.pair_fill if count == 2 else 0.9, 1.0)
         side, (width, height) = shrink / count, cutout.extent
         stretch = math.sqrt(height / width)
-        return min(side, side / stretch), min(side * stretch, shrink * 0.95)
+        return min(side * (1.2 if in_row else 1), side / stretch), min(side * stretch, shrink * 0.95)
 
     def _vary(self, rng: np.random.Generator, cutout: Cutout, extent: tuple[float, float]) -> Cutout:
         """Mirror, turn, brighten and scale a subject."""

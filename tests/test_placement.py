@@ -96,8 +96,9 @@ def test_occluded_masks_are_trimmed_to_what_is_seen():
     assert trimmed > 10
 
 
-def test_place_does_not_follow_the_order_of_mention():
-    fused, draws = fuse(2, **only("pair")), 400
+@pytest.mark.parametrize("row", [0, 1])
+def test_place_does_not_follow_the_order_of_mention(row):
+    fused, draws = fuse(2, **only("pair", row=row)), 400
     left = first = red_left = 0
     for i in range(draws):
         composite = fused.composite(i)
@@ -162,6 +163,38 @@ def test_narrow_subjects_get_no_more_room_than_square_ones(recipe, count):
     areas = [width * height / 256**2 for width, height in boxes]
     assert 0.85 * (0.9 / count) ** 2 < min(areas) and max(areas) < 1.1 / count**2
     assert all(3.4 < height / width < 4.6 for width, height in boxes)
+
+
+def test_in_a_row_wide_subjects_get_no_less_room():
+    wide = Concept("<wide>", "ball", *(tuple([x]) for x in photo("red", 60, 60, (0.15, 0.3, 0.85, 0.8))))
+    other = dataclasses.replace(wide, token="<other>")
+    fused = ConceptFusion([wide, other], (), (), FusionConfig(size=256, **only("pair", row=1, max_covered=0.5)))
+    boxes = [mention_box(m) for i in range(20) for m in fused.composite(i).mentions]
+    areas = [width * height / 256**2 for width, height in boxes]
+    assert 0.85 * 0.45**2 < np.median(areas) < 1.1 * 0.5**2 and max(width for width, _ in boxes) > 0.55 * 256
+
+
+@pytest.mark.parametrize(("recipe", "count"), [("pair", 2), ("triple", 3)])
+def test_in_a_row_subjects_are_evenly_apart(recipe, count):
+    fused = fuse(3, size=256, **only(recipe, row=1, max_covered=0, **NO_CHANGES))
+    for i in range(25):
+        xs = sorted(centre(region(m))[0] for m in fused.composite(i).mentions)
+        assert np.diff(xs) == pytest.approx([0.82 / count] * (count - 1), abs=0.1 / count)
+        assert np.mean(xs) == pytest.approx(0.5, abs=0.03)
+
+
+def test_in_a_row_the_lower_one_is_in_front_and_hides_little():
+    tall = Concept("<tall>", "ball", *(tuple([x]) for x in photo("red", 60, 60, (0.25, 0.2, 0.75, 0.8))))
+    flat = Concept("<flat>", "ball", *(tuple([x]) for x in photo("green", 60, 60, (0.1, 0.4, 0.9, 0.9))))
+    fused = ConceptFusion([tall, flat], (), (), FusionConfig(size=128, **only("pair", row=1, flip=0, **NO_CHANGES)))
+    touching = 0
+    for i in range(40):
+        mentions = sorted(fused.composite(i).mentions, key=lambda m: np.flatnonzero(region(m).any(1))[-1])
+        whole = [region(m).sum() / np.prod(mention_box(m)) for m in mentions]
+        assert whole[1] == pytest.approx(np.pi / 4, rel=0.05)  # the share of its box that a whole ellipse fills
+        assert whole[0] > 0.84 * np.pi / 4
+        touching += whole[0] < 0.98 * np.pi / 4
+    assert touching > 5
 
 
 def test_lengths_are_shares_of_the_canvas():

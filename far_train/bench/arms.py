@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from ..mini.shipped import DRAWING, FUSING, PLAIN_LOSS, TRAINING
 
 CLASS_PICTURES = 32
-FUSION = FUSING.replace(count=160)
+FUSION = FUSING.replace(count=160, row=1.0)  # side by side, as the small base draws two
 RESIZED_LOSS = PLAIN_LOSS | {"background_weight": 0.0}  # the photo counts, the grey around it does not
 NO_REFINEMENT = {"refinement_weight": 0.0}
 KV = {"trainable": "kv"}
