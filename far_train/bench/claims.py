@@ -37,8 +37,13 @@ class Claim:
     over: float | None = None
     under: float | None = None
 
-    def holds(self, value: float) -> bool:
-        return (self.over is None or value > self.over) and (self.under is None or value < self.under)
+    def holds(self, low: float, high: float) -> bool:
+        """For every value from ``low`` to ``high``."""
+        return (self.over is None or low > self.over) and (self.under is None or high < self.under)
+
+    def fails(self, low: float, high: float) -> bool:
+        """For every value from ``low`` to ``high``."""
+        return (self.over is not None and high <= self.over) or (self.under is not None and low >= self.under)
 
 
 NEAR = ("near",)
@@ -80,8 +85,8 @@ def weigh(rows: Sequence[Row], claim: Claim) -> dict[str, Any] | None:
     if claim.ratio and pairs[:, 1].sum() == 0:
         return None
     value, low, high = compare(pairs, claim.ratio)
-    verdict = "yes" if claim.holds(value) else "no"
-    if claim.holds(low) != claim.holds(value) or claim.holds(high) != claim.holds(value):
+    verdict = "yes" if claim.holds(value, value) else "no"
+    if not (claim.holds(low, high) or claim.fails(low, high)):
         verdict += ", open"
     return {"second": second, "groups": len(pairs), "value": value, "low": low, "high": high, "verdict": verdict}
 
