@@ -247,9 +247,8 @@ def test_claims_are_weighed_against_the_best_other_arm():
     assert (found["low"], found["high"]) == pytest.approx((-0.25, 0.25)) and found["verdict"] == "no, open"
     assert weigh(rows, replace(claim, over=-0.3))["verdict"] == "yes"
     assert weigh(rows, replace(claim, over=0.3))["verdict"] == "no"
-    assert (
-        weigh(rows, replace(claim, over=-0.2, under=-0.1))["verdict"] == "no, open"
-    )  # the interval has both around it
+    both_around_it = replace(claim, over=-0.2, under=-0.1)  # the interval reaches past either bound
+    assert weigh(rows, both_around_it)["verdict"] == "no, open"
     assert weigh(rows, replace(claim, second="ceiling")) is None
     lower = replace(claim, measure="leakage", second=("fusion", "seg-mix"), over=None, under=0)
     leaking = [row | {"figures": {"leakage": row["figures"]["success"]}} for row in rows]

@@ -8,19 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from .arms import CORE, FURTHER
 from .statistics import bootstrap_interval
 from .summary import COLUMNS, PAIRS, SAME_CLASS, Row, per_group
 
-OTHERS = (
-    "floor",
-    "custom-diffusion",
-    "seg-mix",
-    "fusion",
-    "refinement",
-    "textual-inversion",
-    "masked-loss",
-    "dreambooth-lora",
-)
+OTHERS = tuple(arm.name for arm in (*CORE, *FURTHER) if not arm.name.startswith("far"))
 
 
 @dataclass(frozen=True)
