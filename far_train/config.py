@@ -142,7 +142,7 @@ class ExtractConfig(Config):
 # from .35: what prompts ask for is what must be seen (docs/tuning.md).
 RECIPE_SHARES: dict[int, dict[str, float]] = {
     1: {"original": 0.35, "solo": 0.25, "pair": 0.0, "triple": 0.0, "beside_prior": 0.40},
-    2: {"original": 0.10, "solo": 0.15, "pair": 0.65, "triple": 0.0, "beside_prior": 0.10},
+    2: {"original": 0.10, "solo": 0.25, "pair": 0.65, "triple": 0.0, "beside_prior": 0.0},
     3: {"original": 0.20, "solo": 0.15, "pair": 0.30, "triple": 0.20, "beside_prior": 0.15},
 }
 MANY_CONCEPTS = {"original": 0.20, "solo": 0.15, "pair": 0.30, "triple": 0.20, "beside_prior": 0.15}
@@ -178,7 +178,7 @@ class FusionConfig(Config):
         0.9, "two subjects are fitted to half the canvas times a random share between this and 1", low=0.2, high=1
     )
     row: float = setting(
-        0.0,
+        0.5,
         "share of composites in which subjects stand close together in a row, all equally large, the lower in front",
         low=0,
         high=1,
@@ -243,6 +243,12 @@ class TrainConfig(Config):
     low_rank: int = setting(8, "rank of the changes of all attention", low=1, high=1024)
     low_rank_lr: float = setting(
         3e-5, "learning rate of the changes of all attention, per sample of the whole step", low=0, high=1
+    )
+    lr_decay: float = setting(
+        0.5,  # docs/tuning.md: subjects alone get better, none together worse
+        "share of the steps, the last ones, over which all learning rates fall to 0 in a line; 0 keeps them",
+        low=0,
+        high=1,
     )
     weight_decay: float = setting(0.01, "AdamW decay of the model's changes (embeddings have none)", low=0, high=1)
     grad_clip: float = setting(1.0, "largest norm of the whole gradient", low=1e-6, high=1e6)

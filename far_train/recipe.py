@@ -36,7 +36,7 @@ from .sampling import TextCache, check_size, draw_pictures, encode_prompts
 from .state import checkpoint_bytes, load_checkpoint, save_checkpoint
 from .thrift import Thrift, skip_without_memory
 from .tokens import Vocabulary
-from .trainable import Trainables, put_trainables
+from .trainable import Trainables, put_trainables, set_learning_rates
 from .weights import FarWeights, Provenance
 
 PATIENCE = 3  # non-finite steps in a row that end a run
@@ -201,6 +201,7 @@ class TrainingRun:
         self.world.sum([shares, *self.trainables.gradients()])
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.trainables.named_parameters().values(), self.config.grad_clip)
+        set_learning_rates(self.optimizer, self.step, self.steps, self.config.lr_decay)
         self.scaler.step(self.optimizer)
         self.scaler.update(None if self.dtype == torch.float16 else self.first_scale)
         self.trainables.cap_norms()

@@ -72,13 +72,16 @@ class Trainables:
     def optimizer(self, config: TrainConfig, samples_per_step: int) -> torch.optim.Optimizer:
         """AdamW over all; the UNet's changes learn at a rate per sample of the whole step, embeddings don't decay."""
         changes, lr = list(self.parameters().values()), config.change_lr * samples_per_step
-        return torch.optim.AdamW(
+        optimizer = torch.optim.AdamW(
             [
                 {"params": [self.rows], "lr": config.embedding_lr, "weight_decay": 0.0},
                 {"params": changes, "lr": lr, "weight_decay": config.weight_decay},
             ],
             fused=self.rows.device.type in ("cuda", "cpu"),  # one launch, and it can skip a step without the host
         )
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        return optimizer
 
     @torch.no_grad()
     def cap_norms(self) -> None:
@@ -99,6 +102,14 @@ def put_trainables(base: BaseModel, vocabulary: Vocabulary, config: TrainConfig)
     if config.trainable == "kv":
         return KeysAndValues(base, vocabulary)
     return LowRankAttention(base, vocabulary, config.low_rank)
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, steps: int, decay: float) -> None:
+    """Give each group its rate for step number ``step`` (from 0): its first one, which falls in a line to 0 over the
+    last ``decay`` × ``steps``."""
+    share = min(max(steps - step, 0) / (decay * steps), 1.0) if decay else 1.0
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * share
 
 
 class ProjectionBank:

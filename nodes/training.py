@@ -60,6 +60,7 @@ RARE = (
     "trainable",  # last, since saved graphs keep their widgets' values by position
     "low_rank",
     "low_rank_lr",
+    "lr_decay",
 )
 
 

@@ -46,7 +46,7 @@ def test_every_mask_lies_on_its_own_subject(recipe):
 @pytest.mark.parametrize("margin", [1 / 64, 0.1])
 def test_subjects_keep_their_distance(recipe, margin):
     """At a tenth of the canvas random places hardly ever fit, so the columns are tested as well."""
-    fused = fuse(3, size=128, margin=margin, **only(recipe, occlusion=0, erode=0))
+    fused = fuse(3, size=128, margin=margin, **only(recipe, row=0, occlusion=0, erode=0))
     for i in range(25):
         grown = [ndimage.maximum_filter(region(m), 2 * round(margin * 128) + 1) for m in fused.composite(i).mentions]
         for a, b in itertools.combinations(grown, 2):
@@ -84,7 +84,7 @@ def test_an_occlusion_hides_some_but_little(count):
 
 
 def test_occluded_masks_are_trimmed_to_what_is_seen():
-    fused = fuse(2, size=128, **only("pair", occlusion=1, max_covered=0.5, **NO_CHANGES))
+    fused = fuse(2, size=128, **only("pair", row=0, occlusion=1, max_covered=0.5, **NO_CHANGES))
     trimmed = 0
     for i in range(25):
         composite = fused.composite(i)
@@ -147,7 +147,7 @@ def test_several_subjects_share_the_width(recipe, fill, low, high):
     """Fitted to half the canvas × U(pair_fill, 1), or to a third × U(.9, 1), whichever side binds."""
     wide = Concept("<wide>", "ball", *(tuple([x]) for x in photo("red", 60, 60, (0.1, 0.4, 0.9, 0.6))))
     others = [dataclasses.replace(wide, token=f"<wide-{i}>") for i in range(2)]
-    settings = only(recipe, size=128, occlusion=0, margin=0.01, flip=0, pair_fill=fill, **NO_CHANGES)
+    settings = only(recipe, size=128, row=0, occlusion=0, margin=0.01, flip=0, pair_fill=fill, **NO_CHANGES)
     fused = ConceptFusion([wide, *others], (), (), FusionConfig(**settings))
     widths = [mention_box(m)[0] / 128 for i in range(40) for m in fused.composite(i).mentions]
     assert low - 0.01 < min(widths) < low + 0.08 and high - 0.04 < max(widths) < high + 0.012

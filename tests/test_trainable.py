@@ -12,9 +12,9 @@ from far_train.backbone import attention_projections
 from far_train.callbacks import Callbacks
 from far_train.config import TrainConfig
 from far_train.errors import Interrupted, WeightsError
-from far_train.recipe import train
+from far_train.recipe import TrainingRun, train
 from far_train.tokens import Vocabulary
-from far_train.trainable import put_trainables
+from far_train.trainable import put_trainables, set_learning_rates
 from far_train.weights import FarWeights
 
 SHORT = TrainConfig(steps=3, batch_size=2, prior_batch_size=1, sample_every=0, save_every=1, device="cpu")
@@ -40,6 +40,37 @@ def test_it_begins_as_the_base_and_leaves_it_as_it_was(base, fusion, config):
     trainables.remove()
     assert state.keys() == base.unet.state_dict().keys()
     assert all(torch.equal(v, state[k]) for k, v in base.unet.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("decay", "shares"),
+    [(0, [1, 1, 1, 1]), (0.5, [1, 1, 1, 0.5]), (1, [1, 0.75, 0.5, 0.25]), (0.25, [1, 1, 1, 1])],
+)
+def test_rates_fall_to_zero_over_the_last_steps(base, fusion, decay, shares):
+    vocabulary = Vocabulary(base.tokenizer, fusion.names, base.tokenizer_size, 1)
+    trainables = put_trainables(base, vocabulary, ATTENTION)
+    optimizer, seen = trainables.optimizer(ATTENTION.replace(embedding_lr=0.01), 3), []
+    for step in range(4):
+        set_learning_rates(optimizer, step, 4, decay)
+        seen.append([group["lr"] for group in optimizer.param_groups])
+    trainables.remove()
+    assert seen == [pytest.approx([0.01 * share, 3e-3 * share]) for share in shares]
+
+
+def test_a_run_follows_its_decay(base, fusion, tmp_path):
+    """Of two steps, a decay over both halves the second: an AdamW step is linear in its rate."""
+    moves = []
+    for decay in (0.0, 1.0):
+        run = TrainingRun(base, fusion, ATTENTION.replace(steps=2, lr_decay=decay), tmp_path / str(decay))
+        run.set_up()
+        places = []
+        for _ in range(2):
+            run.take_step()
+            places.append(torch.cat([p.detach().flatten() for p in run.trainables.parameters().values()]))
+        run.clean_up()
+        moves.append((places[0], places[1] - places[0]))
+    assert torch.equal(moves[0][0], moves[1][0])
+    assert torch.allclose(moves[0][1], 2 * moves[1][1], atol=1e-6) and moves[1][1].abs().max() > 1e-4
 
 
 @KINDS

@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from ..mini.shipped import DRAWING, FUSING, PLAIN_LOSS, TRAINING
 
 CLASS_PICTURES = 32
-FUSION = FUSING.replace(count=160, row=1.0)  # side by side, as the small base draws two
+FUSION = FUSING.replace(count=160)
 RESIZED_LOSS = PLAIN_LOSS | {"background_weight": 0.0}  # the photo counts, the grey around it does not
 NO_REFINEMENT = {"refinement_weight": 0.0}
 KV = {"trainable": "kv"}
@@ -90,10 +90,10 @@ FURTHER = (
         training=NO_REFINEMENT | KV,
     ),
     Arm(
-        "far-no-companions",
-        "FaR − S3",
-        "no pictures of a subject beside another of its class",
-        fusion={"recipe_weights": {"original": 0.10, "solo": 0.20, "pair": 0.70}},
+        "far-companions",
+        "FaR + S3",
+        "a tenth of the composites shows a subject beside another of its class, in place of as many alone",
+        fusion={"recipe_weights": {"original": 0.10, "solo": 0.15, "pair": 0.65, "beside_prior": 0.10}},
     ),
     Arm(
         "far-plain-backgrounds",

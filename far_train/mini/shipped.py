@@ -33,13 +33,21 @@ TRAINING = TrainConfig(
     embedding_lr=5e-3,
     trainable="attention",
     kv_lr=4e-5,
-    low_rank_lr=1.25e-4,  # 1e-3 for the whole step of eight samples
+    low_rank_lr=5e-4,  # 4e-3 for the whole step of eight samples
     min_snr_gamma=None,
     refinement_weight=0.1,
     sample_every=0,
 )
-# Its subjects stand upright, pasting leaves no marks, and a drawing that was painted over shows what stood there.
-FUSING = FusionConfig(size=SIZE, rotation=0, collage_words=0, background_weights={"scene": 0.85, "plain": 0.15})
+# Its subjects stand upright and side by side, its light never changes, pasting leaves no marks, and a drawing that was
+# painted over shows what stood there.
+FUSING = FusionConfig(
+    size=SIZE,
+    rotation=0,
+    brightness=0,
+    collage_words=0,
+    row=1.0,
+    background_weights={"scene": 0.85, "plain": 0.15},
+)
 # The loss as Custom Diffusion and MuDI have it: no refinement, every cell and every timestep alike.
 PLAIN_LOSS = {"refinement_weight": 0.0, "background_weight": 1.0, "min_snr_gamma": None}
 

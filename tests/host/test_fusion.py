@@ -67,7 +67,7 @@ def test_photos_of_mixed_sizes_become_composites(comfy: ComfyServer, folders: di
     assert all(p.std() > 5 for p in previews)
     text = report(outputs)
     assert "2 concepts: <disc-one> disc, <disc-two> disc" in text and "6 pictures of 128 px" in text
-    assert "'beside_prior' (10% of the composites) falls away" in text and "No background pictures" in text
+    assert "original 10%, solo 25%, pair 65%" in text and "No background pictures" in text
     assert outputs["50"]["images"], "the node shows no sheet"
 
 
@@ -86,9 +86,8 @@ def test_priors_and_backgrounds_with_their_words(comfy: ComfyServer, folders: di
     scenes.mkdir(exist_ok=True)
     for i, size in enumerate(((200, 120), (100, 160))):
         Image.new("RGB", size, (40 * i, 90, 200)).save(scenes / f"{i}.png")
-    prompt = fusing(
-        comfy, folders, prior=["31", 0], backgrounds=["32", 0], background_captions="by the sea\n", count=30
-    ) | {
+    given = {"prior": ["31", 0], "backgrounds": ["32", 0], "background_captions": "by the sea\n"}
+    prompt = fusing(comfy, folders, **given, beside_prior=0.25, count=30) | {
         "30": node("FaR_LoadPhotos", folder="fuse_prior", max_side=1024),
         "31": node("FaR_PriorFromImages", images=["30", 0], masks=["30", 1], noun=" Disc", invert_mask=False),
         "32": node("FaR_LoadPhotos", folder="fuse_scenes", max_side=1024),
@@ -96,7 +95,7 @@ def test_priors_and_backgrounds_with_their_words(comfy: ComfyServer, folders: di
     }
     outputs = comfy.run(prompt)
     assert "2 pictures of a disc, 2 of them with a mask" in outputs["31"]["text"][0]
-    assert "beside_prior 10%" in report(outputs) and "scene 45%" in report(outputs)
+    assert "beside_prior 20%" in report(outputs) and "scene 45%" in report(outputs)
     assert "30 pictures of 128 px, 2 class pictures" in report(outputs)
     dataset = DatasetFolder(comfy.folder("output") / "far" / "datasets" / "with priors")
     captions = [dataset.composite(i).caption for i in range(30)]
@@ -111,8 +110,8 @@ def test_priors_and_backgrounds_with_their_words(comfy: ComfyServer, folders: di
 def test_recipes_can_be_weighted(comfy: ComfyServer, folders: dict[str, str]):
     outputs = comfy.run(fusing(comfy, folders, original=0.0, solo=0.0, pair=0.7))
     assert "recipes: pair 100%" in report(outputs)
-    outputs = comfy.run(fusing(comfy, folders, pair=0.0, beside_prior=0.0))
-    assert "recipes: original 40%, solo 60%" in report(outputs)
+    outputs = comfy.run(fusing(comfy, folders, pair=0.0))
+    assert "recipes: original 29%, solo 71%" in report(outputs)
     node_id, words = refusal(comfy, fusing(comfy, folders, **dict.fromkeys(AUTOMATIC, 0.0)))
     assert node_id == "50" and "all shares are 0" in words
 
