@@ -18,6 +18,8 @@ FUSION = FUSING.replace(count=160)
 RESIZED_LOSS = PLAIN_LOSS | {"background_weight": 0.0}  # the photo counts, the grey around it does not
 NO_REFINEMENT = {"refinement_weight": 0.0}
 KV = {"trainable": "kv"}
+# At FaR's rate, four times this, who learns from photos as they are draws their places whatever is asked for.
+PHOTOS_RATE = {"low_rank_lr": 1.25e-4}
 ORIGINALS = {"recipe_weights": {"original": 1.0}}
 
 
@@ -61,7 +63,7 @@ CORE = (
         "Seg-Mix",
         "MuDI, arXiv 2404.04243, on the same modules: 30 % of the pictures are two cut-outs on black",
         data="seg_mix",
-        training=PLAIN_LOSS,
+        training=PLAIN_LOSS | PHOTOS_RATE,
     ),
     Arm("fusion", "Fusion alone", "Concept Fusion, masked denoising loss, no refinement", training=NO_REFINEMENT),
     Arm("refinement", "Refinement alone", "photos as they are, with the refinement loss", fusion=ORIGINALS),
@@ -80,7 +82,7 @@ FURTHER = (
         "DreamBooth-LoRA",
         "arXiv 2208.12242 with 2106.09685: photos as they are, learned tokens, rank 8 on all attention",
         fusion=ORIGINALS,
-        training=PLAIN_LOSS,
+        training=PLAIN_LOSS | PHOTOS_RATE,
     ),
     Arm(
         "masked-loss",
