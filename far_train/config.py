@@ -246,7 +246,7 @@ class TrainConfig(Config):
     )
     lr_decay: float = setting(
         0.5,  # docs/tuning.md: subjects alone get better, none together worse
-        "share of the steps, the last ones, over which all learning rates fall to 0 in a line; 0 keeps them",
+        "share of the steps, the last ones, over which all learning rates fall linearly to 0; 0 keeps them",
         low=0,
         high=1,
     )

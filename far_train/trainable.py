@@ -105,7 +105,7 @@ def put_trainables(base: BaseModel, vocabulary: Vocabulary, config: TrainConfig)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, steps: int, decay: float) -> None:
-    """Give each group its rate for step number ``step`` (from 0): its first one, which falls in a line to 0 over the
+    """Give each group its rate for step number ``step`` (from 0): its first one, which falls linearly to 0 over the
     last ``decay`` × ``steps``."""
     share = min(max(steps - step, 0) / (decay * steps), 1.0) if decay else 1.0
     for group in optimizer.param_groups:
