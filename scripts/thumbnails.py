@@ -113,7 +113,7 @@ def cards() -> dict[str, Image.Image]:
     plain = fused((corgi, chow), "pair", 4, tinted=False)
     return {
         "0": mosaic([*photos(corgi, 1), *photos(chow, 1), *cut_outs(corgi, 1), both[0]]),
-        "1": mosaic([*photos(corgi, 1), *cut_outs(corgi, 1), both[1], *fused((corgi, chow), "beside_prior", 1)]),
+        "1": mosaic([*photos(corgi, 1), *cut_outs(corgi, 1), both[1], *fused((corgi, chow), "solo", 1)]),
         "2": mosaic(both),
         "3": prompt_card(["a photo of a", corgi, "dog and a", chow, "dog"], [*cut_outs(corgi, 1), *cut_outs(chow, 1)]),
         "4": mosaic([*photos(corgi, 2)[1:], *cut_outs(corgi, 2)[1:], *fused((corgi,), "beside_prior", 2)]),

@@ -122,8 +122,7 @@ def run_demo(out: Path, device: str, on_progress: Progress = lambda phase, done,
     originals = ConceptFusion(concepts, priors, (), settings.replace(recipe_weights=ORIGINALS_ONLY))
     page.section(
         "Concept Fusion",
-        "Subjects and class pictures recombined, on empty scenes that the base drew. Colours mark each mention's mask; "
-        "grey marks a dog that is no concept.",
+        "Subjects recombined, on empty scenes that the base drew. Colours mark each mention's mask.",
     )
     page.picture(dataset_sheet([fused.composite(i) for i in range(16)], names, columns=4, cell=240))
 
