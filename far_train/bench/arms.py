@@ -18,7 +18,7 @@ FUSION = FUSING.replace(count=160)
 RESIZED_LOSS = PLAIN_LOSS | {"background_weight": 0.0}  # the photo counts, the grey around it does not
 NO_REFINEMENT = {"refinement_weight": 0.0}
 KV = {"trainable": "kv"}
-# At FaR's rate, four times this, who learns from photos as they are draws their places whatever is asked for.
+# At FaR's rate, four times this, a loss that counts the photos' backgrounds learns their places (docs/tuning.md).
 PHOTOS_RATE = {"low_rank_lr": 1.25e-4}
 ORIGINALS = {"recipe_weights": {"original": 1.0}}
 
