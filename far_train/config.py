@@ -139,7 +139,8 @@ class ExtractConfig(Config):
 
 
 # Shares of the training recipes by the number of concepts (method.md, section 2). For two, pictures of both were raised
-# from .35: what prompts ask for is what must be seen (docs/tuning.md).
+# from .35: what prompts ask for is what must be seen; and none shows one beside another of its class, since two concepts
+# tell each other apart and that cost what is learned of one alone (docs/tuning.md).
 RECIPE_SHARES: dict[int, dict[str, float]] = {
     1: {"original": 0.35, "solo": 0.25, "pair": 0.0, "triple": 0.0, "beside_prior": 0.40},
     2: {"original": 0.10, "solo": 0.25, "pair": 0.65, "triple": 0.0, "beside_prior": 0.0},
@@ -178,7 +179,7 @@ class FusionConfig(Config):
         0.9, "two subjects are fitted to half the canvas times a random share between this and 1", low=0.2, high=1
     )
     row: float = setting(
-        0.5,
+        0.5,  # docs/tuning.md: as bases draw two; half, since pictures of two needn't be portraits
         "share of composites in which subjects stand close together in a row, all equally large, the lower in front",
         low=0,
         high=1,
