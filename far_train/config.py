@@ -139,8 +139,8 @@ class ExtractConfig(Config):
 
 
 # Shares of the training recipes by the number of concepts (method.md, section 2). For two, pictures of both were raised
-# from .35: what prompts ask for is what must be seen; and none shows one beside another of its class, since two concepts
-# tell each other apart and that cost what is learned of one alone (docs/tuning.md).
+# from .35: what prompts ask for is what must be seen. None shows one beside another of its class: two concepts tell
+# each other apart, and it cost what is learned of one alone (docs/tuning.md).
 RECIPE_SHARES: dict[int, dict[str, float]] = {
     1: {"original": 0.35, "solo": 0.25, "pair": 0.0, "triple": 0.0, "beside_prior": 0.40},
     2: {"original": 0.10, "solo": 0.25, "pair": 0.65, "triple": 0.0, "beside_prior": 0.0},
