@@ -189,6 +189,12 @@ class FusionConfig(Config):
         1 / 768, "rim taken off a subject before pasting, as a fraction of the canvas", low=0, high=0.08
     )
     feather: float = setting(2.5 / 768, "softness of the pasted rim, as a fraction of the canvas", low=0, high=0.08)
+    shadow: float = setting(
+        0.35,  # docs/tuning.md: without it training unlearns the shadows that bases draw
+        "how much the ground under a pasted subject is darkened, softly; 0 for not at all",
+        low=0,
+        high=1,
+    )
     collage_words: float = setting(
         0.5,
         "share of composites whose caption calls them a collage, so that paste marks attach to that word",

@@ -184,7 +184,8 @@ class ConceptFusion:
             may_cover = self.config.max_covered if rng.random() < self.config.occlusion else 0.0
             margin = round(self.config.margin * self.size)
             placed = place(cutouts, self.size, margin, may_cover, rng, self.config.height_drift)
-        image, masks = paste(canvas, placed, self.config.feather * self.size, round(self.config.erode * self.size))
+        feather, erode = self.config.feather * self.size, round(self.config.erode * self.size)
+        image, masks = paste(canvas, placed, feather, erode, self.config.shadow)
         size_word = ""
         if len(sources) == 1 and recipe == "solo":
             share = max(placed[0].cutout.extent) / self.size

@@ -8,13 +8,14 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import ndimage
 
 from far_train.concepts import Concept
 from far_train.config import RECIPES, FusionConfig
 from far_train.fusion import ConceptFusion
 from far_train.photos import mask_to_pil
-from far_train.placement import Cutout, place
+from far_train.placement import Cutout, Placed, paste, place
 
 from .coloured import COLOURS, NO_CHANGES, centre, colour_of, fuse, mention_box, only, photo, region, shows
 
@@ -279,3 +280,22 @@ def test_subjects_stand_as_high_as_in_one_of_their_photos(recipe):
             off[drift].append(min(abs(lowest - max(foot, height)) for foot in feet))  # a tall one touches the top
     assert max(off[0.1]) <= 0.1 + 2 / 128
     assert max(off[1.0]) > 0.15
+
+
+def test_a_shadow_darkens_the_ground_and_nothing_else():
+    """A red square of 20 pixels on white: the shadow is an ellipse, 17 wide and 3 high, around the foot's middle."""
+    mask = Image.new("L", (24, 24))
+    mask.paste(255, (2, 2, 22, 22))
+    square = Placed(Cutout(Image.new("RGB", (24, 24), (200, 0, 0)), mask), 20, 10, 0)
+    white = Image.new("RGB", (64, 64), "white")
+    (plain, plain_masks), (shaded, masks) = (paste(white, [square], 0, 0, depth) for depth in (0.0, 0.4))
+    plain, shaded = np.asarray(plain), np.asarray(shaded)
+    assert torch.equal(masks[0], plain_masks[0]) and white.getextrema() == ((255, 255),) * 3
+    changed = (plain != shaded).any(-1)
+    assert not (changed & (masks[0].numpy() > 0)).any(), "the subject is as it was"
+    # The foot is at row 32, the middle at column 32: there the shadow is at its full depth, and it ends within
+    # 8.5 columns and 1.5 rows; one row on it has 0.4 × (1 − 1 / 1.5²).
+    assert shaded[32, 32].tolist() == [153] * 3
+    assert shaded[33, 32].tolist() == [round(255 * (1 - 0.4 * (1 - 1 / 2.25)))] * 3
+    rows, columns = np.nonzero(changed)
+    assert set(rows) == {32, 33} and (columns.min(), columns.max()) == (24, 40)

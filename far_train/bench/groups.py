@@ -53,13 +53,13 @@ class Group:
 
 
 def dev_groups() -> tuple[Group, ...]:
-    """Four pairs on which settings are tuned: two of near twins, one far apart, one of two classes."""
+    """Seven pairs on which settings are tuned: three of near twins, two far apart, two of two classes."""
     return _all_groups()[0]
 
 
 def dev_triple() -> Group:
     """Three at once for tuning: the two robots that are near twins, and a cat."""
-    _, robots, cats, _ = dev_groups()
+    _, robots, cats, *_ = dev_groups()
     return Group("dev-triple-1", "triple", (*robots.identities, cats.identities[0]), 800)
 
 
@@ -129,4 +129,10 @@ def _all_groups() -> tuple[tuple[Group, ...], tuple[Group, ...]]:
     tests += classes("", list(zip(NOUNS[:4], NOUNS[4:])), 200)
     devs = kin("dev-", "near", ("dog", "robot"), 500, NEAR) + kin("dev-", "far", ("cat",), 600, FAR)
     devs += classes("dev-", [("bird", "cup")], 700)
+    # Drawn last, so that the pairs above stay who they were.
+    devs += [
+        pair("dev-near-3", "near", "car", 502, "car", (1,)),
+        pair("dev-far-2", "far", "bird", 601, "bird", (5,)),
+        pair("dev-classes-2", "classes", "fish", 701, "tree", ()),
+    ]
     return tuple(devs), tuple(tests)
