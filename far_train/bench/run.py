@@ -51,7 +51,7 @@ from .overfitting import SubjectRuler, kernel_distance, overfitting_figures, sub
 from .plans import Plan
 from .rivals import ResizedPhotos, SegMix, ShuffledMasks, TrueScenes, degrade
 
-EMPTY_SCENES, REFERENCES = 2, 5
+EMPTY_SCENES, REFERENCES = 4, 5
 SHOWN = 16
 PROBES = 16  # held-out renders on which attention is measured
 PROBE_SEED = 91_000

@@ -13,7 +13,7 @@ from ..photos import Photo
 from ..priors import EmptyScene, draw_class_pictures, draw_empty_scenes
 from ..subjects import SubjectExtractor
 from .scenery import PLACES
-from .shipped import DRAWING
+from .shipped import DRAWING, EMPTY_PLACES
 
 OnProgress = Callable[[int, int], None]
 
@@ -44,4 +44,4 @@ def draw_places(
 ) -> list[Background]:
     """``each`` pictures of every empty place, as the base draws them; those in ``folder`` are used again."""
     places = [EmptyScene(prompt, phrase) for phrase, prompt in PLACES.values()]
-    return draw_empty_scenes(base, places, each, folder, DRAWING, on_progress=on_progress)
+    return draw_empty_scenes(base, places, each, folder, EMPTY_PLACES, on_progress=on_progress)

@@ -25,6 +25,7 @@ SAM = WEIGHTS / "sam" / SAM_FILE
 ORACLE = WEIGHTS / "oracle" / ORACLE_FILE
 SIZE = 128  # pixels, the small base's native side
 DRAWING = SampleConfig(sampling_steps=25, guidance=5.0, sample_batch=8)  # what suits the small base
+EMPTY_PLACES = DRAWING.replace(guidance=2.0)  # with more of it the base's empty places are paler than its pictures'
 # What a small model with 16 × 16 cells needs; the product's defaults are for Stable Diffusion 2.1.
 TRAINING = TrainConfig(
     steps=400,
