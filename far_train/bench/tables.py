@@ -35,14 +35,7 @@ def write_report(rows: Sequence[Row], out: Path, title: str) -> Path:
             parts += ["", f"## {heading} ({groups})", "", *_table(summary)]
     tested = contrasts(rows)
     if tested:
-        parts += [
-            "",
-            "## Contrasts",
-            "",
-            "| measure | arms | difference | 95 % | p (sign flips) | p (Holm) |",
-            "| --- | --- | --- | --- | --- | --- |",
-        ]
-        parts += [_contrast_line(c) for c in tested]
+        parts += ["", "## Contrasts", "", *contrast_table(tested)]
     claimed = claims_table(rows)
     if claimed:
         parts += ["", "## Claims", "", '"Open": a bound lies within the interval.', "", *claimed]
@@ -66,6 +59,12 @@ def _table(summary: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> l
         ]
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return lines
+
+
+def contrast_table(tested: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Markdown lines of what ``contrasts`` found."""
+    head = "| measure | arms | difference | 95 % | p (sign flips) | p (Holm) |"
+    return [head, "| --- | --- | --- | --- | --- | --- |", *map(_contrast_line, tested)]
 
 
 def _contrast_line(c: Mapping[str, Any]) -> str:

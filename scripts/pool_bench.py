@@ -1,0 +1,46 @@
+#!/usr/bin/env python3
+"""Print contrasts and claims over several benches together, from their results.csv.
+
+    python scripts/pool_bench.py docs/bench-*.csv
+
+Each pair is compared within its own bench, so the benches may have had different settings. A pair may be in one alone.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from far_train.bench.claims import claims_table  # noqa: E402
+from far_train.bench.summary import COLUMNS, contrasts  # noqa: E402
+from far_train.bench.tables import contrast_table  # noqa: E402
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a bench from its results.csv. Raises SystemExit where the columns are others."""
+    with path.open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    if not lines or not {"arm", "group", "kind", "seed", "success"} <= lines[0].keys():
+        sys.exit(f"{path}: is no results.csv of a bench; give the file that 'python -m far_train bench' wrote")
+    return [
+        {key: line[key] for key in ("arm", "group", "kind", "seed")}
+        | {"figures": {name: float(line[name]) for name in COLUMNS if line.get(name)}}
+        for line in lines
+    ]
+
+
+def main(paths: list[Path]) -> None:
+    benches = [read_rows(path) for path in paths]
+    rows = [row for bench in benches for row in bench]
+    groups = [group for bench in benches for group in {row["group"] for row in bench}]
+    if twice := {group for group in groups if groups.count(group) > 1}:
+        sys.exit(f"{', '.join(sorted(twice))}: in more than one file, which would mix settings; leave one out")
+    print("\n".join([*contrast_table(contrasts(rows)), "", *claims_table(rows)]))
+
+
+if __name__ == "__main__":
+    main([Path(path) for path in sys.argv[1:]])

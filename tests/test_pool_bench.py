@@ -1,0 +1,34 @@
+"""Several benches' results taken together."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "pool_bench.py"
+
+
+def pool(*paths: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, SCRIPT, *paths], capture_output=True, text=True)
+
+
+def results(path: Path, group: str, far: float, rival: float) -> Path:
+    rows = [f"far,{group},near,0,{far},", f"custom-diffusion,{group},near,0,{rival},0.5"]
+    path.write_text("\n".join(["arm,group,kind,seed,success,solo", *rows]) + "\n", encoding="utf-8")
+    return path
+
+
+def test_pairs_of_several_benches_are_compared_each_within_its_own(tmp_path):
+    first, second = results(tmp_path / "a.csv", "near-1", 0.5, 0.1), results(tmp_path / "b.csv", "near-2", 0.3, 0.1)
+    lines = pool(first, second).stdout.splitlines()
+    assert "| both right | far − custom-diffusion (2 pairs) | +30.0 | +20.0 … +40.0 | 0.500 | 0.500 |" in lines
+    assert any("far to custom-diffusion (2) | +30.0" in line and line.endswith("| yes |") for line in lines)
+
+
+def test_what_can_not_be_pooled_is_named(tmp_path):
+    first, again = results(tmp_path / "a.csv", "near-1", 0.5, 0.1), results(tmp_path / "b.csv", "near-1", 0.3, 0.1)
+    other = tmp_path / "other.csv"
+    other.write_text("name,value\nx,1\n", encoding="utf-8")
+    assert "near-1" in pool(first, again).stderr and "other.csv" in pool(other).stderr
+    assert pool(first, again).returncode == pool(other).returncode == 1
