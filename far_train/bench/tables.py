@@ -70,7 +70,7 @@ def contrast_table(tested: Sequence[Mapping[str, Any]]) -> list[str]:
 def _contrast_line(c: Mapping[str, Any]) -> str:
     what = f"{COLUMNS[c['measure']][0]} | {c['first']} − {c['second']} ({c['pairs']} pairs)"
     gap = f"{100 * c['difference']:+.1f} | {100 * c['low']:+.1f} … {100 * c['high']:+.1f}"
-    return f"| {what} | {gap} | {c['p']:.3f} | {c['p_adjusted']:.3f} |"
+    return f"| {what} | {gap} | {c['p']:.2g} | {c['p_adjusted']:.2g} |"
 
 
 def _csv(rows: Sequence[Row]) -> str:
