@@ -174,7 +174,7 @@ def cast_shadows(canvas: Image.Image, placed: Sequence[Placed], depth: float) ->
     It is part of the background: no mask knows of it, and no subject lies in another's.
     """
     ground = np.asarray(canvas, dtype=np.float32)
-    y, x = np.mgrid[: canvas.height, : canvas.width]
+    y, x = np.ogrid[: canvas.height, : canvas.width]
     for item in placed:
         left, _, right, bottom = item.cutout.box
         width = right - left

@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from far_train.bench.claims import claims_table  # noqa: E402
-from far_train.bench.summary import COLUMNS, contrasts  # noqa: E402
+from far_train.bench.summary import COLUMNS  # noqa: E402
 from far_train.bench.tables import contrast_table  # noqa: E402
 
 
@@ -39,7 +39,7 @@ def main(paths: list[Path]) -> None:
     groups = [group for bench in benches for group in {row["group"] for row in bench}]
     if twice := {group for group in groups if groups.count(group) > 1}:
         sys.exit(f"{', '.join(sorted(twice))}: in more than one file, which would mix settings; leave one out")
-    print("\n".join([*contrast_table(contrasts(rows)), "", *claims_table(rows)]))
+    print("\n".join([*contrast_table(rows), "", *claims_table(rows)]))
 
 
 if __name__ == "__main__":

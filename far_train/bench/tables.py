@@ -33,9 +33,9 @@ def write_report(rows: Sequence[Row], out: Path, title: str) -> Path:
         if summary:
             groups = len({r["group"] for r in rows if r["kind"] in kinds})
             parts += ["", f"## {heading} ({groups})", "", *_table(summary)]
-    tested = contrasts(rows)
+    tested = contrast_table(rows)
     if tested:
-        parts += ["", "## Contrasts", "", *contrast_table(tested)]
+        parts += ["", "## Contrasts", "", *tested]
     claimed = claims_table(rows)
     if claimed:
         parts += ["", "## Claims", "", '"Open": a bound lies within the interval.', "", *claimed]
@@ -61,10 +61,15 @@ def _table(summary: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> l
     return lines
 
 
-def contrast_table(tested: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Markdown lines of what ``contrasts`` found."""
-    head = "| measure | arms | difference | 95 % | p (sign flips) | p (Holm) |"
-    return [head, "| --- | --- | --- | --- | --- | --- |", *map(_contrast_line, tested)]
+def contrast_table(rows: Sequence[Row]) -> list[str]:
+    """Markdown lines, one for each registered contrast that the rows can tell; empty if there is none."""
+    lines = [_contrast_line(c) for c in contrasts(rows)]
+    if lines:
+        lines[:0] = [
+            "| measure | arms | difference | 95 % | p (sign flips) | p (Holm) |",
+            "| --- | --- | --- | --- | --- | --- |",
+        ]
+    return lines
 
 
 def _contrast_line(c: Mapping[str, Any]) -> str:
