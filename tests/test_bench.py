@@ -180,7 +180,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(bench_run, "EMPTY_SCENES", 1)
     monkeypatch.setattr(bench_run, "PROBES", 1)
     monkeypatch.setattr(bench_run, "FUSION", bench_run.FUSION.replace(count=8))
-    for place in ("far_train.bench.run.DRAWING", "far_train.mini.materials.DRAWING"):
+    for place in ("far_train.bench.run.DRAWING", "far_train.mini.materials.EMPTY_PLACES"):
         monkeypatch.setattr(place, shipped.DRAWING.replace(sampling_steps=1))
     monkeypatch.setattr(bench_run, "corrected_leakage", lambda *_: 0.0)
 

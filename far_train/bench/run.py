@@ -34,7 +34,7 @@ from ..fusion import ConceptFusion
 from ..mini.materials import cut_class_pictures, draw_places
 from ..mini.oracle import Oracle, Reading, picture_features, read_pictures
 from ..mini.scenery import BACKGROUNDS, PLACES
-from ..mini.shipped import DRAWING, SIZE
+from ..mini.shipped import DRAWING, EMPTY_PLACES, SIZE
 from ..mini.verdicts import judge_subjects
 from ..mini.world import reference_photos, render_scene
 from ..priors import WithPriors
@@ -136,6 +136,7 @@ class Bench:
             "training": self.train_config(arm, seed).result_shaping(),
             "fusion": arm.fusion_config(seed).to_dict(),
             "class_drawing": arm.class_config().to_dict(),
+            "scenes": EMPTY_PLACES.to_dict() | {"each": EMPTY_SCENES},
             "group": [asdict(i) for i in group.identities],
             "pictures": dict(self.plan.pictures),
             "base": self._base.digest,
@@ -157,7 +158,7 @@ class Bench:
 
     @cached_property
     def _scenes(self) -> list[Background]:
-        folder = self.out / "materials" / "scenes"
+        folder = self.out / "materials" / f"scenes-guidance-{EMPTY_PLACES.guidance:g}"
         return draw_places(self._base, EMPTY_SCENES, folder, self._phase("empty scenes"))
 
     def _phase(self, name: str) -> Callable[[int, int], None]:
