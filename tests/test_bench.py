@@ -30,7 +30,7 @@ PAIR = dev_groups()[0]
 def test_dev_and_test_subjects_are_apart_and_unknown_to_the_base():
     dev = {i for g in dev_groups() for i in g.identities}
     test = {i for g in test_groups() for i in g.identities}
-    assert len(dev) == 14 and len(test) == 32 and not dev & test
+    assert len(dev) == 18 and len(test) == 48 and not dev & test
     assert dev | test <= held_out_identities()
     assert {i for g in (*larger_groups(), *single_groups()) for i in g.identities} <= test
     assert set(dev_triple().identities) <= dev and len(dev_triple().names) == 3

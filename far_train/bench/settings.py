@@ -14,7 +14,7 @@ class BenchConfig(Config):
 
     plan: str = setting(
         "reduced",
-        "reduced: core arms on two dev pairs; dev: all arms on seven dev pairs and a triple; core: core arms on eight "
+        "reduced: core arms on two dev pairs; dev: all arms on nine dev pairs and a triple; core: core arms on eight "
         "test pairs, two seeds; full: all arms on all test groups, three seeds",
         choices=("reduced", "dev", "core", "full"),
     )
