@@ -9,17 +9,18 @@ import pytest
 import torch
 
 from far_train.bench import run as bench_run
-from far_train.bench.arms import ALL, CORE, find_arms
+from far_train.bench.arms import ALL, CORE, FUSION, find_arms
 from far_train.bench.claims import Claim, claims_table, weigh
 from far_train.bench.groups import core_groups, dev_groups, dev_triple, larger_groups, single_groups, test_groups
 from far_train.bench.plans import Plan, build_plan
-from far_train.bench.rivals import ResizedPhotos, SegMix, ShuffledMasks, TrueScenes, degrade
+from far_train.bench.rivals import ResizedPhotos, SegMix, ShuffledMasks, TruePairs, TrueScenes, degrade
 from far_train.bench.run import concepts, prompts, reference_places
 from far_train.bench.settings import BenchConfig
 from far_train.bench.summary import contrasts, per_group, summarise
 from far_train.bench.tables import write_report
 from far_train.captions import Name
 from far_train.errors import CheckpointError, ConfigError, Interrupted
+from far_train.fusion import ConceptFusion
 from far_train.mini import shipped
 from far_train.mini.held_out import held_out_identities
 from far_train.photos import load_photo
@@ -112,6 +113,20 @@ def test_shuffled_masks_belong_to_the_other_subject():
     assert torch.equal(right.mentions[0].mask, shuffled.mentions[1].mask)
     assert torch.equal(right.mentions[1].mask, shuffled.mentions[0].mask)
     assert right.caption == shuffled.caption and true.digest() != wrong.digest()
+
+
+def test_true_pairs_stand_for_the_composites_of_both_and_for_no_others():
+    found = concepts(PAIR)
+    fused = ConceptFusion(found, config=FUSION.replace(count=40))
+    true = TrueScenes(found, PAIR.identities, fused.size, fused.composite_count(), 0)
+    mixed, exchanged = TruePairs(fused, true), 0
+    for i in range(40):
+        recipe = fused.composite(i).recipe
+        source = true if recipe == "pair" else fused
+        assert torch.equal(mixed.composite(i).image, source.composite(i).image)
+        exchanged += recipe == "pair"
+    assert 0 < exchanged < 40
+    assert len({fused.digest(), true.digest(), mixed.digest()}) == 3
 
 
 def test_degraded_masks_are_off_but_still_on_the_subject():

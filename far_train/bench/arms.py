@@ -25,9 +25,10 @@ ORIGINALS = {"recipe_weights": {"original": 1.0}}
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to learn. ``data``: fused (Concept Fusion with the changes in ``fusion``), resized, seg_mix, true_scenes,
-    or none for an arm that learns nothing; ``masks``: exact, shuffled, degraded; ``training``: changes of TRAINING;
-    ``class_pictures`` of each noun, drawn with the changes of DRAWING in ``class_drawing``."""
+    """One way to learn. ``data``: fused (Concept Fusion with the changes in ``fusion``), true_pairs (the same with true
+    pictures of both), resized, seg_mix, true_scenes, or none for an arm that learns nothing; ``masks``: exact,
+    shuffled, degraded; ``training``: changes of TRAINING; ``class_pictures`` of each noun, drawn with the changes of
+    DRAWING in ``class_drawing``."""
 
     name: str
     title: str
@@ -131,6 +132,12 @@ FURTHER = (
 )
 CONTROLS = (
     Arm("far-shuffled", "FaR, wrong masks", "each subject has another one's mask: must hurt", masks="shuffled"),
+    Arm(
+        "far-true-pairs",
+        "FaR, true pairs",
+        "true pictures of both instead of composites: what is left to the ceiling is the price of learning each alone",
+        data="true_pairs",
+    ),
     Arm("ceiling", "Ceiling", "trained on true pictures of the subjects together", data="true_scenes"),
 )
 ALL = (*CORE, *FURTHER, *CONTROLS)

@@ -49,7 +49,7 @@ from .groups import Group
 from .measures import Seen, binding_figures, corrected_leakage, joint_figures, prior_figures, solo_figures
 from .overfitting import SubjectRuler, kernel_distance, overfitting_figures, subject_rulers
 from .plans import Plan
-from .rivals import ResizedPhotos, SegMix, ShuffledMasks, TrueScenes, degrade
+from .rivals import ResizedPhotos, SegMix, ShuffledMasks, TruePairs, TrueScenes, degrade
 
 EMPTY_SCENES, REFERENCES = 4, 5
 SHOWN = 16
@@ -191,9 +191,12 @@ class Bench:
             return ResizedPhotos(found, SIZE, FUSION.count, seed)
         if arm.data == "seg_mix":
             return SegMix(found, SIZE, FUSION.count, seed)
+        scenes = TrueScenes(found, group.identities, SIZE, FUSION.count, seed)
         if arm.data == "true_scenes":
-            return TrueScenes(found, group.identities, SIZE, FUSION.count, seed)
+            return scenes
         fused = ConceptFusion(found, self._class_pictures(arm, group), self._scenes, arm.fusion_config(seed))
+        if arm.data == "true_pairs":
+            return TruePairs(fused, scenes)
         return ShuffledMasks(fused) if arm.masks == "shuffled" else fused
 
     def _train(self, base: BaseModel, training_set: TrainingSet, arm: Arm, seed: int, folder: Path) -> Vocabulary:
