@@ -115,6 +115,17 @@ class FuseConcepts(io.ComfyNode):
                     "dark eye.",
                 ),
                 *shares,
+                io.Float.Input(
+                    "shadow",
+                    default=FusionConfig.shadow,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="How dark the soft shadow at a pasted subject's foot is. 0 for subjects that don't stand on "
+                    "ground, such as birds in the air, and for photos from above.",
+                    extra_dict={"advanced": True},
+                ),
             ],
             outputs=[
                 FarDataset.Output("dataset", tooltip="For FaR Train or FaR Save Dataset."),
@@ -142,13 +153,19 @@ class FuseConcepts(io.ComfyNode):
         prior: Sequence[Sequence[ClassPicture]] = (),
         backgrounds: Sequence[Tensor] = (),
         background_captions: Sequence[str] = (),
+        shadow: Sequence[float] = (FusionConfig.shadow,),
     ) -> io.NodeOutput:
         named = all_of("concepts", concepts, Concept, "FAR_CONCEPTS")
         weights = recipe_weights(
             len(named), dict(zip(RECIPES, (original[0], solo[0], pair[0], triple[0], beside_prior[0])))
         )
         config = FusionConfig(
-            size=size[0], count=count[0], fusion_seed=fusion_seed[0], flip=flip[0], recipe_weights=weights
+            size=size[0],
+            count=count[0],
+            fusion_seed=fusion_seed[0],
+            flip=flip[0],
+            shadow=shadow[0],
+            recipe_weights=weights,
         )
         pictures = all_of("prior", prior, ClassPicture, "FAR_PRIOR")
         scenes = with_phrases(unroll_images(backgrounds, "background"), background_captions)

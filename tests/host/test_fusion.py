@@ -118,6 +118,18 @@ def test_recipes_can_be_weighted(comfy: ComfyServer, folders: dict[str, str]):
     assert node_id == "50" and "all shares are 0" in words
 
 
+def test_a_shadow_can_be_left_out(comfy: ComfyServer, folders: dict[str, str]):
+    def previews(**changes: float) -> list[np.ndarray]:
+        fused = fusing(comfy, folders, original=0.0, **changes)
+        fused["60"] = node("SaveImage", images=["50", 1], filename_prefix="shadow")
+        return [picture.astype(int) for picture in pictures(comfy, comfy.run(fused)["60"])]
+
+    usual, same, none = previews(), previews(shadow=0.35), previews(shadow=0.0)
+    for with_one, again, without in zip(usual, same, none):
+        assert np.array_equal(with_one, again)
+        assert (with_one <= without).all() and (with_one < without - 10).any()
+
+
 def test_one_concept_alone(comfy: ComfyServer):
     photo_folder(comfy, "fuse_single")
     outputs = comfy.run(fusing(comfy, {"<lone-disc>": "fuse_single"}))
