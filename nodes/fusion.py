@@ -122,8 +122,8 @@ class FuseConcepts(io.ComfyNode):
                     max=1.0,
                     step=0.05,
                     optional=True,
-                    tooltip="How dark the soft shadow at a pasted subject's foot is. 0 for subjects that don't stand on "
-                    "ground, such as birds in the air, and for photos from above.",
+                    tooltip="How dark the soft shadow at a pasted subject's foot is. 0 for subjects that don't stand "
+                    "on ground, such as birds in the air, and for photos from above.",
                     extra_dict={"advanced": True},
                 ),
             ],
