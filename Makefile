@@ -10,8 +10,8 @@ demo:  ## the whole line on sample subjects; leaves outputs/demo/index.html
 	rm -rf outputs/demo
 	python=$(PYTHON_OF) && "$$python" -m far_train demo --out outputs/demo
 
-test: lint  ## all tests but the full-size ones
-	python=$(PYTHON_OF) && "$$python" -m pytest
+test: lint  ## all tests but the full-size ones, a process on each of up to eight cores
+	python=$(PYTHON_OF) && "$$python" -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 test-full-size:  ## Stable Diffusion 2.1 at its real size with random weights (12 GB of memory)
 	python=$(PYTHON_OF) && "$$python" -m pytest -m full_size tests/test_full_size.py

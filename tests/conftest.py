@@ -13,7 +13,13 @@ from far_train.config import FusionConfig
 from far_train.fusion import ConceptFusion
 from far_train.mini.tiny import random_states, tiny_configs, write_folder
 
+from .host.tally import HostTally
+
 torch.set_num_threads(1)  # more only wait for each other on models this small
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(HostTally())
 
 
 @pytest.fixture(scope="session")

@@ -63,6 +63,13 @@ def dev_triple() -> Group:
     return Group("dev-triple-1", "triple", (*robots.identities, cats.identities[0]), 800)
 
 
+def dev_singles() -> tuple[Group, ...]:
+    """Three subjects, each learned by itself, for tuning: the first of a dev pair of dogs, of cars and of birds."""
+    pairs = {group.key: group for group in dev_groups()}
+    firsts = [pairs[key].identities[:1] for key in ("dev-near-1", "dev-near-3", "dev-far-2")]
+    return tuple(Group(f"dev-single-{i + 1}", "single", first, 850 + i) for i, first in enumerate(firsts))
+
+
 def test_groups() -> tuple[Group, ...]:
     """Pairs for the one measurement: 12 of near twins, 6 far apart, 6 of two classes. The last four, two and two came
     later, when the first sixteen had been run."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..errors import ConfigError
 from .arms import ALL, CORE, Arm, find_arms
-from .groups import Group, core_groups, dev_groups, dev_triple, larger_groups, single_groups, test_groups
+from .groups import Group, core_groups, dev_groups, dev_singles, dev_triple, larger_groups, single_groups, test_groups
 from .settings import BenchConfig
 
 
@@ -34,7 +34,7 @@ def build_plan(config: BenchConfig) -> Plan:
     dev = dev_groups()  # the first differs in a trim of yellow or orange, which not even the ceiling learns
     plan = {
         "reduced": Plan(CORE, (dev[1], dev[2]), 1, FEW),
-        "dev": Plan(ALL, (*dev, dev_triple()), 1, FEW),
+        "dev": Plan(ALL, (*dev, dev_triple(), *dev_singles()), 1, FEW),
         "core": Plan(CORE, core_groups(), 2, MANY),
         "full": Plan(ALL, (*test_groups(), *larger_groups(), *single_groups()), 3, MANY),
     }[config.plan]

@@ -1,17 +1,12 @@
-"""Fixtures of the host tests: find a ComfyUI, start one for the session, and say how many tests it served."""
+"""Fixtures of the host tests: find a ComfyUI, and start one for the session."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from .comfy_server import HOW_TO_GET_A_HOST, ComfyServer, Host, HostError, find_host, find_python
-
-HERE = Path(__file__).resolve().parent
-OUTCOMES: pytest.StashKey[Counter] = pytest.StashKey()
+from .comfy_server import HOW_TO_GET_A_HOST, ComfyServer, Host, find_host, find_python
 
 
 @pytest.fixture(scope="session")
@@ -48,30 +43,3 @@ def template_files(comfy: ComfyServer) -> Iterator[None]:
         path.unlink()
     for folder in folders:
         folder.rmdir()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[OUTCOMES] = Counter()
-
-
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
-    outcome = yield
-    report = outcome.get_result()
-    if HERE in item.path.parents and (report.when == "call" or report.skipped or report.failed):
-        item.config.stash[OUTCOMES][report.outcome] += 1
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """A green run without a host proves little about ComfyUI, so the summary says what really ran, and on what."""
-    counts = config.stash.get(OUTCOMES, Counter())
-    if not counts:
-        return
-    try:
-        path = find_host()
-    except HostError as error:  # The tests have failed with it already.
-        terminalreporter.write_line(f"host tests: none ran: {error}")
-        return
-    where = f"on ComfyUI {Host(path, find_python(path)).version}" if path else f"({HOW_TO_GET_A_HOST})"
-    ran = counts["passed"] + counts["failed"]
-    terminalreporter.write_line(f"host tests: {ran} ran, {counts['skipped']} skipped {where}")
