@@ -14,8 +14,8 @@ class BenchConfig(Config):
 
     plan: str = setting(
         "reduced",
-        "reduced: core arms on two dev pairs; dev: all arms on nine dev pairs and a triple; core: core arms on eight "
-        "test pairs, two seeds; full: all arms on all test groups, three seeds",
+        "reduced: core arms on two dev pairs; dev: all arms on nine dev pairs, a triple and three alone; core: core "
+        "arms on eight test pairs, two seeds; full: all arms on all test groups, three seeds",
         choices=("reduced", "dev", "core", "full"),
     )
     arms: tuple[str, ...] = setting((), "these arms alone, by name")
