@@ -11,7 +11,15 @@ import torch
 from far_train.bench import run as bench_run
 from far_train.bench.arms import ALL, CORE, FUSION, find_arms
 from far_train.bench.claims import Claim, claims_table, weigh
-from far_train.bench.groups import core_groups, dev_groups, dev_triple, larger_groups, single_groups, test_groups
+from far_train.bench.groups import (
+    core_groups,
+    dev_groups,
+    dev_singles,
+    dev_triple,
+    larger_groups,
+    single_groups,
+    test_groups,
+)
 from far_train.bench.plans import Plan, build_plan
 from far_train.bench.rivals import ResizedPhotos, SegMix, ShuffledMasks, TruePairs, TrueScenes, degrade
 from far_train.bench.run import concepts, prompts, reference_places
@@ -35,6 +43,7 @@ def test_dev_and_test_subjects_are_apart_and_unknown_to_the_base():
     assert dev | test <= held_out_identities()
     assert {i for g in (*larger_groups(), *single_groups()) for i in g.identities} <= test
     assert set(dev_triple().identities) <= dev and len(dev_triple().names) == 3
+    assert all(len(g.names) == 1 and set(g.identities) <= dev for g in dev_singles())
     assert not (dev | test) & {identity for _, identity in shipped.SUBJECTS.values()}
     assert set(core_groups()) <= set(test_groups()) and len(core_groups()) == 8
 
