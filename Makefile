@@ -10,8 +10,9 @@ demo:  ## the whole line on sample subjects; leaves outputs/demo/index.html
 	rm -rf outputs/demo
 	python=$(PYTHON_OF) && "$$python" -m far_train demo --out outputs/demo
 
+# Files stay in their order: test_endurance counts what is alive, which test_fast_path's compiling would disturb.
 test: lint  ## all tests but the full-size ones, a process on each of up to eight cores
-	python=$(PYTHON_OF) && "$$python" -m pytest -n auto --maxprocesses 8 --dist loadfile
+	python=$(PYTHON_OF) && "$$python" -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test-full-size:  ## Stable Diffusion 2.1 at its real size with random weights (12 GB of memory)
 	python=$(PYTHON_OF) && "$$python" -m pytest -m full_size tests/test_full_size.py

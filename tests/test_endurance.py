@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch._subclasses import FakeTensor
 
 from far_train import files, recipe
 from far_train.backbone import BaseModel, load_base
@@ -54,11 +53,11 @@ def balls() -> ConceptFusion:
 
 
 def live_bytes() -> int:
-    """Bytes of all tensors that Python can reach, each storage once; those that a compiler traced with hold none."""
+    """Bytes of all tensors that Python can reach, each storage once."""
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and not (thing.is_meta or issubclass(type(thing), FakeTensor)):
+        if issubclass(type(thing), torch.Tensor) and not thing.is_meta:
             storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
     return sum(storages.values())
 
@@ -156,9 +155,7 @@ def test_ten_runs_in_one_process_leave_nothing_behind(small: BaseModel, balls, t
                 run(number, Callbacks(on_step=lambda *_: 1 / 0))
         else:
             assert same_weights(first, run(number))
-        now = live_bytes()
-        assert now <= before, number  # less where an earlier test's leavings went meanwhile; each kind comes twice
-        before = now
+        assert live_bytes() == before, number
         resident.append(resident_bytes() if Path("/proc/self/status").exists() else 0)
     after = state_of(small)
     assert all(torch.equal(state[k], after[k]) for k in state)

@@ -142,27 +142,10 @@ class TrueScenes(_Generated):
         return Composite.build(scene.image, caption, subjects, "pair")
 
 
-class TruePairs:
-    """FaR's training set with true pictures of both in the place of its composites of both, one for one: a control that
-    tells what composites lack from what learning each alone takes."""
+class _Changed:
+    """A training set whose composites are another's, changed; all else is that one's."""
 
-    def __init__(self, training_set: TrainingSet, scenes: TrueScenes):
-        self._set, self._scenes = training_set, scenes
-        self.names, self.size = training_set.names, training_set.size
-        self.composite_count, self.prior_count = training_set.composite_count, training_set.prior_count
-        self.prior = training_set.prior
-
-    def digest(self) -> str:
-        return hashlib.sha256(f"true pairs {self._set.digest()} {self._scenes.digest()}".encode()).hexdigest()
-
-    def composite(self, index: int) -> Composite:
-        composite = self._set.composite(index)
-        return self._scenes.composite(index) if composite.recipe == "pair" else composite
-
-
-class ShuffledMasks:
-    """A training set in which every picture with two subjects or more says the wrong one is where: a control that must
-    hurt, if the masks are what helps."""
+    kind = ""
 
     def __init__(self, training_set: TrainingSet):
         self._set = training_set
@@ -171,7 +154,35 @@ class ShuffledMasks:
         self.prior = training_set.prior
 
     def digest(self) -> str:
-        return hashlib.sha256(f"shuffled {self._set.digest()}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.kind} {self._set.digest()}".encode()).hexdigest()
+
+    def composite(self, index: int) -> Composite:
+        raise NotImplementedError
+
+
+class TruePairs(_Changed):
+    """FaR's training set with true pictures of both in the place of its composites of both, one for one: a control that
+    tells what composites lack from what learning each alone takes."""
+
+    kind = "true pairs"
+
+    def __init__(self, training_set: TrainingSet, scenes: TrueScenes):
+        super().__init__(training_set)
+        self._scenes = scenes
+
+    def digest(self) -> str:
+        return hashlib.sha256(f"{super().digest()} {self._scenes.digest()}".encode()).hexdigest()
+
+    def composite(self, index: int) -> Composite:
+        composite = self._set.composite(index)
+        return self._scenes.composite(index) if composite.recipe == "pair" else composite
+
+
+class ShuffledMasks(_Changed):
+    """A training set in which every picture with two subjects or more says the wrong one is where: a control that must
+    hurt, if the masks are what helps."""
+
+    kind = "shuffled"
 
     def composite(self, index: int) -> Composite:
         composite = self._set.composite(index)
