@@ -31,6 +31,7 @@ from far_train.errors import CheckpointError, ConfigError, Interrupted
 from far_train.fusion import ConceptFusion
 from far_train.mini import shipped
 from far_train.mini.held_out import held_out_identities
+from far_train.mini.identity import describe
 from far_train.photos import load_photo
 
 PAIR = dev_groups()[0]
@@ -162,6 +163,19 @@ def test_arms_differ_from_far_in_what_they_say_and_spend_the_same_budget():
         find_arms(("fra",))
 
 
+def test_arms_ask_for_the_subjects_by_token_in_words_or_by_noun():
+    counts = {"joint": 1, "solo": 1, "binding": 1, "prior": 1}
+    asked = {
+        name: [text for _, text, _, _ in bench_run.prompts(PAIR, bench_run.called(*find_arms((name,)), PAIR), counts)]
+        for name in ("far", "words", "floor")
+    }
+    first, second = (describe(identity) for identity in PAIR.identities)
+    assert asked["far"][0].startswith(f"a photo of a <v1> {PAIR.identities[0].noun} and a <v2> ")
+    assert asked["words"][0].startswith(f"a photo of {first} and {second}, ")
+    assert asked["words"][1].startswith(f"a photo of {first}, ")
+    assert asked["floor"][0].startswith(f"a photo of a {PAIR.identities[0].noun} and another ")
+
+
 def test_plans():
     assert len(build_plan(BenchConfig()).runs()) == 2 * len(CORE)
     assert len(build_plan(BenchConfig(plan="core")).runs()) == 8 * 2 * len(CORE)
@@ -189,7 +203,7 @@ def models():
     return shipped.small_sam(), shipped.small_oracle()
 
 
-def make_bench(models, out, arms=("floor", "custom-diffusion", "far"), **options):
+def make_bench(models, out, arms=("floor", "custom-diffusion", "far", "words"), **options):
     plan = Plan(
         tuple(replace(a, class_pictures=2) for a in find_arms(arms)),
         (PAIR,),
@@ -225,8 +239,9 @@ def test_a_run_from_end_to_end_goes_on_where_it_stopped(quick, models, tmp_path)
     with pytest.raises(Interrupted, match="start again"):
         make_bench(models, tmp_path, should_stop=stop).run()
     rows = make_bench(models, tmp_path).run()
-    assert [row["arm"] for row in rows] == ["floor", "custom-diffusion", "far"]
+    assert [row["arm"] for row in rows] == ["floor", "custom-diffusion", "far", "words"]
     assert "solo" not in rows[0]["figures"] and 0 <= rows[2]["figures"]["attention_own"] <= 1
+    assert "solo" in rows[3]["figures"] and "prior_drift" not in rows[3]["figures"]  # it learns nothing
     folder = tmp_path / "runs" / "far" / f"{PAIR.key}-s0"
     assert (folder / "training" / "weights.safetensors").exists()
     assert not (folder / "training" / "checkpoints").exists()
@@ -240,7 +255,7 @@ def test_a_run_from_end_to_end_goes_on_where_it_stopped(quick, models, tmp_path)
     text = report.read_text()
     assert "# A short bench" in text and "| custom-diffusion |" in text and "Near twins (1)" in text
     table = list(csv.DictReader((tmp_path / "results.csv").open()))
-    assert [r["arm"] for r in table] == ["floor", "custom-diffusion", "far"]
+    assert [r["arm"] for r in table] == ["floor", "custom-diffusion", "far", "words"]
     for name in ("success-drift.png", "leakage-similarity.png", "sheets/far.jpg"):
         assert load_photo(tmp_path / name).image.shape[2] == 3
 

@@ -26,9 +26,9 @@ ORIGINALS = {"recipe_weights": {"original": 1.0}}
 @dataclass(frozen=True)
 class Arm:
     """One way to learn. ``data``: fused (Concept Fusion with the changes in ``fusion``), true_pairs (the same with true
-    pictures of both), resized, seg_mix, true_scenes, or none for an arm that learns nothing; ``masks``: exact,
-    shuffled, degraded; ``training``: changes of TRAINING; ``class_pictures`` of each noun, drawn with the changes of
-    DRAWING in ``class_drawing``."""
+    pictures of both), resized, seg_mix, true_scenes, or, where nothing is learned, none (prompts with bare nouns) or
+    words (with all attributes); ``masks``: exact, shuffled, degraded; ``training``: changes of TRAINING;
+    ``class_pictures`` of each noun, drawn with the changes of DRAWING in ``class_drawing``."""
 
     name: str
     title: str
@@ -39,6 +39,10 @@ class Arm:
     training: Mapping[str, Any] = field(default_factory=dict)
     class_pictures: int = CLASS_PICTURES
     class_drawing: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def learns(self) -> bool:
+        return self.data not in ("none", "words")
 
     def train_config(self, train_seed: int) -> TrainConfig:
         return TRAINING.replace(train_seed=train_seed, **self.training)
@@ -131,6 +135,12 @@ FURTHER = (
     Arm("far-degraded", "FaR, poor masks", "masks two pixels off, with a part missing", masks="degraded"),
 )
 CONTROLS = (
+    Arm(
+        "words",
+        "In words",
+        "the base, told all attributes of each in words; it learns nothing: what it can draw of two such subjects",
+        data="words",
+    ),
     Arm("far-shuffled", "FaR, wrong masks", "each subject has another one's mask: must hurt", masks="shuffled"),
     Arm(
         "far-true-pairs",

@@ -31,6 +31,7 @@ from ..config import TrainConfig
 from ..errors import CheckpointError, Interrupted
 from ..files import write_json, write_tensors, write_text
 from ..fusion import ConceptFusion
+from ..mini.identity import describe
 from ..mini.materials import cut_class_pictures, draw_places
 from ..mini.oracle import Oracle, Reading, picture_features, read_pictures
 from ..mini.scenery import BACKGROUNDS, PLACES
@@ -110,11 +111,11 @@ class Bench:
             return row
         started = time.monotonic()
         base, vocabulary = load_base(self.base_folder).to(self.device), None
-        if arm.data != "none":
+        if arm.learns:
             training_set = WithPriors(self.training_set(arm, group, seed), self._class_pictures(arm, group))
             vocabulary = self._train(base, training_set, arm, seed, folder / "training")
         trained = time.monotonic()
-        figures, seen, pictures = self._judge(base, vocabulary, group, seed)
+        figures, seen, pictures = self._judge(base, vocabulary, arm, group, seed)
         if vocabulary is not None:
             figures |= attention_figures(base, vocabulary, group)
         row = {
@@ -213,9 +214,9 @@ class Bench:
     # ---- what is measured
 
     def _judge(
-        self, base: BaseModel, vocabulary: Vocabulary | None, group: Group, seed: int
+        self, base: BaseModel, vocabulary: Vocabulary | None, arm: Arm, group: Group, seed: int
     ) -> tuple[dict[str, float], list[Seen], Tensor]:
-        names = group.names if vocabulary else [Name(n.noun) for n in group.names]
+        names = called(arm, group)
         asked = prompts(group, names, self.plan.pictures)
         seeds = _seeds(seed, len(asked))
         pictures, readings = self._look(base, vocabulary or plain_vocabulary(base), asked, seeds)
@@ -223,8 +224,9 @@ class Bench:
         by_kind = {kind: [s for s in seen if s.kind == kind] for kind in self.plan.pictures}
         joint = self.plan.pictures["joint"]  # they come first, prior pictures last
         figures = joint_figures(by_kind["joint"], group.identities, reference_places(group))
-        if vocabulary:
+        if arm.data != "none":
             figures |= solo_figures(by_kind["solo"], group.identities)
+        if vocabulary:
             figures |= overfitting_figures(self._rulers(group), group.identities, pictures[:joint], readings[:joint])
             base_seen, base_features = self._base_prior(group, seed)
             figures |= prior_figures(by_kind["prior"], base_seen, group.identities)
@@ -304,8 +306,15 @@ def concepts(group: Group) -> list[Concept]:
     return found
 
 
+def called(arm: Arm, group: Group) -> tuple[Name, ...]:
+    """The subjects in an arm's prompts: by their tokens, by all their attributes in words, or by bare nouns."""
+    if arm.data == "words":
+        return tuple(Name(describe(identity).split(" ", 1)[1]) for identity in group.identities)
+    return group.names if arm.learns else tuple(Name(identity.noun) for identity in group.identities)
+
+
 def prompts(group: Group, names: Sequence[Name], counts: Mapping[str, int]) -> list[Asked]:
-    """Every picture of a run, joint ones first and prior ones last; ``names`` without tokens ask the bare base."""
+    """Every picture of a run, joint ones first and prior ones last; ``names`` without tokens ask the base as it is."""
     free = [place for place in BACKGROUNDS if place not in reference_places(group)]
     asked: list[Asked] = []
     for i in range(counts["joint"]):
