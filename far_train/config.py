@@ -132,6 +132,11 @@ class ExtractConfig(Config):
     min_area: float = setting(0.03, "smallest share of the frame that counts as a subject", low=0, high=1)
     max_area: float = setting(0.95, "a mask that covers more of the frame than this is no subject", low=0, high=1)
     max_side: int = setting(1024, "photos are scaled down to this longest side, in pixels", low=64, high=8192)
+    use_masks: str = setting(
+        "keep",
+        "masks that photos bring: keep them, or take each as a hint of where SAM finds the outline",
+        choices=("keep", "hint"),
+    )
 
     def check(self) -> None:
         if self.min_area >= self.max_area:

@@ -103,6 +103,12 @@ def _are_numbers(values: Any, count: int) -> bool:
     )
 
 
+def mask_box(mask: torch.Tensor) -> tuple[float, float, float, float]:
+    """The box x0, y0, x1, y1 around a mask [H,W], in its pixels; some of it must be 0.5 or more."""
+    rows, columns = ((mask >= 0.5).any(axis).nonzero().flatten() for axis in (1, 0))
+    return float(columns[0]), float(rows[0]), float(columns[-1]) + 1, float(rows[-1]) + 1
+
+
 def clean_mask(mask: torch.Tensor, config: ExtractConfig | None = None) -> torch.Tensor:
     """[H,W] bool or 0..1 to [H,W] float32 of 0 and 1: its largest connected part at 0.5, with the holes filled.
 
@@ -195,15 +201,22 @@ class SubjectExtractor:
         return torch.from_numpy(masks), torch.from_numpy(scores)
 
     def extract(self, photo: Photo, prompt: Prompt | None = None) -> Subject:
-        """The subject of a photo. A photo that brings a mask keeps it as it is. Raises SubjectError."""
-        if photo.mask is not None:
-            return subject_from_mask(photo)
+        """The subject of a photo. Raises SubjectError.
+
+        A photo that brings a mask keeps it as it is; with ``use_masks`` "hint", SAM looks within the box around it.
+        """
+        own = None if photo.mask is None else subject_from_mask(photo)
+        if own is not None and self.config.use_masks == "keep":
+            return own
         prompt = prompt or Prompt()
         height, width = photo.image.shape[:2]
         full_height, full_width = photo.full_size or (height, width)
         try:
             prompt.check_inside(full_width, full_height)
-            masks, scores = self.predict(photo.image, prompt.scaled(width / full_width, height / full_height))
+            prompt = prompt.scaled(width / full_width, height / full_height)
+            if own is not None:
+                prompt = Prompt(mask_box(own.mask), prompt.points)
+            masks, scores = self.predict(photo.image, prompt)
             mask, score = choose_mask(masks, scores, self.config)
         except SubjectError as e:
             raise SubjectError(f"{photo.path}: {e}") from e
@@ -270,7 +283,7 @@ def _subject_or_reason(path: Path, extractor: SubjectExtractor | None, prompt: P
     if photo.mask is None and extractor is None:
         raise _no_mask(photo)
     try:
-        return extractor.extract(photo, prompt) if photo.mask is None else subject_from_mask(photo)
+        return subject_from_mask(photo) if extractor is None else extractor.extract(photo, prompt)
     except SubjectError as e:
         return str(e)
 

@@ -269,9 +269,6 @@ class ExtractSubject(io.ComfyNode):
         labels = photo_labels(len(pictures), names)
         given = match_masks(pictures, unroll_masks(masks), labels=labels) if len(masks) else [None] * len(pictures)
         prompts = read_prompts(len(pictures), box, box_format[0], points, names)
-        if use_masks[0] == MASK_USES[1] and len(sam_model):
-            prompts = [p if m is None else Prompt(mask_box(m), p.points) for p, m in zip(prompts, given)]
-            given = [None] * len(pictures)
         photos = [Photo(label, p, m, Path(label)) for label, p, m in zip(labels, pictures, given)]
         progress = host.Progress(len(photos), cls.hidden.unique_id)
         sam = sam_model[0] if len(sam_model) else None
@@ -279,7 +276,8 @@ class ExtractSubject(io.ComfyNode):
             missing = labels[next(i for i, m in enumerate(given) if m is None)]
             raise SubjectError(f"{missing} has no mask; connect a sam_model to find its subject, or {HOW_TO_GET_MASKS}")
         subjects, report = [], []
-        for photo, subject in find_subjects(photos, sam, prompts, ExtractConfig(min_area=min_area[0])):
+        config = ExtractConfig(min_area=min_area[0], use_masks="hint" if use_masks[0] == MASK_USES[1] else "keep")
+        for photo, subject in find_subjects(photos, sam, prompts, config):
             if isinstance(subject, FarError):
                 report.append(f"left out: {subject}")
             else:
@@ -303,12 +301,6 @@ class ExtractSubject(io.ComfyNode):
             as_image(sheet),
             ui=shown(cls, sheet, "\n".join(told)),
         )
-
-
-def mask_box(mask: Tensor) -> tuple[float, float, float, float]:
-    """The box x0, y0, x1, y1 around a mask [H, W], in its pixels."""
-    rows, columns = ((mask > 0.5).any(axis).nonzero().flatten() for axis in (1, 0))
-    return float(columns[0]), float(rows[0]), float(columns[-1]) + 1, float(rows[-1]) + 1
 
 
 def find_subjects(

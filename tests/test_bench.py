@@ -21,7 +21,7 @@ from far_train.bench.groups import (
     test_groups,
 )
 from far_train.bench.plans import Plan, build_plan
-from far_train.bench.rivals import ResizedPhotos, SegMix, ShuffledMasks, TruePairs, TrueScenes, degrade
+from far_train.bench.rivals import ResizedPhotos, SegMix, ShuffledMasks, TruePairs, TrueScenes, degrade, outline
 from far_train.bench.run import concepts, prompts, reference_places
 from far_train.bench.settings import BenchConfig
 from far_train.bench.summary import contrasts, per_group, summarise
@@ -144,6 +144,15 @@ def test_degraded_masks_are_off_but_still_on_the_subject():
         for before, after in zip(concept.masks, degrade(concept, 0).masks):
             common = (torch.minimum(before, after) > 0.5).sum() / (torch.maximum(before, after) > 0.5).sum()
             assert 0.5 < common < 0.97
+
+
+def test_sam_mends_degraded_masks(models):
+    def overlap(first: torch.Tensor, second: torch.Tensor) -> float:
+        return float((torch.minimum(first, second) > 0.5).sum() / (torch.maximum(first, second) > 0.5).sum())
+
+    for concept in concepts(PAIR):
+        mended = outline(degrade(concept, 0), models[0])
+        assert all(overlap(m, exact) > 0.93 for m, exact in zip(mended.masks, concept.masks, strict=True))
 
 
 def test_arms_differ_from_far_in_what_they_say_and_spend_the_same_budget():

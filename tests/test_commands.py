@@ -106,6 +106,7 @@ def test_bad_input_to_extract(capsys, subjects, tmp_path):
     Image.new("RGB", (40, 40)).save(bare / "a.png")
     refused(capsys, [*extract, bare], "a.png: has no mask", "a.mask.png")
     refused(capsys, [*extract, bare, "--sam", tmp_path / "sam.safetensors"], "sam.safetensors")
+    refused(capsys, [*extract, subjects / "tom", "--use-masks", "hint"], "use_masks: 'hint'", "weights as sam")
     Image.new("L", (40, 39), 255).save(bare / "a.mask.png")
     capsys.readouterr()
     assert main([str(a) for a in [*extract, bare]]) == 2

@@ -187,6 +187,16 @@ def test_a_photos_own_mask_is_taken_as_it_is():
     assert torch.equal(subject.mask, soft) and subject.score is None and not extractor.asked
 
 
+def test_a_rough_mask_tells_sam_where_to_look():
+    rough, found = rectangle(4, 20, 6, 31).float(), rectangle(5, 30, 10, 40)
+    extractor = Scripted([found] * 3, [0.7, 0.9, 0.8], ExtractConfig(use_masks="hint"))
+    subject = extractor.extract(photo(mask=rough, full_size=(80, 120)), Prompt((0, 0, 9, 9), ((100, 70, 0),)))
+    assert torch.equal(subject.mask, found.float()) and subject.score == pytest.approx(0.9)
+    assert extractor.asked[0][1] == Prompt((6, 4, 31, 20), ((50, 35, 0),))  # the mask's box in place of the given one
+    with pytest.raises(SubjectError, match=r"a\.jpg: its mask is empty"):
+        extractor.extract(photo(mask=torch.zeros(40, 60)))
+
+
 def test_missing_empty_and_misfit_masks_are_refused():
     cases = (
         (None, r"a\.mask\.png.*alpha.*segment-anything"),

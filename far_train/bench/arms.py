@@ -27,7 +27,7 @@ ORIGINALS = {"recipe_weights": {"original": 1.0}}
 class Arm:
     """One way to learn. ``data``: fused (Concept Fusion with the changes in ``fusion``), true_pairs (the same with true
     pictures of both), resized, seg_mix, true_scenes, or, where nothing is learned, none (prompts with bare nouns) or
-    words (with all attributes); ``masks``: exact, shuffled, degraded; ``training``: changes of TRAINING;
+    words (with all attributes); ``masks``: exact, shuffled, degraded, mended; ``training``: changes of TRAINING;
     ``class_pictures`` of each noun, drawn with the changes of DRAWING in ``class_drawing``."""
 
     name: str
@@ -133,6 +133,7 @@ FURTHER = (
     Arm("far-no-priors", "FaR, no prior loss", "no class pictures in a step", training={"prior_batch_size": 0}),
     Arm("far-bf16", "FaR in bf16", "the arithmetic of GPUs", training={"precision": "bf16"}),
     Arm("far-degraded", "FaR, poor masks", "masks two pixels off, with a part missing", masks="degraded"),
+    Arm("far-mended", "FaR, poor masks mended", "the same masks as hints for the small SAM", masks="mended"),
 )
 CONTROLS = (
     Arm(

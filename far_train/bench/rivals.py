@@ -9,6 +9,8 @@ import hashlib
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -16,11 +18,13 @@ from torch.nn import functional as F
 
 from ..captions import write_caption
 from ..concepts import Composite, Concept, TrainingSet
+from ..config import ExtractConfig
 from ..mini.identity import Identity
 from ..mini.scenery import PLACES
 from ..mini.world import render_scene
-from ..photos import from_pil, mask_from_pil, mask_to_pil, to_pil
+from ..photos import Photo, from_pil, mask_from_pil, mask_to_pil, to_pil
 from ..placement import cut_out, fit_inside, paste, place
+from ..subjects import SubjectExtractor
 
 SEGMIX_SHARE = 0.3
 
@@ -204,3 +208,16 @@ def degrade(concept: Concept, seed: int) -> Concept:
         worn[max(top - half, 0) : top + half, max(left - half, 0) : left + half] = 0
         masks.append(worn)
     return replace(concept, masks=tuple(masks))
+
+
+def outline(concept: Concept, sam: Any) -> Concept:
+    """A concept with the outlines that a segment-anything model finds around its masks: the cure for poor ones.
+
+    Raises SubjectError where it finds none.
+    """
+    extractor = SubjectExtractor(sam, ExtractConfig(use_masks="hint"))
+    photos = [
+        Photo(f"{concept.token}, photo {i + 1}", image, mask, Path(concept.noun))
+        for i, (image, mask) in enumerate(zip(concept.images, concept.masks))
+    ]
+    return replace(concept, masks=tuple(extractor.extract(photo).mask for photo in photos))

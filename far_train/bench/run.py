@@ -50,7 +50,7 @@ from .groups import Group
 from .measures import Seen, binding_figures, corrected_leakage, joint_figures, prior_figures, solo_figures
 from .overfitting import SubjectRuler, kernel_distance, overfitting_figures, subject_rulers
 from .plans import Plan
-from .rivals import ResizedPhotos, SegMix, ShuffledMasks, TruePairs, TrueScenes, degrade
+from .rivals import ResizedPhotos, SegMix, ShuffledMasks, TruePairs, TrueScenes, degrade, outline
 
 EMPTY_SCENES, REFERENCES = 4, 5
 SHOWN = 16
@@ -186,8 +186,10 @@ class Bench:
     def training_set(self, arm: Arm, group: Group, seed: int) -> TrainingSet:
         """What an arm learns from, without the prior half."""
         found = concepts(group)
-        if arm.masks == "degraded":
+        if arm.masks in ("degraded", "mended"):
             found = [degrade(c, group.seed + i) for i, c in enumerate(found)]
+        if arm.masks == "mended":
+            found = [outline(c, self.extractor.sam) for c in found]
         if arm.data == "resized":
             return ResizedPhotos(found, SIZE, FUSION.count, seed)
         if arm.data == "seg_mix":
