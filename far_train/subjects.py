@@ -20,18 +20,16 @@ from scipy import ndimage
 from .config import ExtractConfig
 from .errors import OutputError, PhotoError, SubjectError
 from .photos import Photo, list_photos, load_photo, mask_path, save_pair, to_uint8
-from .sam import build_sam, load_sam, segment_anything
+from .sam import segment_anything
 
 __all__ = [
     "Extracted",
     "Prompt",
     "Subject",
     "SubjectExtractor",
-    "build_sam",
     "choose_mask",
     "clean_mask",
     "extract_folder",
-    "load_sam",
     "subject_from_mask",
 ]
 
