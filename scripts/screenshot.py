@@ -33,7 +33,12 @@ LEFT, TOP, MARGIN = 70, 110, 24  # what the front end's bars cover, and the spac
 README_WIDTH, README_BYTES = 1500, 250_000
 
 # The front end's furniture that would stand before the graph.
-SETTINGS = {"Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasInfo": False, "Comfy.Graph.CanvasMenu": False}
+SETTINGS = {
+    "Comfy.Minimap.Visible": False,
+    "Comfy.Graph.CanvasInfo": False,
+    "Comfy.Graph.CanvasMenu": False,
+    "Comfy.TutorialCompleted": True,
+}
 
 BOUNDS = """() => {
     const boxes = [...app.graph._groups.map(g => [...g._bounding]),
@@ -85,13 +90,18 @@ def front_end(host: str, browser: str | None = None) -> Iterator[tuple[Any, list
         )
         page, crashes = context.pages[0], []
         page.on("pageerror", lambda error: crashes.append(f"an error in the page: {error}"))
-        page.goto(host, wait_until="domcontentloaded", timeout=120_000)
-        page.wait_for_function(READY, timeout=120_000)
-        page.wait_for_timeout(5000)  # extensions and the host's node types are set up after the graph exists
+        _load(page, host)
         for setting, value in SETTINGS.items():
             page.evaluate("([id, value]) => app.extensionManager.setting.set(id, value)", [setting, value])
+        _load(page, host)  # a new host has opened its template browser by itself
         yield page, crashes
         context.close()
+
+
+def _load(page: Any, host: str) -> None:
+    page.goto(host, wait_until="domcontentloaded", timeout=120_000)
+    page.wait_for_function(READY, timeout=120_000)
+    page.wait_for_timeout(5000)  # extensions and the host's node types are set up after the graph exists
 
 
 def open_template(page: Any, host: str, name: str) -> tuple[dict[str, Any], list[str]]:

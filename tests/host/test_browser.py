@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ LOADED_PICTURES = """title => { const node = app.graph._nodes.find(n => n.title 
     return (node.imgs ?? []).filter(i => i.complete && i.naturalWidth).map(i => [i.naturalWidth, i.naturalHeight]); }"""
 BOXES = """() => app.graph._nodes.map(
     n => [n.title, n.pos[0], n.pos[1] - 30, n.pos[0] + n.size[0], n.pos[1] + n.size[1]])"""
+FRAMES = """() => app.graph._groups.map(({title, _bounding: [x, y, w, h]}) => [title, x, y, x + w, y + h])"""
 SEE_ALL = """() => { const [x, y] = [0, 1].map(i => Math.min(...app.graph._nodes.map(n => n.pos[i])));
     Object.assign(app.canvas.ds, {scale: 0.3, offset: [300 - x, 400 - y]}); app.canvas.setDirty(true, true); }"""
 TRANSLATED = """keys => { const {$t} = document.querySelector('#vue-app').__vue_app__.config.globalProperties;
@@ -66,6 +67,16 @@ class FrontEnd:
         return "\n".join(self.page.evaluate(DIALOGS))
 
 
+def overlap(a: list[float], b: list[float]) -> bool:
+    """Whether two boxes (left, top, right, bottom) share an area."""
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def within(a: list[float], b: list[float]) -> bool:
+    """Whether box a lies in box b."""
+    return a[0] >= b[0] and a[1] >= b[1] and a[2] <= b[2] and a[3] <= b[3]
+
+
 @pytest.fixture(scope="module")
 def front_end(comfy: ComfyServer) -> Iterator[FrontEnd]:
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -78,9 +89,12 @@ def front_end(comfy: ComfyServer) -> Iterator[FrontEnd]:
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
 def test_templates_open(front_end: FrontEnd, template_files, template: Path):
-    """No dialog about missing nodes or models, no faulty node; and the front end would queue just the API twin."""
+    """No dialog about missing nodes or models, no faulty node, none across a group's edge; and the front end would
+    queue just the API twin."""
     front_end.page.evaluate("() => app.refreshComboInNodes()")
     assert front_end.open(template) == []
+    for (node, *box), (group, *frame) in product(front_end.page.evaluate(BOXES), front_end.page.evaluate(FRAMES)):
+        assert within(box, frame) or not overlap(box, frame), (node, group)
     queued = front_end.page.evaluate(PROMPT)
     twin = json.loads((template.parent / "api" / template.name).read_text(encoding="utf-8"))
     assert {k: (n["class_type"], n["inputs"]) for k, n in queued.items()} == {
@@ -104,7 +118,7 @@ def test_the_small_one_runs_by_its_button(front_end: FrontEnd):
     assert "<rex-dog> dog: 2 photos" in page.inner_text("body")  # as text: the front end would read a token as HTML
     assert front_end.dialogs() == "" and front_end.crashes == []
     for (first, *a), (second, *b) in combinations(page.evaluate(BOXES), 2):
-        assert not (a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]), (first, second)
+        assert not overlap(a, b), (first, second)
 
 
 def test_why_a_node_is_refused_stands_on_it(front_end: FrontEnd):
