@@ -52,8 +52,6 @@ def extract(inputs: Inputs, config: ExtractConfig) -> None:
 
         device, _ = choose_device(str(inputs.get("device", "auto")))
         extractor = SubjectExtractor(load_sam(Path(inputs["sam"]), device), config)
-    elif config.use_masks == "hint":
-        raise ConfigError("use_masks: 'hint' is for a segment-anything model; give its weights as sam, or keep masks")
     with progress_bars() as bars:
         report = extract_folder(
             Path(inputs["photos"]), out, extractor, _read_prompts(inputs), config, bars.phase("extracting")

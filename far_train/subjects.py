@@ -244,10 +244,12 @@ def extract_folder(
     ``config``: sets ``max_side``; by default the extractor's. ``progress(done, total)`` is called after each photo.
     Photos that can't be read or show no usable subject are skipped and named in the report; pictures of an earlier
     run in ``out`` are replaced. Raises PhotoError for the folder, OutputError for ``out``, and SubjectError if a
-    photo has no mask and there is no extractor, or if no photo is left.
+    photo has no mask or its mask is but a hint and there is no extractor, or if no photo is left.
     """
     folder, out = Path(folder), Path(out)
     config = config or (extractor.config if extractor is not None else ExtractConfig())
+    if extractor is None and config.use_masks == "hint":
+        raise SubjectError("use_masks: 'hint' is for a segment-anything model; give its weights as sam, or keep masks")
     paths = list_photos(folder)
     if out.resolve() == folder.resolve():
         raise OutputError(f"{out}: is the folder of the photos; choose another one for the subjects")
