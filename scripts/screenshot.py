@@ -90,18 +90,13 @@ def front_end(host: str, browser: str | None = None) -> Iterator[tuple[Any, list
         )
         page, crashes = context.pages[0], []
         page.on("pageerror", lambda error: crashes.append(f"an error in the page: {error}"))
-        _load(page, host)
-        for setting, value in SETTINGS.items():
-            page.evaluate("([id, value]) => app.extensionManager.setting.set(id, value)", [setting, value])
-        _load(page, host)  # a new host has opened its template browser by itself
+        # Before the page is there: a new host would open its template browser by itself.
+        page.request.post(f"{host}/api/settings", data=SETTINGS, fail_on_status_code=True)
+        page.goto(host, wait_until="domcontentloaded", timeout=120_000)
+        page.wait_for_function(READY, timeout=120_000)
+        page.wait_for_timeout(5000)  # extensions and the host's node types are set up after the graph exists
         yield page, crashes
         context.close()
-
-
-def _load(page: Any, host: str) -> None:
-    page.goto(host, wait_until="domcontentloaded", timeout=120_000)
-    page.wait_for_function(READY, timeout=120_000)
-    page.wait_for_timeout(5000)  # extensions and the host's node types are set up after the graph exists
 
 
 def open_template(page: Any, host: str, name: str) -> tuple[dict[str, Any], list[str]]:

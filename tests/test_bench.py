@@ -32,6 +32,7 @@ from far_train.fusion import ConceptFusion
 from far_train.mini import shipped
 from far_train.mini.held_out import held_out_identities
 from far_train.mini.identity import describe
+from far_train.mini.small_sam import mask_iou
 from far_train.photos import load_photo
 
 PAIR = dev_groups()[0]
@@ -142,17 +143,13 @@ def test_true_pairs_stand_for_the_composites_of_both_and_for_no_others():
 def test_degraded_masks_are_off_but_still_on_the_subject():
     for concept in concepts(PAIR):
         for before, after in zip(concept.masks, degrade(concept, 0).masks):
-            common = (torch.minimum(before, after) > 0.5).sum() / (torch.maximum(before, after) > 0.5).sum()
-            assert 0.5 < common < 0.97
+            assert 0.5 < mask_iou(before > 0.5, after > 0.5) < 0.97
 
 
 def test_sam_mends_degraded_masks(models):
-    def overlap(first: torch.Tensor, second: torch.Tensor) -> float:
-        return float((torch.minimum(first, second) > 0.5).sum() / (torch.maximum(first, second) > 0.5).sum())
-
     for concept in concepts(PAIR):
         mended = outline(degrade(concept, 0), models[0])
-        assert all(overlap(m, exact) > 0.93 for m, exact in zip(mended.masks, concept.masks, strict=True))
+        assert all(mask_iou(m > 0.5, exact > 0.5) > 0.93 for m, exact in zip(mended.masks, concept.masks, strict=True))
 
 
 def test_arms_differ_from_far_in_what_they_say_and_spend_the_same_budget():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -11,17 +9,7 @@ from far_train.errors import SubjectError
 from far_train.sam import build_sam, load_sam, sam_spec
 from far_train.subjects import Prompt, SubjectExtractor
 
-from .tiny_sam import TINY, tiny_sam
-
-
-def save_tiny(path: Path, sam, stated: str = '{"decoder_heads": 4}') -> Path:
-    from safetensors.torch import save_file
-
-    if path.suffix == ".safetensors":
-        save_file(sam.state_dict(), path, {"far_sam": stated})
-    else:
-        torch.save(sam.state_dict(), path)
-    return path
+from .tiny_sam import TINY, save_tiny, tiny_sam
 
 
 def test_a_small_sam_loads_from_its_file_alone(tmp_path):
@@ -29,7 +17,8 @@ def test_a_small_sam_loads_from_its_file_alone(tmp_path):
     loaded = load_sam(save_tiny(tmp_path / "sam.safetensors", sam))
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     image = torch.rand(40, 60, 3, generator=torch.Generator().manual_seed(1))
-    for prompt in (Prompt(), Prompt(box=(5, 6, 50, 30)), Prompt(points=((20, 10, 1), (3, 35, 0)))):
+    box, points = (5, 6, 50, 30), ((20, 10, 1), (3, 35, 0))
+    for prompt in (Prompt(), Prompt(box), Prompt(points=points), Prompt(box, points)):
         (masks, scores), (loaded_masks, loaded_scores) = (
             SubjectExtractor(s).predict(image, prompt) for s in (sam, loaded)
         )

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
+from safetensors.torch import save_file
 
 from far_train.sam import build_sam
 
@@ -25,7 +29,7 @@ TINY = {
 }
 
 
-def tiny_sam(seed: int = 0):
+def tiny_sam(seed: int = 0) -> Any:
     """A small SAM whose weights are all random, also those that start as zeros."""
     torch.manual_seed(seed)
     sam = build_sam(TINY)
@@ -33,3 +37,12 @@ def tiny_sam(seed: int = 0):
         for p in sam.parameters():
             p.add_(torch.randn_like(p) * 0.1)
     return sam
+
+
+def save_tiny(path: Path, sam: Any, stated: str = '{"decoder_heads": 4}') -> Path:
+    """Write a SAM as its suffix says; ``stated``: what a safetensors file says of the shape beside its weights."""
+    if path.suffix == ".safetensors":
+        save_file(sam.state_dict(), path, {"far_sam": stated})
+    else:
+        torch.save(sam.state_dict(), path)
+    return path

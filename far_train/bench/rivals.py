@@ -216,8 +216,8 @@ def outline(concept: Concept, sam: Any) -> Concept:
     Raises SubjectError where it finds none.
     """
     extractor = SubjectExtractor(sam, ExtractConfig(use_masks="hint"))
-    photos = [
-        Photo(f"{concept.token}, photo {i + 1}", image, mask, Path(concept.noun))
-        for i, (image, mask) in enumerate(zip(concept.images, concept.masks))
-    ]
-    return replace(concept, masks=tuple(extractor.extract(photo).mask for photo in photos))
+    masks = []
+    for i, (image, mask) in enumerate(zip(concept.images, concept.masks)):
+        name = f"{concept.token}, photo {i + 1}"
+        masks.append(extractor.extract(Photo(name, image, mask, Path(name))).mask)
+    return replace(concept, masks=tuple(masks))

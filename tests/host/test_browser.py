@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from ..test_workflows import inside, overlap
 from .comfy_server import REPO, ComfyServer, script
 
 locales = script("locales")
@@ -67,16 +68,6 @@ class FrontEnd:
         return "\n".join(self.page.evaluate(DIALOGS))
 
 
-def overlap(a: list[float], b: list[float]) -> bool:
-    """Whether two boxes (left, top, right, bottom) share an area."""
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-
-
-def within(a: list[float], b: list[float]) -> bool:
-    """Whether box a lies in box b."""
-    return a[0] >= b[0] and a[1] >= b[1] and a[2] <= b[2] and a[3] <= b[3]
-
-
 @pytest.fixture(scope="module")
 def front_end(comfy: ComfyServer) -> Iterator[FrontEnd]:
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -94,7 +85,7 @@ def test_templates_open(front_end: FrontEnd, template_files, template: Path):
     front_end.page.evaluate("() => app.refreshComboInNodes()")
     assert front_end.open(template) == []
     for (node, *box), (group, *frame) in product(front_end.page.evaluate(BOXES), front_end.page.evaluate(FRAMES)):
-        assert within(box, frame) or not overlap(box, frame), (node, group)
+        assert inside(box, frame) or not overlap(box, frame), (node, group)
     queued = front_end.page.evaluate(PROMPT)
     twin = json.loads((template.parent / "api" / template.name).read_text(encoding="utf-8"))
     assert {k: (n["class_type"], n["inputs"]) for k, n in queued.items()} == {

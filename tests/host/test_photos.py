@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from far_train.config import ExtractConfig
 from far_train.errors import SubjectError
 from far_train.photos import load_photo
-from far_train.sam import build_sam, load_sam
+from far_train.sam import load_sam
 from far_train.subjects import SubjectExtractor
 
+from ..tiny_sam import save_tiny, tiny_sam
 from .comfy_server import ComfyServer, ExecutionFailed, PromptRejected
 
 NODES = (
@@ -40,23 +41,6 @@ NODES = (
     "FaR_AttentionProbe",
     "FaR_Evaluate",
 )
-TINY_SAM = {
-    "embed_dim": 24,
-    "depth": 3,
-    "num_heads": 3,
-    "global_attn_indexes": [1],
-    "image_size": 64,
-    "window_size": 3,
-    "patch_size": 8,
-    "mlp_dim": 40,
-    "prompt_dim": 32,
-    "mask_channels": 8,
-    "decoder_depth": 1,
-    "decoder_heads": 4,
-    "decoder_mlp_dim": 48,
-    "iou_depth": 2,
-    "iou_dim": 20,
-}
 SIZES = {"a": (120, 160), "b": (160, 100), "c": (96, 96)}  # height, width
 
 
@@ -87,14 +71,7 @@ def photo_folder(comfy: ComfyServer, name: str, masks: bool = True, sizes: dict 
 @pytest.fixture(scope="module")
 def sam_file(comfy: ComfyServer) -> Path:
     """A small SAM with random weights in models/sams."""
-    torch.manual_seed(3)
-    sam = build_sam(TINY_SAM)
-    with torch.no_grad():
-        for p in sam.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    path = comfy.folder("models/sams") / "tiny.safetensors"
-    save_file(sam.state_dict(), path, {"far_sam": json.dumps({"decoder_heads": TINY_SAM["decoder_heads"]})})
-    return path
+    return save_tiny(comfy.folder("models/sams") / "tiny.safetensors", tiny_sam(3))
 
 
 def pictures(comfy: ComfyServer, output: dict) -> list[np.ndarray]:

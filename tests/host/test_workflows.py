@@ -16,14 +16,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from far_train.queueing import RunningHost, run_workflow, set_inputs
 from far_train.sam import build_sam
 
+from ..tiny_sam import TINY, save_tiny
 from .comfy_server import REPO, ComfyServer, Host, script
 from .graphs import tiny_base
-from .test_photos import TINY_SAM
 
 WORKFLOWS = {path.stem[0]: path for path in sorted((REPO / "workflows").glob("*.json"))}
 SMALL, PREPARE, TRAIN, DRAW, ONE, THREE, COMPARE = WORKFLOWS.values()
@@ -176,9 +175,7 @@ def dogs(host: Host) -> Iterator[ComfyServer]:
         for name in ("corgi", "chow"):
             shutil.copytree(PHOTOS / name, server.folder("input") / name)
         torch.manual_seed(3)
-        sam = build_sam(TINY_SAM)
-        heads = {"far_sam": json.dumps({"decoder_heads": TINY_SAM["decoder_heads"]})}
-        save_file(sam.state_dict(), server.folder("models/sams") / "tiny.safetensors", heads)
+        save_tiny(server.folder("models/sams") / "tiny.safetensors", build_sam(TINY))
         yield server
 
 
