@@ -1,19 +1,23 @@
-"""What the small base learns from: the content of every cell, and latents that are encoded once."""
+"""What the small base learns from: the content of every cell, and scenes that are encoded once, as they come."""
 
 from __future__ import annotations
+
+from concurrent.futures import Future
 
 import pytest
 import torch
 from torch import nn
+from transformers import CLIPTokenizerFast
 
 from far_train.backbone import build_parts
-from far_train.mini.autoencoder import autoencoder_config, build_autoencoder, encode_pool_means
+from far_train.mini.autoencoder import autoencoder_config, build_autoencoder, encode_means
 from far_train.mini.content import FIELDS, NONE, ContentReadout, content_codes, content_loss
-from far_train.mini.diffusion import kept_latents
+from far_train.mini.encoded_scenes import EncodedScenes, token_table
 from far_train.mini.identity import NOUNS
-from far_train.mini.scene_pool import PoolConfig, ScenePool, fill_pool, identity_codes
+from far_train.mini.scene_pool import PoolConfig, ScenePool, fill_pool, identity_codes, render_chunk
 from far_train.mini.scenery import BACKGROUNDS
 from far_train.mini.tiny import tiny_configs
+from far_train.mini.words import write_tokenizer
 from far_train.mini.world import render_scene
 
 CELLS = 16
@@ -26,7 +30,7 @@ def pool(tmp_path_factory) -> ScenePool:
 
 @pytest.fixture(scope="module")
 def codes(pool) -> torch.Tensor:
-    return content_codes(pool, CELLS)
+    return content_codes(pool.chunks[0], CELLS)
 
 
 def test_every_cell_names_the_sprite_on_it(codes):
@@ -77,19 +81,59 @@ def test_the_readout_sees_the_unet():
     assert {name: v.shape for name, v in logits.items()} == {n: (2, k, CELLS, CELLS) for n, k in FIELDS.items()}
 
 
-def test_latents_are_encoded_once(pool, tmp_path, monkeypatch):
-    vae = build_autoencoder(autoencoder_config(128, (32, 32, 32, 32))).eval()
-    path = tmp_path / "latents.safetensors"
-    first = kept_latents(vae, "a", pool, path)
-    assert first.shape == (8, 4, CELLS, CELLS) and torch.equal(first, encode_pool_means(vae, pool))
+@pytest.fixture(scope="module")
+def vae() -> nn.Module:
+    return build_autoencoder(autoencoder_config(128, (32, 32, 32, 32))).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return CLIPTokenizerFast.from_pretrained(str(write_tokenizer(tmp_path_factory.mktemp("tokenizer"))))
+
+
+def test_scenes_are_taken_in_as_they_are_rendered(vae, tokenizer, tmp_path):
+    config = PoolConfig(count=3, chunk=2, picture_size=128)
+    fill_pool(tmp_path / "pool", config.replace(count=2))
+    second: Future[None] = Future()
+    growing = ScenePool(tmp_path / "pool", config, {1: second})
+    scenes = EncodedScenes(growing, vae, "a", tokenizer, tmp_path / "latents")
+    assert scenes.take_in() and len(scenes) == len(growing) == int(scenes.ready) == 2
+    assert not scenes.take_in()
+    render_chunk(tmp_path / "pool", 1, config)
+    assert not scenes.take_in()  # its file may be there before its job is done
+    second.set_result(None)
+    assert scenes.take_in() and len(scenes) == len(growing) == int(scenes.ready) == 3  # the chunk holds a fourth
+    assert not scenes.take_in()
+    whole = fill_pool(tmp_path / "whole", config)
+    images = torch.cat([chunk["images"] for chunk in whole.chunks])
+    assert torch.equal(scenes.latents, encode_means(vae, images) * vae.config.scaling_factor)
+    assert torch.equal(scenes.ids[2:], token_table(whole.captions(1), tokenizer))
+    assert torch.equal(scenes.content[:2], content_codes(whole.chunks[0], CELLS))
+
+
+def test_what_stopped_a_rendering_stops_the_training(tmp_path):
+    failed: Future[None] = Future()
+    pool = ScenePool(tmp_path, PoolConfig(count=2, chunk=2), {0: failed})
+    failed.set_exception(OSError("the disk is full"))
+    with pytest.raises(OSError, match="disk is full"):
+        pool.grow()
+
+
+def test_latents_are_encoded_once(vae, tokenizer, pool, tmp_path, monkeypatch):
+    def latents(digest: str) -> torch.Tensor:
+        scenes = EncodedScenes(pool, vae, digest, tokenizer, tmp_path)
+        scenes.take_in()
+        return scenes.latents
+
+    first = latents("a")
 
     def encode(*_):
         raise AssertionError("encoded anew")
 
     with monkeypatch.context() as patched:
         patched.setattr(vae, "encode", encode)
-        assert torch.equal(kept_latents(vae, "a", pool, path), first)
+        assert torch.equal(latents("a"), first)
         with pytest.raises(AssertionError, match="anew"):  # another autoencoder: these latents aren't its own
-            kept_latents(vae, "b", pool, path)
-    path.write_bytes(b"damaged")
-    assert torch.equal(kept_latents(vae, "a", pool, path), first)
+            latents("b")
+    (tmp_path / "latents-00000.safetensors").write_bytes(b"damaged")
+    assert torch.equal(latents("a"), first)

@@ -13,7 +13,7 @@ from torch import nn
 from far_train.backbone import BaseModel, build_parts, load_base
 from far_train.config import SampleConfig
 from far_train.errors import BaseModelError, CheckpointError, DatasetError, Interrupted, OutputError, TrainingDiverged
-from far_train.mini import learn, small_sam
+from far_train.mini import learn, learning, small_sam
 from far_train.mini.autoencoder import (
     autoencoder_config,
     build_autoencoder,
@@ -21,8 +21,9 @@ from far_train.mini.autoencoder import (
     load_autoencoder,
     measure_autoencoder,
 )
-from far_train.mini.diffusion import diffusion_configs, learn_diffusion, token_table
-from far_train.mini.gates import BASE_GATES, base_prompts, judge, measure_base, measure_oracle
+from far_train.mini.diffusion import diffusion_configs, learn_diffusion
+from far_train.mini.encoded_scenes import token_table
+from far_train.mini.gates import BASE_GATES, PROMPT_KINDS, base_prompts, judge, measure_base, measure_oracle
 from far_train.mini.held_out import all_identities, held_out_identities
 from far_train.mini.identity import Identity, vary
 from far_train.mini.learning import LearnConfig, draw_rows, fit, learning_rate, load_averaged
@@ -125,11 +126,11 @@ def test_anything_can_be_written(tokenizer, text):
 
 def test_captions_of_the_pool_need_no_spelling(tokenizer, runs):
     pool = ScenePool(runs / "pool", PoolConfig(count=24, picture_size=64, chunk=8))
-    texts = [text for options in pool.captions() for text in options]
+    texts = [text for number in range(3) for options in pool.captions(number) for text in options]
     for text in texts:
         assert len(tokenizer(text, add_special_tokens=False)["input_ids"]) == len(text.replace(",", " ,").split())
     assert any(", " in t for t in texts) and len(set(texts)) > len(texts) / 3
-    assert token_table(pool.captions(), tokenizer).shape == (24, 6, 77)
+    assert token_table(pool.captions(2), tokenizer).shape == (8, 6, 77)
 
 
 # ---- scenes
@@ -220,12 +221,35 @@ def test_a_run_may_be_extended_but_not_changed(tmp_path):
         load_averaged(nn.Linear(1, 1), tmp_path / "nothing")
 
 
-def test_minutes_end_a_sitting_and_a_loss_that_is_not_finite_ends_a_run(tmp_path):
+def test_a_pause_ends_a_session_and_a_loss_that_is_not_finite_ends_a_run(tmp_path):
     with pytest.raises(Interrupted, match="step 0"):
-        toy(tmp_path / "late", quick(minutes=0.0))
+        toy(tmp_path / "late", quick(pause_after=0.0))
     module = nn.Linear(1, 1)
     with pytest.raises(TrainingDiverged, match="up to step 1"):
         fit(module, lambda step: (module.weight.sum() * torch.inf, {}), quick(), tmp_path / "inf", {})
+
+
+def test_minutes_end_a_run_by_the_clock_which_a_resumed_one_reads_on(tmp_path, monkeypatch):
+    now = 100.0
+
+    def tick() -> float:
+        return now
+
+    def pass_time() -> None:
+        nonlocal now
+        now += 10.0  # a step takes ten seconds
+
+    monkeypatch.setattr(learning.time, "monotonic", tick)
+    config = quick(steps=1, warmup=2, lr=1.0, minutes=1.0, save_every=2)
+    calls = iter([False, False, True])
+    with pytest.raises(Interrupted, match="step 2"):
+        toy(tmp_path, config, before_step=pass_time, should_stop=lambda: next(calls))
+    now += 1000.0  # between two sessions no time counts
+    toy(tmp_path, config, before_step=pass_time)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["seconds"] for row in rows] == [10, 20, 30, 40, 50, 60]
+    expected = [0.5 * (1 + np.cos(np.pi * k / 6)) * min(k / 2, 1) for k in range(1, 7)]
+    assert [row["lr"] for row in rows] == pytest.approx(expected)
 
 
 def test_schedule_and_rows():
@@ -401,7 +425,7 @@ def test_verdicts_need_exactly_the_named_subjects():
 
 
 def test_gate_prompts_are_fixed_and_known_words(tokenizer):
-    for kind in ("class", "two_colours", "two_same_class"):
+    for kind in PROMPT_KINDS:
         prompts = base_prompts(kind, 40)
         assert prompts == base_prompts(kind, 40) and len({p for p, _, _ in prompts}) > 20
         for prompt, _, _ in prompts:
@@ -461,7 +485,7 @@ def test_the_command_line_trains_stops_and_reports(tmp_path, capsys):
     assert learn.main(["pool", *flags]) == 0
     short = ["--batch-size", "2", "--warmup", "1", "--log-every", "1"]
     assert learn.main(["autoencoder", *flags, *short, "--steps", "1", "--crop", "32"]) == 0
-    assert learn.main(["autoencoder", *flags, *short, "--steps", "9", "--crop", "32", "--minutes", "0"]) == 130
+    assert learn.main(["autoencoder", *flags, *short, "--steps", "9", "--crop", "32", "--pause-after", "0"]) == 130
     assert learn.main(["diffusion", "--out", str(tmp_path / "empty"), *flags[2:], *short, "--steps", "1"]) == 2
     assert "train it first" in capsys.readouterr().err
     assert learn.main(["export", "--out", str(tmp_path)]) == 2

@@ -14,10 +14,30 @@ from far_train.mini.muon import UPDATE_RMS, Muon, orthogonal
 def test_orthogonal_brings_singular_values_near_one_and_keeps_their_directions(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
-    values = torch.linalg.svdvals(orthogonal(matrix).float())
+    _, found = orthogonal(torch.stack([torch.zeros(shape), matrix])).float()  # one matrix leaves the next as it is
+    values = torch.linalg.svdvals(found)
     assert float(values.min()) > 0.4 and float(values.max()) < 1.3
-    aligned = (u.T @ orthogonal(matrix).float() @ vh.T).diagonal()
+    aligned = (u.T @ found @ vh.T).diagonal()
     assert float(aligned.min()) > 0.4
+
+
+def test_kernels_of_one_shape_step_as_each_would_alone():
+    shapes = [(8, 4, 3, 3), (8, 36), (6, 5), (8, 4, 3, 3)]  # the first two and the last are matrices of one shape
+    generator = torch.Generator().manual_seed(0)
+    first = [torch.randn(shape, generator=generator) for shape in shapes]
+    gradients = [torch.randn(shape, generator=generator) for shape in shapes]
+
+    def stepped(group: list[int]) -> list[torch.Tensor]:
+        kernels = [nn.Parameter(first[i].clone()) for i in group]
+        optimizer = Muon(kernels, [nn.Parameter(torch.zeros(1))], lr=0.1, weight_decay=0.1)
+        for _ in range(2):
+            for kernel, i in zip(kernels, group):
+                kernel.grad = gradients[i]
+            optimizer.step()
+        return [k.detach() for k in kernels]
+
+    alone = [stepped([i])[0] for i in range(len(shapes))]
+    assert all(torch.allclose(a, b, atol=2e-3) for a, b in zip(stepped([0, 1, 2, 3]), alone))  # bf16 products
 
 
 def test_the_first_step_is_as_large_as_adamws_and_goes_downhill():

@@ -32,7 +32,7 @@ from .learning import (
     write_figures,
     write_module,
 )
-from .scene_pool import ScenePool
+from .scene_pool import ScenePool, as_pictures
 from .world import render_scene
 
 BLOCKS = (64, 64, 96, 96)  # four levels make stride 8; 32 norm groups, as hosts fix them, want two channels or more
@@ -158,7 +158,7 @@ def learn_autoencoder(
     if decoder_only:
         shape["scaling_factor"] = json.loads((start / "config.json").read_text(encoding="utf-8"))["scaling_factor"]
     else:  # latents of unit spread are what the noise schedule is made for
-        latents = encode_pool_means(vae, pool, min(CODED, len(pool)))
+        latents = encode_means(vae, pool.take("images", torch.arange(min(CODED, len(pool)))))
         shape["scaling_factor"] = round(1 / float(latents.float().std()), 5)
     vae.register_to_config(scaling_factor=shape["scaling_factor"])
     write_module(folder / "vae" / "diffusion_pytorch_model.safetensors", vae)
@@ -179,16 +179,13 @@ def load_autoencoder(folder: Path, device: torch.device | str = "cpu") -> tuple[
 
 
 @torch.no_grad()
-def encode_pool_means(vae: nn.Module, pool: ScenePool, count: int | None = None) -> Tensor:
-    """Unscaled latent means [N, 4, h, w] of a pool's first scenes, in fp16 on the autoencoder's device."""
-    device, total = next(vae.parameters()).device, count or len(pool)
+def encode_means(vae: nn.Module, images: Tensor) -> Tensor:
+    """Unscaled latent means [N, 4, h, w] of a pool's ``images`` (uint8 [N, S, S, 3]), fp16, on the autoencoder's
+    device."""
+    device = next(vae.parameters()).device
     batch = 128 if device.type == "cuda" else 8  # small enough for a CPU's caches
-    pool.hold(device)
-    parts = []
-    for start in range(0, total, batch):
-        pictures = pool.pictures(torch.arange(start, min(start + batch, total)))
-        with torch.autocast(device.type, torch.bfloat16):
-            parts.append(vae.encode(pictures).latent_dist.mean.half())
+    with torch.autocast(device.type, torch.bfloat16):
+        parts = [vae.encode(as_pictures(part.to(device))).latent_dist.mean.half() for part in images.split(batch)]
     return torch.cat(parts)
 
 

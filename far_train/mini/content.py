@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .oracle import HEADS, shape_logit
-from .scene_pool import MOST_SPRITES, ScenePool
+from .scene_pool import MOST_SPRITES
 from .scenery import BACKGROUNDS
 
 # Logits per field: those of the oracle, and the place; "subject" tells the cells of sprites from the others.
@@ -18,25 +18,22 @@ FIELDS = {"subject": 2, **HEADS, "place": len(BACKGROUNDS)}
 NONE = -1  # no sprite here, so nothing to say
 
 
-def content_codes(pool: ScenePool, cells: int) -> Tensor:
-    """The right answer for every cell of every scene: int8 [N, fields, cells, cells], in the order of ``FIELDS``.
+def content_codes(scenes: Mapping[str, Tensor], cells: int) -> Tensor:
+    """The right answer for every cell of n scenes: int8 [n, fields, cells, cells], in the order of ``FIELDS``.
 
-    A cell belongs to the sprite that covers most of it, if any covers a quarter.
+    ``scenes``: the fields ``labels``, ``subjects`` and ``places`` of a pool's chunk (see :class:`ScenePool`). A cell
+    belongs to the sprite that covers most of it, if any covers a quarter.
     """
-    parts = []
-    for start in range(0, len(pool), 500):
-        rows = torch.arange(start, min(start + 500, len(pool)))
-        labels, subjects = pool.take("labels", rows), pool.take("subjects", rows).long()
-        masks = torch.stack([labels == i + 1 for i in range(MOST_SPRITES)], 1).float()
-        share, owner = F.adaptive_avg_pool2d(masks, cells).max(1)
-        inside = share >= 0.25
-        answers = torch.cat([subjects[..., :5], shape_logit(subjects)[..., None]], -1)  # [n, 3, 6]
-        chosen = answers.gather(1, owner.flatten(1)[..., None].expand(-1, -1, answers.shape[-1]))
-        chosen = chosen.transpose(1, 2).unflatten(-1, owner.shape[1:])
-        chosen = torch.where(inside[:, None], chosen, NONE)
-        place = pool.take("places", rows)[:, None, None, None].expand(-1, 1, cells, cells)
-        parts.append(torch.cat([inside[:, None].long(), chosen, place.long()], 1).to(torch.int8))
-    return torch.cat(parts)
+    labels, subjects = scenes["labels"], scenes["subjects"].long()
+    masks = torch.stack([labels == i + 1 for i in range(MOST_SPRITES)], 1).float()
+    share, owner = F.adaptive_avg_pool2d(masks, cells).max(1)
+    inside = share >= 0.25
+    answers = torch.cat([subjects[..., :5], shape_logit(subjects)[..., None]], -1)  # [n, 3, 6]
+    chosen = answers.gather(1, owner.flatten(1)[..., None].expand(-1, -1, answers.shape[-1]))
+    chosen = chosen.transpose(1, 2).unflatten(-1, owner.shape[1:])
+    chosen = torch.where(inside[:, None], chosen, NONE)
+    place = scenes["places"][:, None, None, None].expand(-1, 1, cells, cells)
+    return torch.cat([inside[:, None].long(), chosen, place.long()], 1).to(torch.int8)
 
 
 class ContentReadout(nn.Module):

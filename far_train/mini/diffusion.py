@@ -11,32 +11,34 @@ world the content itself is known. The readout is thrown away with the training.
 from __future__ import annotations
 
 import hashlib
-import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..backbone import build_parts, packaged_configs
-from ..files import write_tensors
+from ..devices import choose_device
+from ..errors import Interrupted
 from ..keys import strip_text_model
 from ..losses import add_noise, denoising_loss
-from .autoencoder import encode_pool_means, load_autoencoder
-from .content import ContentReadout, content_codes, content_loss
-from .learning import LearnConfig, OnStep, draw_rows, fit, load_first_weights, seeded, step_generator, weights_digest
+from .autoencoder import load_autoencoder
+from .content import ContentReadout, content_loss
+from .encoded_scenes import EncodedScenes, token_table
+from .learning import LearnConfig, Loss, OnStep, fit, load_first_weights, seeded, step_generator, weights_digest
 from .scene_pool import CAPTIONS, ScenePool
 from .tiny import write_folder
-from .words import LENGTH, vocabulary, write_tokenizer
+from .words import vocabulary, write_tokenizer
 
 BLOCKS = (64, 128, 128, 64)
 HEAD_WIDTH = 32
 TEXT_WIDTH, TEXT_LAYERS = 192, 3
 CONTENT_WEIGHT = 0.05
 CAPTION_DROPOUT = 0.1  # share of empty prompts, which classifier-free guidance needs (arXiv 2207.12598)
+FIRST_SCENES = 10_000  # with so many of them rendered, a training on CUDA begins
 
 
 def diffusion_configs(
@@ -90,16 +92,6 @@ class PlainAttention:
         return attn.to_out[1](attn.to_out[0](out))
 
 
-def token_table(captions: Sequence[Sequence[str]], tokenizer: Any) -> Tensor:
-    """Ids of all captions, padded as prompts are: int16 [scenes, captions, 77]."""
-    texts = [text for options in captions for text in options]
-    parts = []
-    for start in range(0, len(texts), 50_000):
-        ids = tokenizer(texts[start : start + 50_000], padding="max_length", truncation=True, max_length=LENGTH)
-        parts.append(torch.tensor(ids["input_ids"], dtype=torch.int16))
-    return torch.cat(parts).unflatten(0, (len(captions), -1))
-
-
 def learn_diffusion(
     autoencoder: Path,
     pool: ScenePool,
@@ -110,17 +102,20 @@ def learn_diffusion(
     text_width: int = TEXT_WIDTH,
     text_layers: int = TEXT_LAYERS,
     start: Path | None = None,
+    on_scenes: Callable[[int, int], None] = lambda done, total: None,
     on_step: OnStep = lambda step, metrics: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Path:
-    """Train UNet and text encoder, or go on with it; writes the base in diffusers' layout to ``folder``/base.
+    """Train UNet and text encoder, or resume; writes the base in diffusers' layout to ``folder``/base.
 
-    ``autoencoder``: what :func:`learn_autoencoder` filled; ``start``: a base's folder to begin with. Returns the
-    base's folder. All latents are kept on the device: 2 kB a scene of 128 px.
+    ``autoencoder``: what :func:`learn_autoencoder` filled; ``start``: a base's folder to begin with. ``pool`` may still
+    be growing: on CUDA the training begins with its first scenes and takes in the others as they come, elsewhere it
+    waits for all; ``on_scenes(done, total)`` counts those that it waits for. Returns the base's folder.
     """
     from diffusers import DDIMScheduler
     from transformers import CLIPTokenizerFast
 
+    device, _ = choose_device(config.device, config.precision)
     vae, vae_config = load_autoencoder(autoencoder)
     tokenizer_folder = write_tokenizer(folder / "tokenizer")
     sizes = {"blocks": blocks, "text_width": text_width, "text_layers": text_layers}
@@ -128,74 +123,67 @@ def learn_diffusion(
     parts = seeded(config.learn_seed, lambda: build_parts(configs, device="cpu"))
     readout = seeded(config.learn_seed, lambda: ContentReadout(parts["unet"]))
     model = nn.ModuleDict({"unet": parts["unet"], "text_encoder": parts["text_encoder"], "readout": readout})
-    parts["unet"].set_attn_processor(PlainAttention())
-    if hasattr(parts["text_encoder"], "set_attn_implementation"):  # a matter of speed; transformers 4.50 lacks it
-        parts["text_encoder"].set_attn_implementation("eager")
+    if device.type == "cpu":  # a matter of speed; transformers 4.50 lacks the second
+        parts["unet"].set_attn_processor(PlainAttention())
+        if hasattr(parts["text_encoder"], "set_attn_implementation"):
+            parts["text_encoder"].set_attn_implementation("eager")
     if start:
         _start_from(model, start)
     tokenizer = CLIPTokenizerFast.from_pretrained(str(tokenizer_folder), local_files_only=True)
-    empty = token_table([[""]], tokenizer)[0, 0]
-    alphas_cumprod = DDIMScheduler.from_config(configs["scheduler"]).alphas_cumprod
-    data: dict[str, Tensor] = {}
+    empty = token_table([[""]], tokenizer)[0, 0].to(device)
+    alphas_cumprod = DDIMScheduler.from_config(configs["scheduler"]).alphas_cumprod.to(device)
     digest = _digest(vae)
+    scenes = EncodedScenes(pool, vae.to(device), digest, tokenizer, folder / "latents")
+    enough = min(FIRST_SCENES, pool.config.count) if device.type == "cuda" else pool.config.count
 
-    def prepare(device: torch.device) -> None:
-        nonlocal alphas_cumprod, empty
-        latents = kept_latents(vae.to(device), digest, pool, folder / "latents.safetensors")
-        data["latents"] = latents * vae_config["scaling_factor"]
-        data["ids"] = token_table(pool.captions(), tokenizer).to(device)
-        data["content"] = content_codes(pool, vae_config["sample_size"] // 8).to(device)
-        alphas_cumprod, empty = alphas_cumprod.to(device), empty.to(device)
+    def take_in_scenes() -> None:
+        took = scenes.take_in()
+        while len(scenes) < enough:
+            if should_stop():
+                raise Interrupted("stopped before the first step; rendered scenes are saved, start again to resume")
+            if took:
+                on_scenes(len(scenes), enough)
+            else:
+                time.sleep(0.2)
+            took = scenes.take_in()
 
-    def step_loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        device = next(model.parameters()).device
-        if not data:
-            with torch.autocast(device.type, enabled=False):
-                prepare(device)
-        rows = draw_rows(config.learn_seed, step, config.batch_size, len(pool)).to(device)
-        noise_of = step_generator(config.learn_seed, step, device)
-
+    def loss_of(generator: torch.Generator | None) -> Loss:
         def random(draw: Callable[..., Tensor], *size: Any) -> Tensor:
-            return draw(*size, generator=noise_of, device=device)
+            return draw(*size, generator=generator, device=device)
 
-        latents = data["latents"][rows].float()
-        ids = data["ids"][rows, random(torch.randint, CAPTIONS, (len(rows),))]
+        rows = (random(torch.rand, config.batch_size) * scenes.ready).long()
+        rows = torch.minimum(rows, scenes.ready - 1)  # float32 may round a product up to the number itself
+        latents = scenes.latents[rows].float()
+        ids = scenes.ids[rows, random(torch.randint, CAPTIONS, (len(rows),))]
         ids = torch.where(random(torch.rand, (len(rows), 1)) < CAPTION_DROPOUT, empty, ids).long()
         # Spread evenly over the schedule: less varies from step to step (Kingma et al. 2021, arXiv 2107.00630).
         spread = (random(torch.rand, 1) + torch.arange(len(rows), device=device) / len(rows)) % 1
         timesteps = (spread * len(alphas_cumprod)).long()
-        alphas = alphas_cumprod[timesteps]
-        noisy, target = add_noise(latents, random(torch.randn, latents.shape), alphas, "v_prediction")
+        noise = random(torch.randn, latents.shape)
+        noisy, target = add_noise(latents, noise, alphas_cumprod[timesteps], "v_prediction")
         context = model["text_encoder"](ids).last_hidden_state
         with readout.reading(model["unet"]):
             error = denoising_loss(model["unet"](noisy, timesteps, context).sample, target).mean()
-            content = content_loss(readout(), data["content"][rows])
+            content = content_loss(readout(), scenes.content[rows])
         return error + CONTENT_WEIGHT * content, {"error": error, "content": content}
 
     about = {"model": "diffusion", **sizes, "blocks": list(blocks), "autoencoder": digest}
     about |= {"content_weight": CONTENT_WEIGHT}
     about |= {"pool_seed": pool.config.pool_seed, "start": weights_digest(start)}
-    model = fit(model, step_loss, config, folder, about, on_step=on_step, should_stop=should_stop)
+    model = fit(
+        model,
+        lambda step: loss_of(step_generator(config.learn_seed, step, device)),
+        config,
+        folder,
+        about,
+        captured_loss=lambda: loss_of(None),
+        before_step=take_in_scenes,
+        on_step=on_step,
+        should_stop=should_stop,
+    )
     states = {"unet": model["unet"].state_dict(), "vae": vae.state_dict()}
     states["text_encoder"] = model["text_encoder"].state_dict()
     return write_base(folder / "base", configs, states)
-
-
-def kept_latents(vae: nn.Module, digest: str, pool: ScenePool, path: Path) -> Tensor:
-    """:func:`encode_pool_means` of all scenes, kept in a file: a training that goes on shall not encode them anew.
-
-    ``digest`` names the autoencoder; latents of another one, or of other scenes, are replaced.
-    """
-    about = {"far_latents": json.dumps({"autoencoder": digest, "count": len(pool), **pool.config.result_shaping()})}
-    try:
-        with safe_open(path, "pt") as file:
-            if file.metadata() == about:
-                return file.get_tensor("latents").to(next(vae.parameters()).device)
-    except (OSError, SafetensorError):
-        pass  # there is none yet
-    latents = encode_pool_means(vae, pool)
-    write_tensors(path, {"latents": latents.cpu()}, about)
-    return latents
 
 
 def write_base(

@@ -1,8 +1,9 @@
 """Train, measure and export the small models: ``python -m far_train.mini.learn STAGE --out FOLDER``.
 
 Stages, in order: ``pool`` renders the scenes (other stages do it too where they are missing), ``autoencoder``,
-``diffusion``, ``sam``, ``oracle`` train, ``gates`` measures all, ``export`` writes what is shipped. Every stage goes on
-where it stopped, at Ctrl-C or after ``--minutes``.
+``diffusion``, ``sam``, ``oracle`` train, ``gates`` measures all, ``export`` writes what is shipped. Every stage resumes
+where it stopped, at Ctrl-C or after ``--pause-after``. With ``--workers`` and CUDA, ``diffusion`` begins with the first
+scenes while the others are being rendered.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from .gates import measure_base, measure_oracle
 from .learning import SESSIONS_FILE, LearnConfig
 from .oracle import CONFUSION_FILE, learn_oracle, load_oracle, write_oracle
 from .oracle import FILE as ORACLE_FILE
-from .scene_pool import PoolConfig, ScenePool, fill_pool
+from .scene_pool import PoolConfig, ScenePool, fill_pool, rendering
 from .shipped import DRAWING
 from .small_sam import FILE as SAM_FILE
 from .small_sam import SPEC, learn_sam, measure_sam, write_sam
@@ -44,7 +45,7 @@ TRAININGS = STAGES[1:5]
 # Where a stage does better with other settings than LearnConfig's own; flags override them.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "autoencoder": {"steps": 20_000, "batch_size": 64, "lr": 1e-3, "ema_decay": 0.999},
-    "diffusion": {"steps": 20_000, "batch_size": 512, "lr": 1e-3, "warmup": 1000, "ema_decay": 0.9995},
+    "diffusion": {"steps": 5000, "batch_size": 1024, "lr": 1e-3, "warmup": 300, "ema_decay": 0.9995},
     "sam": {"steps": 12_000, "batch_size": 128, "lr": 8e-4, "weight_decay": 0.1},
     "oracle": {"steps": 12_000, "batch_size": 128, "lr": 1e-3},
 }
@@ -113,6 +114,11 @@ def run_stage(stage: str, flags: dict[str, Any]) -> None:
         print(export(out))
     else:
         with progress_bars() as bars, stop_on_interrupt() as should_stop:
+            if stage == "diffusion" and flags["workers"]:
+                config = _config(PoolConfig, flags, {})
+                with rendering(out / "pool", config, flags["workers"]) as coming:
+                    train(stage, out, flags, ScenePool(out / "pool", config, coming), bars, should_stop)
+                return
             pools = [_pool(out, flags, of_oracle, bars, should_stop) for of_oracle in _pools_of(stage)]
             if stage != "pool":
                 train(stage, out, flags, pools[0], bars, should_stop)
@@ -135,8 +141,12 @@ def train(stage: str, out: Path, flags: dict[str, Any], pool: ScenePool, bars: A
     config = _config(LearnConfig, flags, DEFAULTS[stage])
 
     def on_step(step: int, metrics: dict[str, float]) -> None:
-        bars(stage, step, config.steps)
-        bars.note(loss=f"{metrics['loss']:.4f}", per_second=f"{metrics['samples_per_second']:.0f}")
+        if config.minutes is None:
+            bars(stage, step, config.steps)
+        else:
+            total = round(60 * config.minutes)
+            bars(f"{stage} (seconds)", min(round(metrics["seconds"]), total), total)
+        bars.note(loss=f"{metrics['loss']:.4f}", per_second=f"{metrics['samples_per_second']:.0f}", scenes=len(pool))
 
     options: dict[str, Any] = {"on_step": on_step, "should_stop": should_stop}
     start = flags.get("start")
@@ -145,7 +155,8 @@ def train(stage: str, out: Path, flags: dict[str, Any], pool: ScenePool, bars: A
         options |= {"crop": flags["crop"], "compiled": flags["compile"]}
         learn_autoencoder(pool, out / stage, config, **options)
     elif stage == "diffusion":
-        learn_diffusion(out / "autoencoder", pool, out / stage, config, start=start and start / "base", **options)
+        options |= {"start": start and start / "base", "on_scenes": bars.phase("encoding scenes")}
+        learn_diffusion(out / "autoencoder", pool, out / stage, config, **options)
     elif stage == "sam":
         learn_sam(pool, out / stage, config, start=start and start / "sam" / SAM_FILE, **options)
     else:

@@ -1,7 +1,8 @@
 """What the four trainings of the small models share: the loop, averaged weights, checkpoints, metrics.
 
-Every random choice of a step is derived from the seed and the step's number, so a run that was stopped, or killed, goes
-on from its last checkpoint and ends, on the CPU, in the same bits.
+Every random choice of a step is derived from the seed and the step's number, so a run that was stopped, or killed,
+resumes from its last checkpoint and ends, on the CPU, in the same bits. A step that is captured as a CUDA graph draws
+from the device's generator instead, and a run whose rate follows the clock depends on the machine's speed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,8 +32,9 @@ from ..devices import choose_device
 from ..errors import BaseModelError, CheckpointError, Interrupted, TrainingDiverged
 from ..files import make_folder, write_json, write_tensors
 from ..pool import derive_seed
-from ..runs import METRICS_FILE, cut_metrics, open_run
+from ..runs import METRICS_FILE, cut_metrics, open_run, read_metrics
 from ..state import load_checkpoint, save_checkpoint
+from .captured import CapturedStep
 from .muon import Muon
 
 log = logging.getLogger(__name__)
@@ -54,23 +57,34 @@ class LearnConfig(Config):
     learn_seed: int = setting(0, "seed of the first weights and of every step's choices", low=0, high=2**31)
     precision: str = setting("auto", "bf16 (autocast) or fp32; auto: bf16 on CUDA", choices=("auto", "fp32", "bf16"))
     device: str = setting("auto", "auto, cpu, cuda, cuda:1 …", shapes_result=False)
-    minutes: float | None = setting(None, "rest, resumable, after so many minutes", low=0, shapes_result=False)
+    minutes: float | None = setting(
+        None, "train for this long in all; the rate follows the clock, not the steps", low=0.001, shapes_result=False
+    )
+    pause_after: float | None = setting(None, "save and stop after so many minutes", low=0, shapes_result=False)
     save_every: int = setting(1000, "steps between checkpoints", low=1, shapes_result=False)
     keep_checkpoints: int = setting(2, "checkpoints kept on disk", low=1, shapes_result=False)
     log_every: int = setting(50, "steps between lines of metrics", low=1, shapes_result=False)
 
 
-# Asked for a step's number; returns the loss to descend and further figures, all scalars on the device.
-StepLoss = Callable[[int], tuple[Tensor, dict[str, Tensor]]]
+# The loss to descend and further figures, all scalars on the device.
+Loss = tuple[Tensor, dict[str, Tensor]]
+StepLoss = Callable[[int], Loss]  # asked for a step's number
 OnStep = Callable[[int, dict[str, float]], None]
 
 
-def learning_rate(config: LearnConfig, step: int) -> float:
-    """Linear warm-up, then half a cosine down to 0 at the last step."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    progress = min((step - config.warmup) / max(config.steps - config.warmup, 1), 1.0)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+def learning_rate(config: LearnConfig, step: int, seconds: float = 0.0) -> float:
+    """Linear warm-up, then half a cosine down to 0 at the last step.
+
+    With ``minutes``, the cosine goes by the ``seconds`` trained so far and scales the warm-up as well.
+    """
+    rise = min((step + 1) / config.warmup, 1.0) if config.warmup else 1.0
+    if config.minutes is not None:
+        progress = seconds / (60 * config.minutes)
+    elif step < config.warmup:
+        progress = 0.0
+    else:
+        progress = (step - config.warmup) / max(config.steps - config.warmup, 1)
+    return config.lr * rise * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
 def draw_rows(seed: int, step: int, count: int, total: int) -> Tensor:
@@ -98,27 +112,52 @@ def fit(
     folder: Path,
     about: Mapping[str, Any],
     *,
+    captured_loss: Callable[[], Loss] | None = None,
+    before_step: Callable[[], None] = lambda: None,
     on_step: OnStep = lambda step, metrics: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> M:
-    """Train ``module`` (moved to the config's device, all parameters that require a gradient), or go on with it.
+    """Train ``module`` (moved to the config's device, all parameters that require a gradient), or resume its training.
 
     ``about`` names what else decides the result (architecture, data), in JSON types; a run of another kind in the
-    same ``folder`` is refused. ``on_step(step, metrics)`` is called at each line of metrics.
+    same ``folder`` is refused. ``captured_loss``: the same loss, drawing from the device's default generator; with it
+    the whole step is one CUDA graph where there is CUDA. ``before_step()`` is called before each step,
+    ``on_step(step, metrics)`` at each line of metrics.
     Returns a copy with the averaged weights, in eval mode. Raises Interrupted after saving, when ``should_stop`` says
-    so or the minutes are over, TrainingDiverged, CheckpointError, OutputError.
+    so or ``pause_after`` is over, TrainingDiverged, CheckpointError, OutputError.
     """
     device, dtype = choose_device(config.device, config.precision)
     open_run(folder, json.loads(json.dumps({"config": config.result_shaping(), **about})), resume=True)
     module.to(device).train()
     parameters = {k: p for k, p in module.named_parameters() if p.requires_grad}
     average = {k: nn.Parameter(p.detach().clone(), requires_grad=False) for k, p in parameters.items()}
-    optimizer = _optimizer(module, parameters, config)
+    optimizer = _optimizer(module, parameters, config, capturable=device.type == "cuda")
     saved = {f"model/{k}": p for k, p in parameters.items()} | {f"average/{k}": p for k, p in average.items()}
     first = step = load_checkpoint(folder / "checkpoints", saved, optimizer)
     cut_metrics(folder / METRICS_FILE, step)
+    trained = _seconds_trained(folder / METRICS_FILE)
     started, kept = time.monotonic(), step
     window, since = [], started
+    descend = partial(_descend, parameters, average, optimizer, config.grad_clip, device, dtype)
+    captured = None
+    if captured_loss is not None and device.type == "cuda":
+        torch.cuda.manual_seed(derive_seed(config.learn_seed, "captured", first))
+        captured = CapturedStep(partial(descend, captured_loss), optimizer, device)
+
+    def seconds() -> float:
+        return trained + time.monotonic() - started
+
+    def finished() -> bool:
+        return step >= config.steps if config.minutes is None else seconds() >= 60 * config.minutes
+
+    def take_step() -> dict[str, Tensor]:
+        rate = learning_rate(config, step, seconds())
+        stay = min(config.ema_decay, (1 + step) / (10 + step))  # the first weights shall not linger
+        if captured is not None:
+            return captured(rate, stay)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        return descend(lambda: step_loss(step), stay)
 
     def save() -> None:
         nonlocal kept
@@ -128,58 +167,71 @@ def fit(
 
     try:
         with open(folder / METRICS_FILE, "a", encoding="utf-8") as metrics_file:
-            while step < config.steps:
-                late = config.minutes is not None and time.monotonic() - started > 60 * config.minutes
+            done = finished()
+            while not done:
+                late = config.pause_after is not None and time.monotonic() - started > 60 * config.pause_after
                 if late or should_stop():
                     save()
-                    raise Interrupted(f"stopped at step {step} of {config.steps}, which is saved; start again to go on")
-                window.append(_take_step(parameters, average, step_loss, optimizer, config, step, device, dtype))
+                    of = f" of {config.steps}" if config.minutes is None else ""
+                    raise Interrupted(f"stopped at step {step}{of}, which is saved; start again to resume")
+                before_step()
+                window.append(take_step())
                 step += 1
-                ends = step == config.steps or step % config.save_every == 0
-                if ends or step % config.log_every == 0:
+                done = finished()
+                saves = done or step % config.save_every == 0
+                if saves or step % config.log_every == 0:
                     figures = _mean_figures(window, step)  # waits for the device, and refuses what isn't finite
                     now = time.monotonic()
                     speed = len(window) * config.batch_size / max(now - since, 1e-9)
                     window, since = [], now
-                    metrics = {**figures, "lr": learning_rate(config, step - 1), "samples_per_second": round(speed, 1)}
+                    metrics = {**figures, "lr": learning_rate(config, step - 1, seconds())}
+                    metrics |= {"samples_per_second": round(speed, 1), "seconds": round(seconds(), 1)}
                     metrics_file.write(json.dumps({"step": step, **metrics}) + "\n")
                     metrics_file.flush()
                     on_step(step, metrics)
-                if ends:
+                if saves:
                     save()
     finally:
         _note_session(folder, config, device, first, kept, time.monotonic() - started)
     return _averaged(module, average)
 
 
-def _optimizer(module: nn.Module, parameters: Mapping[str, nn.Parameter], config: LearnConfig) -> Muon:
+def _seconds_trained(metrics: Path) -> float:
+    """Seconds of training behind a run's last line of metrics, 0 for a new run."""
+    lines = read_metrics(metrics) if metrics.exists() else []
+    return lines[-1].get("seconds", 0.0) if lines else 0.0
+
+
+def _optimizer(
+    module: nn.Module, parameters: Mapping[str, nn.Parameter], config: LearnConfig, capturable: bool
+) -> Muon:
     # Rows of rare words get no gradient: neither decay nor a matrix's step belongs there.
     tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     kernels = [p for p in parameters.values() if p.dim() >= 2 and id(p) not in tables]
     others = [p for p in parameters.values() if p.dim() < 2 or id(p) in tables]
-    return Muon(kernels, others, config.lr, config.weight_decay)
+    return Muon(kernels, others, config.lr, config.weight_decay, capturable=capturable)
 
 
-def _take_step(
+def _descend(
     parameters: Mapping[str, nn.Parameter],
     average: Mapping[str, nn.Parameter],
-    step_loss: StepLoss,
     optimizer: torch.optim.Optimizer,
-    config: LearnConfig,
-    step: int,
+    grad_clip: float,
     device: torch.device,
     dtype: torch.dtype,
+    loss_of: Callable[[], Loss],
+    stay: float | Tensor,
 ) -> dict[str, Tensor]:
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, step)
+    """One step of the optimizer and of the average, of which the share ``stay`` stays; reads nothing back."""
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
-        loss, figures = step_loss(step)
+        loss, figures = loss_of()
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.grad_clip)
+    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), grad_clip)
     optimizer.step()
-    decay = min(config.ema_decay, (1 + step) / (10 + step))  # the first weights shall not linger
-    torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], 1 - decay)
+    with torch.no_grad():
+        for mean, parameter in zip(average.values(), parameters.values()):
+            mean.lerp_(parameter, 1 - stay)
     return {"loss": loss.detach(), **{k: v.detach() for k, v in figures.items()}, "grad_norm": norm.detach()}
 
 

@@ -1,15 +1,16 @@
 """Scenes rendered once, on all cores, and read many times: an accelerator eats faster than the world is drawn.
 
-A pool is a folder of safetensors files, each a chunk of scenes, written atomically: filling goes on where it stopped,
-and scene i depends on (pool_seed, i) alone.
+A pool is a folder of safetensors files, each a chunk of scenes, written atomically: filling resumes where it stopped,
+scene i depends on (pool_seed, i) alone, and a training can begin on the first chunks while others are being rendered.
 """
 
 from __future__ import annotations
 
 import json
 import multiprocessing
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from ..files import write_json, write_tensors
 from .held_out import held_out_identities
 from .identity import ACCESSORIES, COLOURS, NOUNS, PATTERNS, SHAPES, Identity
 from .scenery import BACKGROUNDS, PLACES
-from .world import Scene, caption_for, render_scene
+from .world import COUNT_SHARES, Scene, caption_for, render_scene
 
 CAPTIONS = 6  # drawn per scene, so that a picture isn't tied to one wording
 MOST_SPRITES = 3
@@ -37,11 +38,16 @@ FIELDS = ("noun", "body", "second", "pattern", "accessory", "shape")
 class PoolConfig(Config):
     """Which scenes a pool holds."""
 
-    count: int = setting(120_000, "scenes in the pool; more can be added later", low=1, shapes_result=False)
+    count: int = setting(180_000, "scenes in the pool; more can be added later", low=1, shapes_result=False)
     pool_seed: int = setting(1, "series of scenes; another series holds other scenes", low=0, high=2**31)
     picture_size: int = setting(128, "side of the pictures in pixels", low=64, high=512)
     chunk: int = setting(500, "scenes in each of the pool's files", low=1)
     hold_out: bool = setting(True, "leave out the identities that benchmarks take their subjects from")
+
+    @property
+    def chunks(self) -> int:
+        """How many files the pool has."""
+        return -(-self.count // self.chunk)
 
 
 def identity_codes(identity: Identity) -> list[int]:
@@ -113,6 +119,21 @@ def _chunk_path(folder: Path, number: int) -> Path:
     return folder / f"scenes-{number:05d}.safetensors"
 
 
+@contextmanager
+def rendering(folder: Path, config: PoolConfig, workers: int) -> Iterator[dict[int, Future[None]]]:
+    """Render what is missing of a pool on ``workers`` processes, in the background: chunk number → its job.
+
+    On leaving, chunks that haven't been begun are dropped. Raises DatasetError if the folder holds other scenes.
+    """
+    missing = _missing_chunks(folder, config)
+    context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads and an open accelerator
+    executor = ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,))
+    try:
+        yield {number: executor.submit(render_chunk, folder, number, config) for number in missing}
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
+
+
 def fill_pool(
     folder: Path,
     config: PoolConfig,
@@ -126,73 +147,84 @@ def fill_pool(
     ``on_progress(done, total)`` counts scenes. Raises Interrupted when ``should_stop`` says so, DatasetError if the
     folder holds other scenes.
     """
-    _check_description(folder, config)
-    chunks = -(-config.count // config.chunk)
-    missing = [n for n in range(chunks) if not _chunk_path(folder, n).exists()]
-    done = chunks - len(missing)
+    missing = _missing_chunks(folder, config)
+    done = config.chunks - len(missing)
 
     def count() -> None:
-        on_progress(done * config.chunk, chunks * config.chunk)
+        nonlocal done
+        done += 1
+        on_progress(done * config.chunk, config.chunks * config.chunk)
         if should_stop():
-            raise Interrupted(f"stopped after {done * config.chunk} scenes, which are saved; start again to go on")
+            raise Interrupted(f"stopped after {done * config.chunk} scenes, which are saved; start again to resume")
 
     if not workers:
         for number in missing:
             render_chunk(folder, number, config)
-            done += 1
             count()
     elif missing:
-        context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads and an open accelerator
-        with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as executor:
-            jobs = [executor.submit(render_chunk, folder, number, config) for number in missing]
-            try:
-                for job in as_completed(jobs):
-                    job.result()
-                    done += 1
-                    count()
-            finally:
-                executor.shutdown(wait=False, cancel_futures=True)
+        with rendering(folder, config, workers) as jobs:
+            for job in as_completed(jobs.values()):
+                job.result()
+                count()
     return ScenePool(folder, config)
 
 
-def _check_description(folder: Path, config: PoolConfig) -> None:
-    path, wanted = folder / "pool.json", {**config.to_dict(), "captions": CAPTIONS}
+def _missing_chunks(folder: Path, config: PoolConfig) -> list[int]:
+    """Numbers of the chunks that aren't rendered yet. Raises DatasetError if the folder holds other scenes."""
+    path = folder / "pool.json"
+    wanted = {**config.to_dict(), "captions": CAPTIONS, "count_shares": list(COUNT_SHARES)}
     wanted.pop("count")
     if not path.exists():
         write_json(path, wanted)
     elif json.loads(path.read_text(encoding="utf-8")) != wanted:
         raise DatasetError(f"{folder}: holds scenes of other settings; choose another folder or delete it")
+    return [n for n in range(config.chunks) if not _chunk_path(folder, n).exists()]
+
+
+def as_pictures(images: Tensor) -> Tensor:
+    """Images uint8 [n, S, S, 3] as an autoencoder takes them: float [n, 3, S, S] from -1 to 1."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 class ScenePool:
-    """The scenes of a filled pool. Raises DatasetError if chunks are missing or damaged.
+    """The scenes of a pool. Raises DatasetError if chunks are missing or damaged.
 
-    Fields of :meth:`take`, n rows: ``images`` uint8 [n, S, S, 3]; ``labels`` uint8 [n, S, S] (see :func:`label_map`);
-    ``subjects`` int8 [n, 3, 6] (codes, -1 where there is no sprite); ``places`` int8 [n].
+    ``coming``: the jobs of chunks that are still being rendered (see :func:`rendering`); :meth:`grow` adds those that
+    are ready. Fields of :meth:`take`, n rows: ``images`` uint8 [n, S, S, 3]; ``labels`` uint8 [n, S, S] (see
+    :func:`label_map`); ``subjects`` int8 [n, 3, 6] (codes, -1 where there is no sprite); ``places`` int8 [n].
     """
 
-    def __init__(self, folder: Path, config: PoolConfig):
+    def __init__(self, folder: Path, config: PoolConfig, coming: Mapping[int, Future[None]] | None = None):
         self.folder, self.config, self.device = folder, config, torch.device("cpu")
+        self.coming = coming or {}
         self.chunks: list[dict[str, Tensor]] = []
         self.held: dict[str, Tensor] = {}
-        for number in range(-(-config.count // config.chunk)):
-            path = _chunk_path(folder, number)
-            try:
-                with safe_open(path, "pt") as file:  # the tensors stay on disk until they are read
-                    self.chunks.append({name: file.get_tensor(name) for name in file.keys()})
-            except (OSError, SafetensorError) as e:
-                raise DatasetError(f"{path}: can't be read ({e}); delete it and fill the pool again") from e
+        while self.grow():
+            pass
+
+    def grow(self) -> bool:
+        """Open the next chunk; False if there is none, or it isn't rendered yet. Raises what its rendering raised."""
+        number = len(self.chunks)
+        job = self.coming.get(number)
+        if number == self.config.chunks or (job and not job.done()):
+            return False
+        if job:
+            job.result()
+        path = _chunk_path(self.folder, number)
+        try:
+            with safe_open(path, "pt") as file:  # the tensors stay on disk until they are read
+                self.chunks.append({name: file.get_tensor(name) for name in file.keys()})
+        except (OSError, SafetensorError) as e:
+            raise DatasetError(f"{path}: can't be read ({e}); delete it and fill the pool again") from e
+        return True
 
     def __len__(self) -> int:
-        return self.config.count
+        return min(self.config.count, len(self.chunks) * self.config.chunk)
 
-    def captions(self) -> list[list[str]]:
-        """The captions of all scenes, ``CAPTIONS`` of each."""
-        texts: list[list[str]] = []
-        for number in range(len(self.chunks)):
-            with safe_open(_chunk_path(self.folder, number), "pt") as file:
-                texts += json.loads(file.metadata()["captions"])
-        return texts[: len(self)]
+    def captions(self, number: int) -> list[list[str]]:
+        """The captions of a chunk's scenes, ``CAPTIONS`` of each."""
+        with safe_open(_chunk_path(self.folder, number), "pt") as file:
+            return json.loads(file.metadata()["captions"])
 
     def hold(self, device: torch.device) -> ScenePool:
         """Give rows on ``device`` from now on, and keep all scenes there if they fit well within a card's memory."""
@@ -211,5 +243,5 @@ class ScenePool:
         return torch.stack([self.chunks[r // chunk][field][r % chunk] for r in rows.tolist()]).to(self.device)
 
     def pictures(self, rows: Tensor) -> Tensor:
-        """Pictures as an autoencoder takes them: float [n, 3, S, S] from -1 to 1."""
-        return self.take("images", rows).permute(0, 3, 1, 2).float() / 127.5 - 1
+        """The scenes ``rows`` [n] as :func:`as_pictures` gives them."""
+        return as_pictures(self.take("images", rows))

@@ -62,6 +62,9 @@ __all__ = [
     "world_words",
 ]
 
+# How often a random scene holds no, one, two or three subjects.
+COUNT_SHARES = (0.04, 0.36, 0.46, 0.14)
+
 # How far a sprite reaches from its ground point in any pose, in its own size (measured on renders of every shape, pose
 # and accessory): to each side, up with headgear, up without, and down.
 REACH: dict[str, tuple[float, float, float, float]] = {
@@ -299,7 +302,7 @@ def render_scene(
     if background is not None and background not in PLACES:
         raise ValueError(f"render_scene: background {background!r} is not one of {', '.join(BACKGROUNDS)}")
     rng = np.random.default_rng([seed, index])
-    drawn_count, drawn_place = int(rng.choice(4, p=(0.04, 0.42, 0.50, 0.04))), _pick(rng, BACKGROUNDS)
+    drawn_count, drawn_place = int(rng.choice(4, p=COUNT_SHARES)), _pick(rng, BACKGROUNDS)
     count = len(identities) if identities is not None else drawn_count if sprites is None else sprites
     if not 0 <= count <= 3:
         raise ValueError(f"render_scene: sprites must be from 0 to 3, got {count}")
