@@ -145,7 +145,7 @@ class ExtractConfig(Config):
 
 # Shares of the training recipes by the number of concepts (method.md, section 2). For two, pictures of both were raised
 # from .35: what prompts ask for is what must be seen. None shows one beside another of its class: two concepts tell
-# each other apart, and it cost what is learned of one alone (docs/tuning.md).
+# each other apart, and it cost what is learned of one alone (benchmarks/reports/2026-11-26/tuning.md).
 RECIPE_SHARES: dict[int, dict[str, float]] = {
     1: {"original": 0.35, "solo": 0.25, "pair": 0.0, "triple": 0.0, "beside_prior": 0.40},
     2: {"original": 0.10, "solo": 0.25, "pair": 0.65, "triple": 0.0, "beside_prior": 0.0},
@@ -184,7 +184,8 @@ class FusionConfig(Config):
         0.9, "two subjects are fitted to half the canvas times a random share between this and 1", low=0.2, high=1
     )
     row: float = setting(
-        0.5,  # docs/tuning.md: as bases draw two; half, since pictures of two needn't be portraits
+        # As bases draw two; half, since pictures of two needn't be portraits (benchmarks/reports/2026-11-26/tuning.md).
+        0.5,
         "share of composites in which subjects stand close together in a row, all equally large, the lower in front",
         low=0,
         high=1,
@@ -195,7 +196,7 @@ class FusionConfig(Config):
     )
     feather: float = setting(2.5 / 768, "softness of the pasted rim, as a fraction of the canvas", low=0, high=0.08)
     shadow: float = setting(
-        0.35,  # docs/tuning.md: without it training unlearns the shadows that bases draw
+        0.35,  # benchmarks/reports/2026-11-26/tuning.md: without it training unlearns the shadows that bases draw
         "how much the ground under a pasted subject is darkened, softly; 0 for not at all",
         low=0,
         high=1,
@@ -245,7 +246,7 @@ class TrainConfig(Config):
     train_seed: int = setting(0, "seed of noise, timesteps and batch order", low=0, high=2**63 - 1)
     embedding_lr: float = setting(5e-4, "learning rate of the modifier tokens' embeddings", low=0, high=1)
     trainable: str = setting(
-        "attention",  # in docs/tuning.md it learns looks that K and V alone don't
+        "attention",  # in benchmarks/reports/2026-11-26/tuning.md it learns looks that K and V alone don't
         "what learns beside the embeddings; attention: low-rank changes of all attention; kv: cross-attention K and V",
         choices=("attention", "kv"),
     )
@@ -257,7 +258,7 @@ class TrainConfig(Config):
         3e-5, "learning rate of the changes of all attention, per sample of the whole step", low=0, high=1
     )
     lr_decay: float = setting(
-        0.5,  # docs/tuning.md: subjects alone get better, none together worse
+        0.5,  # benchmarks/reports/2026-11-26/tuning.md: subjects alone get better, none together worse
         "share of the steps, the last ones, over which all learning rates fall linearly to 0; 0 keeps them",
         low=0,
         high=1,

@@ -58,7 +58,8 @@ def test_shapes_ranges_and_captions():
 
 # ---- recipes
 
-SHARES = {  # original, solo, pair, triple, beside_prior; docs/tuning.md has those of two concepts
+# Original, solo, pair, triple, beside_prior; benchmarks/reports/2026-11-26/tuning.md has those of two concepts.
+SHARES = {
     1: (0.35, 0.25, 0, 0, 0.40),
     2: (0.10, 0.25, 0.65, 0, 0),
     3: (0.20, 0.15, 0.30, 0.20, 0.15),

@@ -1,6 +1,7 @@
 """The arms of the bench: every method as a change of the same recipe, on the same photos, class pictures and budget.
 
-Nothing here is tuned on test pairs. What was tried on dev pairs, and what came of it, stands in docs/tuning.md.
+Nothing here is tuned on test pairs. What was tried on dev pairs, and what came of it, stands in
+benchmarks/reports/2026-11-26/tuning.md.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ FUSION = FUSING.replace(count=160)
 RESIZED_LOSS = PLAIN_LOSS | {"background_weight": 0.0}  # the photo counts, the grey around it does not
 NO_REFINEMENT = {"refinement_weight": 0.0}
 KV = {"trainable": "kv"}
-# At FaR's rate, four times this, a loss that counts the photos' backgrounds learns their places (docs/tuning.md).
+# At FaR's rate, four times this, a loss that counts the photos' backgrounds learns their places
+# (benchmarks/reports/2026-11-26/tuning.md).
 PHOTOS_RATE = {"low_rank_lr": 1.25e-4}
 ORIGINALS = {"recipe_weights": {"original": 1.0}}
 
