@@ -28,13 +28,13 @@ DRAWING = SampleConfig(sampling_steps=25, guidance=5.0, sample_batch=8)  # what 
 EMPTY_PLACES = DRAWING.replace(guidance=2.0)  # with more of it the base's empty places are paler than its pictures'
 # What a small model with 16 × 16 cells needs; the product's defaults are for Stable Diffusion 2.1.
 TRAINING = TrainConfig(
-    steps=400,
+    steps=300,
     batch_size=6,
     prior_batch_size=2,
     embedding_lr=1e-2,
     trainable="attention",
     kv_lr=4e-5,
-    low_rank_lr=5e-4,  # 4e-3 for the whole step of eight samples
+    low_rank_lr=2e-4,  # 1.6e-3 for the whole step of eight samples
     min_snr_gamma=None,
     refinement_weight=0.1,
     sample_every=0,
@@ -52,10 +52,11 @@ FUSING = FusionConfig(
 # The loss as Custom Diffusion and MuDI have it: no refinement, every cell and every timestep alike.
 PLAIN_LOSS = {"refinement_weight": 0.0, "background_weight": 1.0, "min_snr_gamma": None}
 
-# Two pairs: dogs that differ in their coat alone, robots in two small parts. The base has seen none of the four.
+# Two pairs: dogs that differ in the colour of their trim alone, robots in two small parts. The base has seen none of the
+# four.
 SUBJECTS: dict[str, tuple[Name, Identity]] = {
-    "rex": (Name("dog", "<rex-dog>"), Identity("dog", "blue", "yellow", "plain", "none", "floppy")),
-    "max": (Name("dog", "<max-dog>"), Identity("dog", "orange", "yellow", "plain", "none", "floppy")),
+    "rex": (Name("dog", "<rex-dog>"), Identity("dog", "blue", "pink", "plain", "none", "floppy")),
+    "max": (Name("dog", "<max-dog>"), Identity("dog", "blue", "yellow", "plain", "none", "floppy")),
     "bolt": (Name("robot", "<bolt-robot>"), Identity("robot", "yellow", "red", "spotted", "scarf", "round")),
     "dot": (Name("robot", "<dot-robot>"), Identity("robot", "yellow", "purple", "spotted", "none", "round")),
 }
