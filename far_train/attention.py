@@ -79,11 +79,10 @@ class AttentionRecorder:
     def __init__(self, unet: nn.Module, layers: list[str]):
         attentions = cross_attention_layers(unet)
         self.layers = {name: attentions[name] for name in layers}
-        self._select: Tensor | None = None
-        self._captured: dict[str, Tensor] = {}
         self._before = {name: layer.processor for name, layer in self.layers.items()}
+        self._processors = {name: _RecordingProcessor() for name in self.layers}
         for name, layer in self.layers.items():
-            layer.set_processor(_RecordingProcessor(self, name))
+            layer.set_processor(self._processors[name])
 
     def remove(self) -> None:
         """Give the layers their own processors back."""
@@ -96,27 +95,25 @@ class AttentionRecorder:
 
         The backward pass belongs in here too: a checkpointed layer runs again then and must do the same again.
         """
-        self._select, self._captured = select, {}
+        self._set(select)
         try:
             yield
         finally:
-            self._select, self._captured = None, {}
+            self._set(None)
+
+    def _set(self, select: Tensor | None) -> None:
+        for processor in self._processors.values():
+            processor.select, processor.map = select, None
 
     def maps(self, latent_height: int, latent_width: int) -> Tensor:
         """Attention [B, G, h, w] of the forward pass, averaged over heads and layers; take it before the backward."""
-        missing = set(self.layers) - set(self._captured)
+        missing = [name for name, processor in self._processors.items() if processor.map is None]
         if missing:
             raise BaseModelError(f"base: no attention was recorded on {', '.join(sorted(missing))}")
-        stacked = torch.stack([self._captured[name] for name in self.layers]).mean(0)  # [B, G, cells]
+        stacked = torch.stack([processor.map for processor in self._processors.values()]).mean(0)  # [B, G, cells]
         stride = math.sqrt(latent_height * latent_width / stacked.shape[-1])
         height = round(latent_height / stride)
         return stacked.unflatten(-1, (height, stacked.shape[-1] // height))
-
-    def record(self, name: str, query: Tensor, key: Tensor, scale: float) -> None:
-        """Keep layer ``name``'s map; ``query`` [B, heads, cells, d] and ``key`` [B, heads, tokens, d] are projected."""
-        if self._select is None:
-            return
-        self._captured[name] = attention_columns(query, key, scale, self._select)
 
 
 class PlainProcessor:
@@ -145,10 +142,15 @@ class PlainProcessor:
 
 
 class _RecordingProcessor(PlainProcessor):
-    """Also shows its queries and keys to a recorder."""
+    """Also keeps the map of the selected token groups.
 
-    def __init__(self, recorder: AttentionRecorder, name: str):
-        self.recorder, self.name = recorder, name
+    The map stands here and not in a table by name: a compiled block would be compiled once more for every name.
+    """
+
+    def __init__(self) -> None:
+        self.select: Tensor | None = None
+        self.map: Tensor | None = None
 
     def look(self, query: Tensor, key: Tensor, scale: float) -> None:
-        self.recorder.record(self.name, query, key, scale)
+        if self.select is not None:
+            self.map = attention_columns(query, key, scale, self.select)

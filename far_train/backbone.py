@@ -5,11 +5,12 @@ What differs between model families stands in :data:`FAMILIES`; nothing else ask
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from .errors import BaseModelError, FarError, UnreadableFile
 from .files import parse_json, read_tensors
+from .fingerprint import base_fingerprint, kv_digest
 from .keys import ldm_to_diffusers, strip_text_model, unet_to_ldm
 
 log = logging.getLogger(__name__)
@@ -52,6 +54,7 @@ class BaseModel:
     """A base with all that training and sampling need. Modules are frozen and in eval mode.
 
     ``alphas_cumprod`` [T] in fp32; ``digest`` identifies the cross-attention K/V by content; ``native_size`` in pixels.
+    A base is to be changed within :meth:`placed` or ``FarWeights.applied`` alone, which leave it as it was.
     """
 
     family: str
@@ -63,8 +66,18 @@ class BaseModel:
     prediction_type: str
     native_size: int
     digest: str
+    _fingerprint: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
+    def fingerprint(self) -> str:
+        """Identifies all weights by content. Computed anew only where a tensor was replaced or written to."""
+        states = {part: getattr(self, part).state_dict() for part in PARTS}
+        seen = [(name, t.data_ptr(), t._version) for state in states.values() for name, t in state.items()]
+        if self._fingerprint.get("seen") != seen:
+            self._fingerprint.update(seen=seen, value=base_fingerprint(states))
+        return self._fingerprint["value"]
+
+    @cached_property
     def alphas_cumprod(self) -> Tensor:
         from diffusers import DDIMScheduler
 
@@ -92,6 +105,24 @@ class BaseModel:
         nn.Module.to(self.vae, device=device)
         return self
 
+    @contextmanager
+    def placed(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Iterator[BaseModel]:
+        """Within, :meth:`to` this device and precision; afterwards as it was, to the bit, where it was.
+
+        The original weights are held meanwhile, in what memory they are in.
+        """
+        modules = [m for part in PARTS for m in getattr(self, part).modules()]
+        held = [(p, p.data) for m in modules for p in m.parameters(recurse=False)]
+        buffers = [(m, name, buffer) for m in modules for name, buffer in m.named_buffers(recurse=False)]
+        self.to(device, dtype)
+        try:
+            yield self
+        finally:
+            for parameter, data in held:
+                parameter.data = data
+            for module, name, buffer in buffers:
+                setattr(module, name, buffer)
+
 
 def set_checkpointing(unet: nn.Module, on: bool) -> None:
     """Switch gradient checkpointing, which trades time for memory."""
@@ -102,13 +133,34 @@ def set_checkpointing(unet: nn.Module, on: bool) -> None:
     unet.train(on)  # diffusers checkpoints in training mode only; the UNet has no dropout
 
 
-def set_compiled(unet: nn.Module, on: bool) -> None:
-    """Compile the transformer blocks, which repeat (diffusers' regional compilation), or run them as they are again."""
+# Blocks share their code, and each kind of pass of each size is a graph of its own. Beyond its limit, 8 by default,
+# torch runs what it has no graph for eagerly.
+MOST_GRAPHS = 64
+
+
+def set_compiled(unet: nn.Module, on: bool, **options: Any) -> None:
+    """Compile the transformer blocks, which repeat (diffusers' regional compilation), or run them as they are again.
+
+    ``options`` are torch.compile's.
+    """
     if on:
-        unet.compile_repeated_blocks()
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
+        unet.compile_repeated_blocks(**options)
     else:
         for module in unet.modules():
             module._compiled_call_impl = None  # compiling a module has no public way back
+
+
+@contextmanager
+def uncompiled(unet: nn.Module) -> Iterator[None]:
+    """Within, the UNet runs as it is: sample pictures have other sizes, and few passes, to be compiled for."""
+    compiled = {m: m._compiled_call_impl for m in unet.modules() if m._compiled_call_impl is not None}
+    set_compiled(unet, False)
+    try:
+        yield
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
 
 
 def attention_projections(unet: nn.Module) -> dict[str, tuple[nn.Module, str]]:
@@ -134,15 +186,6 @@ def kv_layers(unet: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 def kv_weights(unet: nn.Module) -> dict[str, Tensor]:
     """The matrices of :func:`kv_layers`, each [channels, context width]."""
     return {name: getattr(layer, part).weight for name, (layer, part) in kv_layers(unet).items()}
-
-
-def kv_digest(weights: Mapping[str, Tensor]) -> str:
-    """Hex digest of the K/V matrices in fp16, so that a base's file format and precision don't change it."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(name.encode())
-        digest.update(weights[name].detach().to("cpu", torch.float16).contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def load_base(

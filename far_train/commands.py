@@ -199,7 +199,7 @@ def train(inputs: Inputs, config: TrainConfig) -> None:
         if not world.writes:
             callbacks = Callbacks(should_stop=should_stop)
         resume = bool(inputs.get("resume"))
-        train_recipe(base, dataset, config, out, start=start, resume=resume, callbacks=callbacks)
+        train_recipe(base, dataset, config, out, start=start, resume=resume, keep_base=False, callbacks=callbacks)
     if not world.writes:
         return
     save_sheet(out / "curves.png", loss_curves(read_metrics(out / METRICS_FILE)))

@@ -24,5 +24,6 @@ def choose_device(name: str = "auto", precision: str = "auto") -> tuple[torch.de
     if precision == "auto":
         precision = "fp32"
         if device.type == "cuda":
-            precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+            with torch.cuda.device(device):  # the question is about the current one
+                precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return device, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]

@@ -61,6 +61,12 @@ class OutOfMemory(FarError):
     """A training step doesn't fit into memory, however little of it is computed at once."""
 
 
+class ProcessFailed(FarError):
+    """Another process of a training on several failed."""
+
+    exit_status = 1
+
+
 class TrainingDiverged(FarError):
     """The loss or its gradient stayed non-finite for several steps in a row."""
 

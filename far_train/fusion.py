@@ -25,6 +25,8 @@ from .photos import from_pil, mask_from_pil, mask_to_pil, to_pil
 from .placement import Cutout, cut_out, fit_inside, paste, place, place_in_row
 from .scenery import cover, infill, plain_background
 
+# Part of every digest: to be raised by whoever changes what composites of the same inputs look like.
+ALGORITHM = 2
 FAR_AWAY, CLOSE_UP = 0.45, 0.80  # sizes of a single subject, as shares of the canvas, that captions call so
 
 
@@ -87,7 +89,7 @@ class ConceptFusion:
         self.background_kinds = self._available_backgrounds()
 
     def digest(self) -> str:
-        digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps([ALGORITHM, self.config.to_dict()], sort_keys=True).encode())
         for source in [s for group in (*self._references, self._prior_subjects) for s in group]:
             _update(digest, source.name.phrase, source.picture, source.mask)
         for name, picture in self._pictures:

@@ -49,7 +49,8 @@ def subject_weight(masks: Tensor, background_weight: float) -> Tensor:
 def denoising_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """Squared error [B] of a prediction [B, C, h, w], as a mean over cells weighted by ``weight`` [B, 1, h, w].
 
-    The weights are normalised within each sample: a small subject counts as much as a large one.
+    The weights are normalised within each sample, whatever share of the canvas its subjects take. Within a sample
+    cells count, not subjects: of two, the larger one has the larger part of the error.
     """
     error = (prediction.float() - target.float()).square().mean(1, keepdim=True)
     if weight is None:
@@ -88,8 +89,8 @@ def refinement_loss(
     is_concept: Tensor,
     is_mention: Tensor,
     *,
-    noun_weight: float = 0.5,
-    competition_weight: float = 0.1,
+    noun_weight: float,
+    competition_weight: float,
     localization: str = "mse",
 ) -> Tensor:
     """Localized Refinement of each sample, [B].

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from .config import TrainConfig
+from .thrift import out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,8 @@ def choose_plan(
     whole = min(config.micro_batch or samples, samples)
     fitting = 0
     for checkpointing in (True,) if config.gradient_checkpointing else (False, True):
-        fitting = min(whole, int(MARGIN * free() / peak(checkpointing)))
+        need = peak(checkpointing)  # first: what the trial leaves behind, such as libraries' workspaces, isn't free
+        fitting = min(whole, int(MARGIN * free() / need))
         if fitting:
             break
     parts = math.ceil(samples / max(fitting, 1))
@@ -75,7 +77,9 @@ def _peak(device: torch.device, work: Callable[[], None]) -> float:
     before = torch.cuda.memory_allocated(device)
     try:
         work()
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as e:
+        if not out_of_memory(e):
+            raise
         return math.inf
     return max(torch.cuda.max_memory_allocated(device) - before, 1)
 

@@ -34,11 +34,11 @@ class Readback:
 
     def put(self, step: int, values: Tensor) -> None:
         """Queue the ``values`` of a step, one for each of ``NAMES``."""
-        event = None
-        if values.is_cuda:
-            values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+        event, source = None, values
+        if source.is_cuda:
+            values = torch.empty(source.shape, dtype=source.dtype, pin_memory=True).copy_(source, non_blocking=True)
             event = torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(source.device))  # which need not be the current device's
         self._queue.append((step, values, event))
 
     def take(self, *, all: bool = False) -> list[tuple[int, dict[str, Any]]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, distributed
 
 from .devices import choose_device
+from .errors import ProcessFailed
 
 PATIENCE = timedelta(hours=6)  # the others wait while one process draws class pictures or samples
+FAILED = 2  # a vote above yes
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,34 @@ class World:
                 distributed.all_reduce(tensor)
 
     def any(self, flag: bool) -> bool:
-        """Whether a flag is up in any process: what one decides, all do at the same step."""
+        """Whether a flag is up in any process: what one decides, all do at the same step.
+
+        Raises ProcessFailed where another process has failed: it would be waited for in vain.
+        """
         if self.size == 1:
             return flag
-        raised = torch.tensor(int(flag))  # on the CPU, so that no GPU waits
-        distributed.all_reduce(raised)
-        return bool(raised)
+        worst = self._vote(int(flag))
+        if worst == FAILED:
+            raise ProcessFailed("another process of this training failed; its own message says why")
+        return bool(worst)
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """An error in here ends the other processes too, at their next :meth:`any`."""
+        try:
+            yield
+        except ProcessFailed:
+            raise
+        except BaseException:
+            if self.size > 1:
+                with suppress(RuntimeError):  # the others may be gone
+                    self._vote(FAILED)
+            raise
+
+    def _vote(self, value: int) -> int:
+        votes = torch.tensor(value)  # on the CPU, so that no GPU waits
+        distributed.all_reduce(votes, distributed.ReduceOp.MAX)
+        return int(votes)
 
     def wait(self) -> None:
         """Until all processes are here."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from .backbone import BaseModel
 from .concepts import Composite, TrainingSet
 from .errors import CaptionError
 from .parallel import World
+from .thrift import with_less_memory
 from .tokens import TokenizedPrompt, Vocabulary
 
 
@@ -106,6 +108,7 @@ def encode_pool(
                 base.vae.config.latent_channels, *(s // base.downscale for s in picture.image.shape[:2])
             )
         pools[i >= composites].append(_sample(picture, prompt, latents, map_stride))
+    world.wait()
     world.sum([s.latents for pool in pools for s in pool])  # the others' were zeros
     on_progress(total, total)
     return pools
@@ -114,8 +117,8 @@ def encode_pool(
 @torch.no_grad()
 def _encode(picture: Composite, base: BaseModel, generator: torch.Generator) -> Tensor:
     vae = base.vae
-    pixels = picture.image.permute(2, 0, 1)[None].to(vae.device, vae.dtype) * 2 - 1
-    posterior = vae.encode(pixels).latent_dist
+    pixels = picture.image.permute(2, 0, 1)[None].to(vae.dtype) * 2 - 1
+    posterior = with_less_memory(vae, lambda: vae.encode(pixels.to(vae.device)).latent_dist)
     drawn = posterior.mean.cpu() + posterior.std.cpu() * torch.randn(posterior.mean.shape, generator=generator)
     return (drawn * vae.config.scaling_factor)[0].float()
 
@@ -184,14 +187,18 @@ def draw_batch(
 
 
 def slice_batch(batch: Batch, start: int, stop: int | None, step: int = 1) -> Batch:
-    """Every ``step``-th sample from ``start`` to ``stop`` of a batch."""
+    """Every ``step``-th sample from ``start`` to ``stop`` of a batch; all its fields are per sample."""
     return Batch(**{k: v[start:stop:step] for k, v in vars(batch).items()})
 
 
 def _shuffled(size: int, number: int, seed: int, stream: str) -> int:
     """The ``number``-th draw from ``size`` items: every item once per round, each round in its own order."""
-    order = np.random.default_rng(derive_seed(seed, f"{stream} order", number // size)).permutation(size)
-    return int(order[number % size])
+    return int(_order(size, derive_seed(seed, f"{stream} order", number // size))[number % size])
+
+
+@lru_cache(maxsize=8)
+def _order(size: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(size)
 
 
 def derive_seed(seed: int, stream: str, index: int) -> int:

@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import losses
 from .attention import AttentionRecorder, layer_stride, supervised_layers
-from .backbone import BaseModel, set_checkpointing, set_compiled
+from .backbone import BaseModel, set_checkpointing, set_compiled, uncompiled
 from .callbacks import Callbacks
 from .captions import default_prompts
 from .concepts import TrainingSet
 from .config import SampleConfig, TrainConfig
 from .devices import choose_device
-from .errors import ConfigError, DatasetError, Interrupted
+from .errors import BaseModelError, ConfigError, DatasetError, Interrupted
 from .files import check_space
 from .memory import plan_memory
 from .metrics import Readback, StepReports
@@ -35,7 +35,7 @@ from .runs import METRICS_FILE, WEIGHTS_FILE, MetricsLog, cut_metrics, open_run,
 from .sampling import TextCache, check_size, draw_pictures, encode_prompts
 from .state import checkpoint_bytes, load_checkpoint, save_checkpoint
 from .thrift import Thrift, skip_without_memory
-from .tokens import Vocabulary
+from .tokens import ModifierEmbedding, Vocabulary
 from .trainable import Trainables, put_trainables, set_learning_rates
 from .weights import FarWeights, Provenance
 
@@ -51,21 +51,25 @@ def train(
     *,
     start: FarWeights | None = None,
     resume: bool = False,
+    keep_base: bool = True,
     callbacks: Callbacks = Callbacks(),
 ) -> FarWeights:
-    """Teach ``base`` the concepts of ``training_set``; the base comes back as it was, on the training device.
+    """Teach ``base`` the concepts of ``training_set``; the base comes back as it was.
 
-    ``start``: weights of the same base to learn on from; new concepts may join them.
+    ``start``: weights of the same base to learn on from; new concepts may join them. ``keep_base``: False for a base
+    that nobody needs afterwards: it stays on the training device in the training's precision, and no memory is spent
+    on its original weights.
     ``run_folder`` gets run.json, metrics.jsonl, checkpoints, samples and ``weights.safetensors``. Raises Interrupted
     when ``should_stop`` says so (after saving), TrainingDiverged, OutOfMemory, or errors of dataset and disk.
     """
-    run = TrainingRun(base, training_set, config, Path(run_folder), resume, callbacks, start)
-    try:
-        run.set_up()
-        run.fit()
-        return run.save_weights()
-    finally:
-        run.clean_up()
+    with World.current().failing_together():
+        run = TrainingRun(base, training_set, config, Path(run_folder), resume, callbacks, start, keep_base)
+        try:
+            run.set_up()
+            run.fit()
+            return run.save_weights()
+        finally:
+            run.clean_up()
 
 
 class TrainingRun:
@@ -80,14 +84,21 @@ class TrainingRun:
         resume: bool = False,
         callbacks: Callbacks = Callbacks(),
         start: FarWeights | None = None,
+        keep_base: bool = True,
     ):
+        if isinstance(base.text_encoder.get_input_embeddings(), ModifierEmbedding):
+            raise BaseModelError(
+                "base: FaR weights are applied to it; load it anew, or train outside of 'with weights.applied(base)'. "
+                "To train on from weights, give them as start (continue_from)"
+            )
         if not training_set.composite_count():
             raise DatasetError("dataset: it holds no composites; fuse at least one")
         check_size(base, training_set.size, training_set.size)
         if start is not None:
             start.check_fits(base)
         self.base, self.training_set, self.config = base, training_set, config
-        self.folder, self.callbacks, self.start = folder, callbacks, start
+        self.folder, self.callbacks, self.start, self.keep_base = folder, callbacks, start, keep_base
+        self.placed = ExitStack()  # undoes what set_up does to the base's weights
         self.steps = config.steps_for(len(training_set.names))
         self.vocabulary = Vocabulary(base.tokenizer, training_set.names, base.tokenizer_size, config.vectors_per_token)
         self.device, self.dtype = choose_device(config.device, config.precision)
@@ -104,7 +115,11 @@ class TrainingRun:
 
     def set_up(self) -> None:
         """Draw missing class pictures, encode the pool, put the learning parameters in, restore a checkpoint."""
-        config, base = self.config, self.base.to(self.device, self.dtype)
+        config, base = self.config, self.base
+        if self.keep_base:
+            self.placed.enter_context(base.placed(self.device, self.dtype))
+        else:
+            base.to(self.device, self.dtype)
         if config.prior_batch_size and not self.training_set.prior_count():
             folder, report = self.folder / "priors", self._reporter("class pictures")
             self.training_set = with_class_pictures(self.training_set, base, config, folder, report)
@@ -128,12 +143,15 @@ class TrainingRun:
         self.scaler = torch.amp.GradScaler(self.device.type, self.first_scale)
         self.readback = Readback(self.device)
         check_space(self.folder, checkpoint_bytes(self.trainables.named_parameters()))
-        self.step = load_checkpoint(self.folder / "checkpoints", self.trainables.named_parameters(), self.optimizer)
-        if config.compile:
-            set_compiled(base.unet, True)
+        self.scaler_state = nn.Parameter(torch.tensor([self.first_scale, 0.0]), requires_grad=False)
+        self.step = load_checkpoint(self.folder / "checkpoints", self._saved(), self.optimizer)
+        scale, growth = self.scaler_state.tolist()
+        self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": scale, "_growth_tracker": int(growth)})
         if self.world.writes:
             cut_metrics(self.folder / METRICS_FILE, self.step)
         self.thrift = self._plan_memory(-(-samples_per_step // self.world.size))
+        if config.compile:  # after the trial, whose one sample is a size of its own
+            set_compiled(base.unet, True)
 
     def _plan_memory(self, samples: int) -> Thrift:
         """Choose how many of this process's samples run at once, and whether the UNet is checkpointed."""
@@ -198,6 +216,7 @@ class TrainingRun:
             return torch.stack(parts).sum(0)
 
         shares = self.thrift.run(gradient, len(batch.latents))
+        self.world.wait()  # where a process failed before its part of the sum, nobody shall wait for it
         self.world.sum([shares, *self.trainables.gradients()])
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.trainables.named_parameters().values(), self.config.grad_clip)
@@ -256,15 +275,24 @@ class TrainingRun:
 
     # ---- save, clean up
 
+    def _saved(self) -> dict[str, nn.Parameter]:
+        """What a checkpoint holds beside the optimizer's moments; fp16 also has a loss scale, which changes."""
+        scaler = {"scaler": self.scaler_state} if self.dtype == torch.float16 else {}
+        return {**self.trainables.named_parameters(), **scaler}
+
     def _save_checkpoint(self) -> None:
+        state = self.scaler.state_dict()
+        if state:  # empty where the scaler is off, as where fp16 was asked for without a GPU to scale on
+            self.scaler_state.copy_(torch.tensor([state["scale"], float(state["_growth_tracker"])]))
         folder, keep = self.folder / "checkpoints", self.config.keep_checkpoints
-        save_checkpoint(folder, self.step, self.trainables.named_parameters(), self.optimizer, keep)
+        save_checkpoint(folder, self.step, self._saved(), self.optimizer, keep)
 
     def _sample(self) -> None:
         prompts = self.config.sample_prompts or default_prompts(self.training_set.names)
         settings = SampleConfig(sampling_steps=self.config.sample_steps, sample_batch=1)
         size, check = (self.training_set.size,) * 2, lambda *_: self._check_stop("sample pictures")
-        pictures = draw_pictures(self.base, self.vocabulary, prompts, settings, size=size, on_progress=check)
+        with uncompiled(self.base.unet):
+            pictures = draw_pictures(self.base, self.vocabulary, prompts, settings, size=size, on_progress=check)
         for i, picture in enumerate(pictures):
             save_picture(self.folder / "samples" / f"step-{self.step:06d}-{i}.png", picture)
         self.callbacks.on_samples(self.step, prompts, pictures)
@@ -298,3 +326,4 @@ class TrainingRun:
         set_checkpointing(self.base.unet, False)
         if self.config.compile:
             set_compiled(self.base.unet, False)
+        self.placed.close()

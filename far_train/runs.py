@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from .backbone import BaseModel
 from .concepts import TrainingSet
 from .config import SCHEMA_VERSION, TrainConfig
 from .errors import CheckpointError, OutputError
@@ -22,8 +22,18 @@ WEIGHTS_FILE = "weights.safetensors"
 METRICS_FILE = "metrics.jsonl"
 
 
+class IdentifiedBase(Protocol):
+    """What tells one base from another: a :class:`BaseModel`, or what a host knows of one without building it."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def prediction_type(self) -> str: ...
+
+
 def run_identity(
-    base: BaseModel, training_set: TrainingSet, config: TrainConfig, start: FarWeights | None = None
+    base: IdentifiedBase, training_set: TrainingSet, config: TrainConfig, start: FarWeights | None = None
 ) -> dict[str, Any]:
     """What decides a run's result, as JSON types: two runs with equal identities learn the same.
 
@@ -32,7 +42,7 @@ def run_identity(
     identity = {
         "schema": SCHEMA_VERSION,
         "config": config.result_shaping(),
-        "base": {"digest": base.digest, "prediction_type": base.prediction_type},
+        "base": {"fingerprint": base.fingerprint, "prediction_type": base.prediction_type},
         "dataset": training_set.digest(),
         "concepts": [{"token": n.token, "noun": n.noun} for n in training_set.names],
     }
@@ -101,7 +111,9 @@ class MetricsLog:
 
     def add(self, step: int, metrics: Mapping[str, Any]) -> None:
         with _named(self.path):
-            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            # JSON has no NaN: what isn't finite is null.
+            known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+            self._file.write(json.dumps({"step": step, **known}, allow_nan=False) + "\n")
             self._file.flush()
 
 
@@ -138,6 +150,6 @@ def _differences(begun: Any, now: Any, name: str = "") -> list[str]:
         return []
     if name == "continue_from":
         return [f"{name} (other weights)" if begun and now else f"{name} ({'only then' if begun else 'only now'})"]
-    if name.endswith(("digest", "dataset")):
+    if name.endswith(("fingerprint", "dataset")):
         return [f"{name.split('.')[0]} (its content changed)"]
     return [f"{name.removeprefix('config.')} ({begun!r} then, {now!r} now)"]

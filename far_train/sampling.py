@@ -11,6 +11,7 @@ from torch import Tensor
 from .backbone import BaseModel
 from .config import SampleConfig
 from .errors import ConfigError
+from .thrift import in_batches, with_less_memory
 from .tokens import TokenizedPrompt, Vocabulary, unknown_tokens
 
 log = logging.getLogger(__name__)
@@ -101,20 +102,19 @@ def draw_pictures(
         requires_safety_checker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
-    batches = [
-        list(range(i, min(i + config.sample_batch, len(prompts)))) for i in range(0, len(prompts), config.sample_batch)
-    ]
-    total = len(batches) * config.sampling_steps
+    total = -(-len(prompts) // config.sample_batch) * config.sampling_steps
     done = 0
 
     def count(_pipeline: object, _step: int, _timestep: object, kwargs: dict) -> dict:
         nonlocal done
-        done += 1
+        done = min(done + 1, total)  # where memory runs out, smaller batches take more steps in all
         on_progress(done, total)
         return kwargs
 
-    pictures = []
-    for batch in batches:
+    def decode(latent: Tensor) -> Tensor:
+        return base.vae.decode(latent.to(base.vae.device) / base.vae.config.scaling_factor).sample.float().cpu()
+
+    def draw(batch: range) -> list[Tensor]:
         tokenized = [vocabulary.tokenize(prompts[i], truncate=True) for i in batch]
         negative = [vocabulary.tokenize(config.negative_prompt, truncate=True)] * len(batch)
         latents = pipeline(
@@ -128,10 +128,14 @@ def draw_pictures(
             output_type="latent",
             callback_on_step_end=count,
         ).images
-        for latent in latents.to(base.vae.dtype).split(1):  # one by one: the decoder fills a GPU with a single picture
-            decoded = base.vae.decode(latent / base.vae.config.scaling_factor).sample
-            pictures.append((decoded.float().cpu() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1))
-    return torch.cat(pictures)
+        # One by one: the decoder fills a GPU with a single picture.
+        decoded = [
+            with_less_memory(base.vae, lambda latent=latent: decode(latent))
+            for latent in latents.to(base.vae.dtype).split(1)
+        ]
+        return [(picture / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) for picture in decoded]
+
+    return torch.cat(in_batches(draw, len(prompts), config.sample_batch, "pictures"))
 
 
 def check_size(base: BaseModel, height: int, width: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from .errors import CheckpointError, UnreadableFile
 from .files import parse_json, read_tensors, write_tensors
+from .fingerprint import fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def save_checkpoint(
             tensors[f"{key}/{name}"] = torch.as_tensor(value)
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     path = folder / f"checkpoint-{step:08d}.safetensors"
-    write_tensors(path, tensors, {"far_checkpoint": json.dumps({"step": step, "sha256": _digest(tensors)})})
+    write_tensors(path, tensors, {"far_checkpoint": json.dumps({"step": step, "sha256": fingerprint(tensors)})})
     for old in _checkpoints(folder)[keep:]:
         old.unlink(missing_ok=True)
     return path
@@ -75,7 +75,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 def _read(path: Path) -> tuple[int, dict[str, Tensor]]:
     tensors, metadata = read_tensors(path)
     about = parse_json(metadata["far_checkpoint"])
-    if _digest(tensors) != about["sha256"]:
+    if fingerprint(tensors) != about["sha256"]:
         raise ValueError("its content doesn't match its checksum")
     if about["step"] != int(_NAME.fullmatch(path.name)[1]):
         raise ValueError(f"it is of step {about['step']}")
@@ -98,11 +98,3 @@ def _restore(
             parameter.copy_(value)
         # A fused AdamW counts its steps where the parameters are.
         optimizer.state[parameter] = {k: m.to(parameter.device) for k, m in moments.items()}
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -18,14 +18,34 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+MEMORY_RAN_OUT = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "cublas_status_alloc_failed",
+    "cublas_status_not_initialized",
+    "cusolver_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+)
+
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out; torch's CPU allocator raises a plain RuntimeError."""
-    text = str(error).lower()
-    texts = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and any(t in text for t in texts)
-    )
+    """Whether an exception says that memory ran out: torch's CPU allocator and CUDA's libraries raise a plain
+    RuntimeError. cuBLAS that can't make its handle ("not initialized") most often lacks the memory for it."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in MEMORY_RAN_OUT)
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+
+
+def give_back() -> None:
+    """Return cached memory to the device, after what failed for want of it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @contextmanager
@@ -36,7 +56,47 @@ def skip_without_memory(what: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as e:
         if not out_of_memory(e):
             raise
-        log.warning("Memory ran out, %s are left out: %s", what, str(e).splitlines()[:1])
+        log.warning("Memory ran out (%s): %s are left out.", _reason(e), what)
+
+
+def in_batches(compute: Callable[[range], list[T]], count: int, size: int, what: str) -> list[T]:
+    """``compute`` of the indices below ``count``, ``size`` at once, and fewer from where memory runs out.
+
+    Raises OutOfMemory, naming ``what``, when not even one at a time fits.
+    """
+    done: list[T] = []
+    while len(done) < count:
+        batch = range(len(done), min(len(done) + size, count))
+        try:
+            done += compute(batch)
+            continue
+        except (MemoryError, RuntimeError) as e:
+            if not out_of_memory(e):
+                raise
+            reason = _reason(e)
+        give_back()  # here, since the traceback of an exception holds the tensors of what failed
+        if len(batch) == 1:
+            raise OutOfMemory(
+                f"{what} don't fit into memory, even one at a time ({reason}). Close other programs, or choose a "
+                "smaller size"
+            )
+        size = len(batch) // 2
+        log.warning("Memory ran out (%s): going on with %d %s at once.", reason, size, what)
+    return done
+
+
+def with_less_memory(vae: nn.Module, compute: Callable[[], T]) -> T:
+    """``compute()`` of a VAE where it is; where memory runs out there, the VAE moves to the CPU, and stays there."""
+    try:
+        return compute()
+    except (MemoryError, RuntimeError) as e:
+        if not out_of_memory(e) or vae.device.type == "cpu":
+            raise
+        reason = _reason(e)
+    nn.Module.to(vae, device="cpu")
+    give_back()
+    log.warning("Memory ran out (%s): the VAE goes on on the CPU, which takes longer.", reason)
+    return compute()
 
 
 class Thrift:
@@ -64,14 +124,12 @@ class Thrift:
             except (MemoryError, RuntimeError) as e:
                 if not out_of_memory(e):
                     raise
-                reason = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
+                reason = _reason(e)
             # Only here, since an exception's traceback holds the tensors of the step that failed.
             self._spend_less(size, reason)
 
     def _spend_less(self, size: int, reason: str) -> None:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        give_back()
         if not self.checkpointing:
             self.checkpointing = True
             set_checkpointing(self._unet, True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -20,6 +20,7 @@ from .captions import Name, check_noun, check_token
 from .config import SCHEMA_VERSION, SampleConfig
 from .errors import ConfigError, FarError, UnreadableFile, WeightsError
 from .files import parse_json, read_tensors, write_tensors
+from .fingerprint import fingerprint
 from .tokens import ModifierEmbedding, Vocabulary, noun_embedding
 
 log = logging.getLogger(__name__)
@@ -157,11 +158,7 @@ class FarWeights:
 
     def digest(self) -> str:
         """Identifies what was learned, whatever file it came from."""
-        content = hashlib.sha256()
-        changes = self._changes() if self.products else self.deltas
-        for name, value in sorted({**self.embeddings, **changes}.items()):
-            content.update(name.encode() + value.detach().cpu().float().contiguous().numpy().tobytes())
-        return content.hexdigest()
+        return fingerprint({**self.embeddings, **self._changes()}, torch.float32)
 
     @torch.no_grad()
     def initialize(self, vocabulary: Vocabulary, rows: Tensor) -> None:
@@ -182,23 +179,45 @@ class FarWeights:
             rows[own.start : own.stop] = learned.to(rows)
 
     def apply(self, base: BaseModel, config: SampleConfig = SampleConfig()) -> Vocabulary:
-        """Put the weights into ``base`` for good and return the vocabulary for its prompts.
+        """Put the weights into ``base`` for good and return the vocabulary for its prompts; see :meth:`applied`."""
+        return self._put_into(base, config)[0]
+
+    @contextmanager
+    def applied(self, base: BaseModel, config: SampleConfig = SampleConfig()) -> Iterator[Vocabulary]:
+        """Within, ``base`` has the weights, and prompts are read by the vocabulary that this gives; afterwards it is
+        as it was.
 
         ``config.strength`` scales the UNet's changes, which all concepts share; ``config.concept_strength`` moves one
-        concept's embedding between its bare noun's (0) and the learned one (1).
+        concept's embedding between its bare noun's (0) and the learned one (1). Raises WeightsError if they don't fit
+        the base, or if the base has some applied already.
         """
+        vocabulary, take_out = self._put_into(base, config)
+        try:
+            yield vocabulary
+        finally:
+            take_out()
+
+    def _put_into(self, base: BaseModel, config: SampleConfig) -> tuple[Vocabulary, Callable[[], None]]:
+        """The vocabulary, and what takes the weights out again."""
+        table = base.text_encoder.get_input_embeddings()
+        if isinstance(table, ModifierEmbedding):
+            raise WeightsError(
+                "weights: this base has FaR weights already; load it anew, or use 'with weights.applied(base)', which "
+                "takes them out again"
+            )
         self.check_fits(base)
         strengths = config.concept_strength or {}
         for token in strengths:
             if token not in self.embeddings:
                 raise ConfigError(f"concept_strength: there is no {token}; known: {', '.join(self.embeddings)}")
         layers = attention_projections(base.unet)
+        before = []
         for name in self.shapes():
             owner, part = layers[name]
             projection = getattr(owner, part)
+            before.append((projection, projection.weight))
             changed = projection.weight.detach() + config.strength * self.change(name).to(projection.weight)
             projection.weight = nn.Parameter(changed, requires_grad=False)  # the old tensor may be the caller's own
-        table = base.text_encoder.get_input_embeddings()
         vectors = len(next(iter(self.embeddings.values())))
         vocabulary = Vocabulary(base.tokenizer, self.names, table.num_embeddings, vectors)
         rows = []
@@ -206,7 +225,13 @@ class FarWeights:
             bare = noun_embedding(table.weight, vocabulary, name.noun)
             rows.append(torch.lerp(bare, self.embeddings[name.token].float().to(bare), strengths.get(name.token, 1.0)))
         base.text_encoder.set_input_embeddings(ModifierEmbedding(table, torch.cat(rows)))
-        return vocabulary
+
+        def take_out() -> None:
+            base.text_encoder.set_input_embeddings(table)
+            for projection, weight in before:
+                projection.weight = weight
+
+        return vocabulary, take_out
 
     def export_lora(self, path: Path, rank: int | None = None) -> None:
         """Write the UNet's changes as a LoRA file for stock loaders: as they are, or as the nearest of ``rank``."""

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import comfy.clip_model
 import comfy.lora
@@ -29,8 +30,10 @@ from PIL import Image
 from server import PromptServer
 from torch import Tensor
 
-from ..far_train.backbone import FAMILIES, BaseModel, kv_digest, load_base
+from ..far_train.backbone import FAMILIES, BaseModel, load_base
 from ..far_train.errors import BaseModelError, WeightsError
+from ..far_train.fingerprint import base_fingerprint, kv_digest
+from ..far_train.keys import ldm_to_diffusers
 from ..far_train.tokens import unknown_tokens
 from ..far_train.weights import FarWeights
 from . import layout
@@ -211,16 +214,44 @@ def on_compute_device(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 @dataclass(frozen=True)
 class BaseMark:
-    """What tells one base from another: the digest of its cross-attention K/V, and how it predicts."""
+    """By what weights know their base again: the digest of its cross-attention K/V, and how it predicts."""
 
     digest: str
     prediction_type: str
 
 
 def mark_base(model: Any, clip: Any) -> BaseMark:
-    """Identify MODEL, with the graph's patches, without building it. Raises BaseModelError for another family."""
+    """What weights ask of MODEL, with the graph's patches. Raises BaseModelError for another family."""
     check_family(model, clip)
     return BaseMark(kv_digest(kv_weights(model)), prediction_type(model))
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """All of a base that decides what a training on it learns."""
+
+    fingerprint: str
+    prediction_type: str
+
+
+# By the module that a MODEL patches: the ids of all patches on MODEL, CLIP and VAE → fingerprint.
+_fingerprints: WeakKeyDictionary[torch.nn.Module, dict[tuple, str]] = WeakKeyDictionary()
+
+
+def identify_base(model: Any, clip: Any, vae: Any) -> BaseIdentity:
+    """Identify MODEL, CLIP and VAE by all their weights, with the graph's patches, without building the base.
+
+    Reading and hashing gigabytes takes seconds, so the result is kept for as long as the host keeps MODEL: the host
+    gives every change of a model's patches an id of its own. Raises BaseModelError for another family.
+    """
+    check_family(model, clip)
+    _check_kind("vae", vae, "VAE", ("patcher", "first_stage_model"))
+    key = (model.patches_uuid, clip.patcher.patches_uuid, clip.layer_idx, vae.patcher.patches_uuid)
+    known = _fingerprints.setdefault(model.model, {})
+    if key not in known:
+        states, _ = ldm_to_diffusers(*_read_parts(model, clip, vae))
+        known[key] = base_fingerprint(states)
+    return BaseIdentity(known[key], prediction_type(model))
 
 
 def read_base(model: Any, clip: Any, vae: Any) -> BaseModel:
@@ -228,33 +259,8 @@ def read_base(model: Any, clip: Any, vae: Any) -> BaseModel:
 
     Raises BaseModelError where they are not Stable Diffusion 2.1's.
     """
-    check_family(model, clip)
-    _check_kind("vae", vae, "VAE", ("patcher", "first_stage_model"))
-    family = FAMILIES["sd21"]
-    unet = _weights(model, "diffusion_model.")
-    text_prefix = f"{family.embedding_key}.transformer.text_model."
-    text = {k.removeprefix(text_prefix): v for k, v in _weights(clip.patcher, text_prefix).items()}
-    pixels = _weights(vae.patcher)
-    encoder = getattr(clip.cond_stage_model, family.embedding_key)
-    heads, activation = _text_details(encoder)
-    stated = prediction_type(model)
-    configs = layout.component_configs(
-        model.model.model_config.unet_config,
-        text,
-        pixels,
-        prediction_type=stated,
-        text_heads=heads,
-        text_activation=activation,
-        text_layers=layout.text_layer_count(text, _text_layer(clip, encoder)),
-        scaling_factor=model.model.latent_format.scale_factor,
-    )
-    tokenizer = inner_tokenizer(clip).tokenizer
-    if len(tokenizer.get_vocab()) != layout.CLIP_VOCABULARY:
-        configs["tokenizer"] = Path(tokenizer.name_or_path)  # a small base's own words
-    state = {f"model.{k}": v for k, v in unet.items()}
-    state |= {f"first_stage_model.{k}": v for k, v in pixels.items()}
-    state |= {f"cond_stage_model.transformer.text_model.{k}": v for k, v in text.items()}
-    base = load_base(state, config=configs)
+    state, configs = _read_parts(model, clip, vae)
+    base, stated = load_base(state, config=configs), prediction_type(model)
     if base.prediction_type != stated:
         # A file's type is measured, since nothing else tells it. In a graph MODEL says how the samplers will read the
         # UNet's output (ModelSamplingDiscrete may have set it), and training must aim at what they will read.
@@ -266,6 +272,36 @@ def read_base(model: Any, clip: Any, vae: Any) -> BaseModel:
     if len(sigmas) != 1000 or not torch.allclose(1 / (sigmas**2 + 1), base.alphas_cumprod, atol=1e-3):
         log.warning("MODEL has a noise schedule of its own (zero terminal SNR?); FaR trains on Stable Diffusion's.")
     return base
+
+
+def _read_parts(model: Any, clip: Any, vae: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights in fp32 in the layout of a single file, patches baked in, and the component configs."""
+    check_family(model, clip)
+    _check_kind("vae", vae, "VAE", ("patcher", "first_stage_model"))
+    family = FAMILIES["sd21"]
+    unet = _weights(model, "diffusion_model.")
+    text_prefix = f"{family.embedding_key}.transformer.text_model."
+    text = {k.removeprefix(text_prefix): v for k, v in _weights(clip.patcher, text_prefix).items()}
+    pixels = _weights(vae.patcher)
+    encoder = getattr(clip.cond_stage_model, family.embedding_key)
+    heads, activation = _text_details(encoder)
+    configs = layout.component_configs(
+        model.model.model_config.unet_config,
+        text,
+        pixels,
+        prediction_type=prediction_type(model),
+        text_heads=heads,
+        text_activation=activation,
+        text_layers=layout.text_layer_count(text, _text_layer(clip, encoder)),
+        scaling_factor=model.model.latent_format.scale_factor,
+    )
+    tokenizer = inner_tokenizer(clip).tokenizer
+    if len(tokenizer.get_vocab()) != layout.CLIP_VOCABULARY:
+        configs["tokenizer"] = Path(tokenizer.name_or_path)  # a small base's own words
+    state = {f"model.{k}": v for k, v in unet.items()}
+    state |= {f"first_stage_model.{k}": v for k, v in pixels.items()}
+    state |= {f"cond_stage_model.transformer.text_model.{k}": v for k, v in text.items()}
+    return state, configs
 
 
 def prediction_type(model: Any) -> str:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -268,7 +267,8 @@ def _show_progress(progress: host.Progress, folder: Path, done: int, total: int)
 def drawn_folder(kind: str, base: BaseModel, config: SampleConfig, size: int) -> Path:
     """Where what this base draws with these settings is kept. The number of pictures doesn't matter: it may grow."""
     settings = {
-        "base": _weights_digest(base),
+        "base": base.fingerprint,
+        "prediction_type": base.prediction_type,
         "size": size,
         "prior_seed": config.sample_seed,
         "sampler": config.sampler,
@@ -279,18 +279,6 @@ def drawn_folder(kind: str, base: BaseModel, config: SampleConfig, size: int) ->
     folder = make_folder(host.output_folder() / "far" / kind / key)
     write_json(folder / "settings.json", settings)
     return folder
-
-
-def _weights_digest(base: BaseModel) -> str:
-    """Tells bases apart by some values of every weight. ``base.digest`` covers only what FaR trains, but a LoRA on any
-    other layer draws other pictures too; hashing all five gigabytes would take longer than a picture."""
-    digest = hashlib.sha256(base.prediction_type.encode())
-    for part in (base.unet, base.text_encoder, base.vae):
-        for name, weight in sorted(part.state_dict().items()):
-            values = weight.detach().flatten()
-            values = values[:: max(len(values) // 256, 1)].to("cpu", torch.float16)
-            digest.update(name.encode() + values.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def with_masks(

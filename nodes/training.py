@@ -242,7 +242,7 @@ class Train(io.ComfyNode):
         with host.no_inference_mode():
             if continue_from is not None:
                 sockets.check_sockets(continue_from=(continue_from, FarWeights, "FAR_WEIGHTS"))
-            identity = run_identity(host.mark_base(model, clip), dataset, config, continue_from)
+            identity = run_identity(host.identify_base(model, clip, vae), dataset, config, continue_from)
             folder, finished = find_run(host.output_folder() / "far", file_name(name, "run"), identity)
             if finished:
                 host.tell(f"{folder.name} is trained already: loaded from {folder}", cls.hidden.unique_id)
@@ -352,7 +352,7 @@ def _train(
     stopped = None
     with _freed_base(model, clip, vae) as base:
         try:
-            train(base, dataset, config, folder, start=start, resume=True, callbacks=callbacks)
+            train(base, dataset, config, folder, start=start, resume=True, keep_base=False, callbacks=callbacks)
         except Interrupted as e:
             stopped = str(e)
     if stopped and host.interrupted():

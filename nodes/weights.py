@@ -13,9 +13,9 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..far_train.backbone import kv_digest
 from ..far_train.errors import ConfigError, WeightsError
 from ..far_train.files import parse_json
+from ..far_train.fingerprint import kv_digest
 from ..far_train.weights import FarWeights, describe
 from . import host, sockets
 from .naming import file_name, place

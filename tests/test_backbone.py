@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from far_train.backbone import kv_digest, kv_weights, load_base, packaged_configs
+from far_train.backbone import kv_weights, load_base, packaged_configs
 from far_train.errors import BaseModelError
+from far_train.fingerprint import kv_digest
 from far_train.mini.tiny import random_states, single_file_state, tiny_configs, write_folder
 
 

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
-from far_train.backbone import load_base, set_compiled
-from far_train.config import TrainConfig
+from far_train.backbone import load_base, set_compiled, uncompiled
+from far_train.config import SampleConfig, TrainConfig
 from far_train.memory import MARGIN, MemoryPlan, choose_plan, plan_memory
+from far_train.mini.tiny import random_states, tiny_configs, write_folder
+from far_train.pool import slice_batch
 from far_train.recipe import FP16_SCALE, TrainingRun
-from far_train.sampling import encode_prompts
+from far_train.sampling import draw_pictures, encode_prompts
 
 STEPS = 100
 QUICK = TrainConfig(steps=STEPS, batch_size=1, prior_batch_size=1, sample_every=0, device="cpu")
@@ -78,7 +81,12 @@ def test_fp16_scales_the_loss_and_skips_what_overflows(tiny_folder: Path, fusion
     assert not run.train_step()["finite"]
     assert run.scaler.get_scale() == 2.0**39
     assert all(torch.equal(before[k], p) for k, p in run.trainables.named_parameters().items())
+    run._save_checkpoint()
     run.clean_up()
+    resumed = TrainingRun(load_base(tiny_folder), fusion, run.config, tmp_path, resume=True)
+    resumed.set_up()
+    assert resumed.step == 2 and resumed.scaler.get_scale() == 2.0**39  # and not the first scale again
+    resumed.clean_up()
 
 
 # ---- memory plans
@@ -143,3 +151,29 @@ def test_compiled_blocks_compute_the_same(tiny_folder: Path, fusion, tmp_path: P
         run.clean_up()
     assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-4)
     assert losses[0][2] == pytest.approx(losses[1][2], rel=1e-3)
+
+
+def test_everything_is_compiled_and_nothing_again(fusion, tmp_path: Path):
+    """Two layers a block, as SD 2.1 has, in and out of the refinement: torch's own counters say what was compiled."""
+    configs = tiny_configs()
+    configs["unet"]["layers_per_block"] = 2
+    folder = write_folder(tmp_path / "base", configs, random_states(configs))
+    run = prepared(folder, fusion, tmp_path / "run", save_every=1000)
+    run.backward(slice_batch(run._draw(), 0, 1))  # a trial of one sample, as the memory plan takes on a GPU
+    run.optimizer.zero_grad()
+    counters.clear()
+    torch._dynamo.reset()
+    set_compiled(run.base.unet, True, backend="eager")
+    for _ in range(2):
+        run.train_step()
+    graphs = counters["stats"]["unique_graphs"]
+    assert 0 < graphs <= 12
+    with torch._dynamo.config.patch(error_on_recompile=True, fail_on_recompile_limit_hit=True):
+        run.train_step()
+        with uncompiled(run.base.unet):
+            draw_pictures(run.base, run.vocabulary, ["a <red-ball> ball"], SampleConfig(sampling_steps=1))
+        run.train_step()
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["unimplemented"] and not counters["graph_break"] and not counters["recompile_limit"]
+    set_compiled(run.base.unet, False)
+    run.clean_up()

@@ -81,6 +81,9 @@ def test_competition_needs_a_rival():
     assert alone.item() == pytest.approx(0, abs=1e-6)
 
 
+WEIGHTS = {"noun_weight": 0.5, "competition_weight": 0.1}
+
+
 def _inputs(dtype=torch.float32, seed=0):
     """Three samples: two concepts, a concept beside a class subject, a class picture without mentions."""
     generator = torch.Generator().manual_seed(seed)
@@ -94,7 +97,7 @@ def _inputs(dtype=torch.float32, seed=0):
 def test_refinement_loss_composition():
     """The whole equals its parts, put together by hand for each sample."""
     token_maps, noun_maps, masks, is_concept, is_mention = _inputs()
-    loss = losses.refinement_loss(token_maps, noun_maps, masks, is_concept, is_mention)
+    loss = losses.refinement_loss(token_maps, noun_maps, masks, is_concept, is_mention, **WEIGHTS)
 
     def place(maps, i, k):
         return losses.localization_loss(maps[i : i + 1, k : k + 1], masks[i : i + 1, k : k + 1]).item()
@@ -112,7 +115,7 @@ def test_refinement_loss_composition():
 
 def test_refinement_without_localization_keeps_the_competition():
     token_maps, noun_maps, masks, is_concept, is_mention = _inputs()
-    loss = losses.refinement_loss(token_maps, noun_maps, masks, is_concept, is_mention, localization="none")
+    loss = losses.refinement_loss(token_maps, noun_maps, masks, is_concept, is_mention, localization="none", **WEIGHTS)
     expected = losses.competition_loss(noun_maps, masks, is_mention)
     expected += losses.competition_loss(token_maps, masks, is_concept)
     assert torch.allclose(loss, 0.1 * expected)
@@ -122,7 +125,7 @@ def test_padding_and_class_pictures_get_no_gradient():
     token_maps, noun_maps, masks, is_concept, is_mention = _inputs()
     token_maps.requires_grad_()
     noun_maps.requires_grad_()
-    losses.refinement_loss(token_maps, noun_maps, masks, is_concept, is_mention).sum().backward()
+    losses.refinement_loss(token_maps, noun_maps, masks, is_concept, is_mention, **WEIGHTS).sum().backward()
     for gradient in (token_maps.grad, noun_maps.grad):
         assert torch.isfinite(gradient).all()
         assert not gradient[2].any()
@@ -135,7 +138,7 @@ def test_silent_maps_stay_finite():
     zeros = torch.zeros(1, 2, 4, 4, requires_grad=True)
     masks = torch.ones(1, 2, 4, 4)
     both = torch.ones(1, 2, dtype=torch.bool)
-    loss = losses.refinement_loss(zeros, zeros, masks, both, both)
+    loss = losses.refinement_loss(zeros, zeros, masks, both, both, **WEIGHTS)
     loss.sum().backward()
     assert torch.isfinite(loss).all() and torch.isfinite(zeros.grad).all()
 
@@ -154,11 +157,11 @@ def test_gradient_by_finite_differences(monkeypatch):
             return (region - attention / next(order)).square().mean((-2, -1))
 
         monkeypatch.setattr(losses, "localization_loss", localization)
-        value = losses.refinement_loss(tokens, nouns, masks, is_concept, is_mention).sum()
+        value = losses.refinement_loss(tokens, nouns, masks, is_concept, is_mention, **WEIGHTS).sum()
         monkeypatch.undo()
         return value
 
-    losses.refinement_loss(token_maps, noun_maps, masks, is_concept, is_mention).sum().backward()
+    losses.refinement_loss(token_maps, noun_maps, masks, is_concept, is_mention, **WEIGHTS).sum().backward()
     step = 1e-6
     worst = 0.0
     for which, maps in enumerate((token_maps, noun_maps)):

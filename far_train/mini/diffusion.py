@@ -10,7 +10,6 @@ world the content itself is known. The readout is thrown away with the training.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from ..backbone import build_parts, packaged_configs
 from ..devices import choose_device
 from ..errors import Interrupted
+from ..fingerprint import fingerprint
 from ..keys import strip_text_model
 from ..losses import add_noise, denoising_loss
 from .autoencoder import load_autoencoder
@@ -132,7 +132,7 @@ def learn_diffusion(
     tokenizer = CLIPTokenizerFast.from_pretrained(str(tokenizer_folder), local_files_only=True)
     empty = token_table([[""]], tokenizer)[0, 0].to(device)
     alphas_cumprod = DDIMScheduler.from_config(configs["scheduler"]).alphas_cumprod.to(device)
-    digest = _digest(vae)
+    digest = fingerprint(vae.state_dict())[:16]
     scenes = EncodedScenes(pool, vae.to(device), digest, tokenizer, folder / "latents")
     enough = min(FIRST_SCENES, pool.config.count) if device.type == "cuda" else pool.config.count
 
@@ -207,12 +207,3 @@ def _start_from(model: nn.ModuleDict, base: Path) -> None:
     if any(k.startswith("text_model.") for k in model["text_encoder"].state_dict()):  # transformers before 5.6
         text = {f"text_model.{k}": v for k, v in text.items()}
     load_first_weights(model["text_encoder"], text, base)
-
-
-def _digest(module: nn.Module) -> str:
-    """Hex digest of a module's weights: latents of another autoencoder are other data."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageChops
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import nn
 
-from far_train.backbone import kv_digest, kv_weights, load_base
+from far_train.backbone import kv_layers, kv_weights, load_base
 from far_train.concepts import ClassPicture, Concept
 from far_train.config import FusionConfig, TrainConfig
 from far_train.fusion import ConceptFusion
@@ -293,7 +294,32 @@ def test_what_the_graph_does_to_the_base_is_trained_on(comfy: ComfyServer):
     base = load_base(comfy.folder("output") / "unpatched.safetensors", config=diffusers_configs())
     weights = FarWeights.load(run_folder(comfy, "patched") / "weights.safetensors")
     changed = {k: w + 4 * weights.deltas[k] for k, w in kv_weights(base.unet).items()}
-    assert about["digest"] == kv_digest(changed) != base.digest
+    before = base.fingerprint
+    for name, (layer, part) in kv_layers(base.unet).items():
+        getattr(layer, part).weight = nn.Parameter(changed[name])
+    assert about["fingerprint"] == base.fingerprint != before
+
+
+def test_a_lora_on_clip_alone_is_another_base(comfy: ComfyServer):
+    """The run of the base without it must not be taken for this one's, nor that of another strength."""
+    layer = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    generator = torch.Generator().manual_seed(0)
+    halves = {"lora_up.weight": torch.randn(256, 4, generator=generator)}
+    halves |= {"lora_down.weight": torch.randn(4, 64, generator=generator)}
+    path = comfy.folder("models/loras") / "clip-alone.safetensors"
+    save_file({f"{layer}.{name}": half for name, half in halves.items()}, path)
+    comfy.run(training(comfy, "clip-lora"))
+    for strength in (0.5, 1.0):
+        prompt = training(comfy, "clip-lora", model=["7", 0], clip=["7", 1])
+        prompt["7"] = node("LoraLoader", model=["1", 0], clip=["1", 1], lora_name=path.name,
+                           strength_model=1.0, strength_clip=strength)  # fmt: skip
+        comfy.run(prompt)
+    folders = [run_folder(comfy, name) for name in ("clip-lora", "clip-lora-2", "clip-lora-3")]
+    assert [steps_of(folder) for folder in folders] == [[1, 2]] * 3
+    assert len({FarWeights.load(folder / "weights.safetensors").digest() for folder in folders}) == 3
+    before = [state_of(folder) for folder in folders]
+    comfy.run(prompt | {"4": {**prompt["4"], "inputs": {**prompt["4"]["inputs"], "sample_prompt": ""}}})
+    assert [state_of(folder) for folder in folders] == before  # what is the same is still not trained twice
 
 
 @pytest.mark.parametrize(
