@@ -52,8 +52,7 @@ FUSING = FusionConfig(
 # The loss as Custom Diffusion and MuDI have it: no refinement, every cell and every timestep alike.
 PLAIN_LOSS = {"refinement_weight": 0.0, "background_weight": 1.0, "min_snr_gamma": None}
 
-# Two pairs: dogs that differ in the colour of their trim alone, robots in two small parts. The base has seen none of the
-# four.
+# Two pairs: dogs that differ in the colour of their trim alone, robots in two small parts. The base has seen none.
 SUBJECTS: dict[str, tuple[Name, Identity]] = {
     "rex": (Name("dog", "<rex-dog>"), Identity("dog", "blue", "pink", "plain", "none", "floppy")),
     "max": (Name("dog", "<max-dog>"), Identity("dog", "blue", "yellow", "plain", "none", "floppy")),
