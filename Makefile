@@ -1,7 +1,11 @@
 # Each target makes the virtual environment by itself when it is absent; see scripts/python.sh.
 PYTHON_OF = $$(scripts/python.sh)
 
-.PHONY: help demo test test-full-size test-transformers-4 test-oldest torture lint format
+# Files whose tests train nothing, or next to nothing.
+FAST = $(addprefix tests/test_,$(addsuffix .py,captions cli config content fusion golden help keys locales losses metrics \
+	muon out_of_memory pages placement sam scenery state strangers subjects tokens weights workflows))
+
+.PHONY: help demo test test-fast test-full-size test-transformers-4 test-oldest torture lint format
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 24
@@ -13,6 +17,9 @@ demo:  ## the whole line on sample subjects; leaves outputs/demo/index.html
 # Files stay in their order: test_endurance counts what is alive, which test_fast_path's compiling would disturb.
 test: lint  ## all tests but the full-size ones, a process on each of up to eight cores
 	python=$(PYTHON_OF) && "$$python" -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
+test-fast: lint  ## what most changes break first, in under a minute
+	python=$(PYTHON_OF) && "$$python" -m pytest -q -n auto --maxprocesses 8 $(FAST)
 
 test-full-size:  ## Stable Diffusion 2.1 at its real size with random weights (12 GB of memory)
 	python=$(PYTHON_OF) && "$$python" -m pytest -m full_size tests/test_full_size.py

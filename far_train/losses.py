@@ -36,14 +36,20 @@ def min_snr_weight(alphas_cumprod: Tensor, prediction_type: str, gamma: float | 
     return snr.clamp(max=gamma) / (snr + 1 if prediction_type == "v_prediction" else snr.clamp(min=EPS))
 
 
-def subject_weight(masks: Tensor, background_weight: float) -> Tensor:
+def subject_weight(masks: Tensor, background_weight: float, per_mention: bool = False) -> Tensor:
     """Weight [B, 1, h, w] of each latent cell: 1 on subjects grown by one cell, ``background_weight`` elsewhere.
 
     ``masks`` [B, N, h, w] are the mentions' masks averaged over each latent cell (after Break-a-Scene's masked loss).
+    ``per_mention``: every subject of a sample has the same part in the sum, and all together as much as before.
     """
-    union = masks.amax(1, keepdim=True) if masks.shape[1] else masks.new_zeros(len(masks), 1, *masks.shape[2:])
-    grown = F.max_pool2d(union, 3, stride=1, padding=1).clamp(0, 1)
-    return background_weight + (1 - background_weight) * grown
+    if not masks.shape[1]:
+        return torch.full_like(masks[:, :1].sum(1, keepdim=True), background_weight)
+    grown = F.max_pool2d(masks, 3, stride=1, padding=1).clamp(0, 1)
+    if per_mention:
+        areas = grown.sum((2, 3), keepdim=True)
+        mean = areas.sum(1, keepdim=True) / (areas > 0).sum(1, keepdim=True).clamp(min=1)
+        grown = grown * mean / areas.clamp(min=EPS)
+    return background_weight + (1 - background_weight) * grown.amax(1, keepdim=True)
 
 
 def denoising_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -69,17 +75,20 @@ def localization_loss(attention: Tensor, masks: Tensor) -> Tensor:
     return (masks - attention / peak).square().mean((-2, -1))
 
 
-def competition_loss(attention: Tensor, masks: Tensor, present: Tensor) -> Tensor:
+def competition_loss(attention: Tensor, masks: Tensor, present: Tensor, per_mention: bool = False) -> Tensor:
     """Who owns a cell: cross-entropy of the mentions' shares of attention inside their masks, [B].
 
-    −Σ_p Σ_i M_i(p) log(A_i(p) / Σ_j A_j(p)) / Σ_p Σ_i M_i(p). ``attention`` and ``masks`` are [B, N, h, w],
-    ``present`` [B, N] marks the rows that are mentions and not padding. 0 for a single mention.
+    −Σ_p Σ_i M_i(p) log(A_i(p) / Σ_j A_j(p)) / Σ_p Σ_i M_i(p), or ``per_mention`` the mean over mentions of each one's
+    own such quotient. ``attention`` and ``masks`` are [B, N, h, w], ``present`` [B, N] marks the rows that are mentions
+    and not padding. 0 for a single mention.
     """
     here = present[..., None, None].to(attention.dtype)
     attention, masks = attention * here, masks * here
     share = attention / attention.sum(1, keepdim=True).clamp(min=EPS)
-    owned = -(masks * share.clamp(min=EPS).log()).sum((1, 2, 3))
-    return owned / masks.sum((1, 2, 3)).clamp(min=EPS)
+    owned, areas = -(masks * share.clamp(min=EPS).log()).sum((2, 3)), masks.sum((2, 3))
+    if per_mention:
+        return (owned / areas.clamp(min=EPS)).sum(1) / (areas > 0).sum(1).clamp(min=1)
+    return owned.sum(1) / areas.sum(1).clamp(min=EPS)
 
 
 def refinement_loss(
@@ -92,6 +101,7 @@ def refinement_loss(
     noun_weight: float,
     competition_weight: float,
     localization: str = "mse",
+    per_mention: bool = False,
 ) -> Tensor:
     """Localized Refinement of each sample, [B].
 
@@ -102,10 +112,11 @@ def refinement_loss(
     """
     total = torch.zeros(len(masks), dtype=token_maps.dtype, device=token_maps.device)
     if localization == "mse":
-        per_mention = is_concept * localization_loss(token_maps, masks)
-        per_mention = per_mention + noun_weight * is_mention * localization_loss(noun_maps, masks)
-        total = per_mention.sum(1) / is_mention.sum(1).clamp(min=1)
-    competition = competition_loss(noun_maps, masks, is_mention) + competition_loss(token_maps, masks, is_concept)
+        each = is_concept * localization_loss(token_maps, masks)
+        each = each + noun_weight * is_mention * localization_loss(noun_maps, masks)
+        total = each.sum(1) / is_mention.sum(1).clamp(min=1)
+    competition = competition_loss(noun_maps, masks, is_mention, per_mention)
+    competition = competition + competition_loss(token_maps, masks, is_concept, per_mention)
     return total + competition_weight * competition
 
 

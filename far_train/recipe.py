@@ -247,7 +247,7 @@ class TrainingRun:
         recording = self.recorder.recording(select) if self.recorder else nullcontext()
         with recording, self.trainables.projecting(context):
             prediction = self.base.unet(noisy.to(context.dtype), batch.timesteps, context).sample
-            weight = losses.subject_weight(batch.cell_masks, config.background_weight)
+            weight = losses.subject_weight(batch.cell_masks, config.background_weight, config.per_mention)
             weight = torch.where(batch.is_instance[:, None, None, None], weight, 1.0)
             snr = losses.min_snr_weight(alphas, self.base.prediction_type, config.min_snr_gamma)
             error = snr * losses.denoising_loss(prediction, target, weight)
@@ -271,6 +271,7 @@ class TrainingRun:
             noun_weight=self.config.noun_weight,
             competition_weight=self.config.competition_weight,
             localization=self.config.localization,
+            per_mention=self.config.per_mention,
         )
 
     # ---- save, clean up

@@ -99,7 +99,10 @@ def picture_grid(
 
 
 def loss_curves(metrics: Sequence[Mapping[str, Any]], size: tuple[int, int] = (900, 420)) -> Image.Image:
-    """The denoising, prior and refinement losses over the steps, with their running means, as a picture."""
+    """The denoising, prior and refinement losses over the steps, with their running means, as a picture.
+
+    Each as it is, without the weight and the schedule that it has in the whole loss.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -112,7 +115,7 @@ def loss_curves(metrics: Sequence[Mapping[str, Any]], size: tuple[int, int] = (9
         colour = tuple(c / 255 for c in COLOURS[i])
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
         axes.plot(steps, running_mean(values), color=colour, linewidth=1.8)
-        axes.set(title=kind, xlabel="step")
+        axes.set(title=f"{kind} (unweighted)", xlabel="step")
         axes.grid(alpha=0.2)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())

@@ -75,6 +75,38 @@ def test_competition_loss_by_hand():
     assert losses.competition_loss(attention, masks, present).item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_per_mention_every_subject_counts_alike():
+    # On 8 × 8 cells one subject in a corner, which grows to 2 × 2 cells, one inside, which grows to 4 × 4, and padding.
+    masks = torch.zeros(1, 3, 8, 8)
+    masks[0, 0, 0, 0] = 1
+    masks[0, 1, 4:6, 4:6] = 1
+    by_cell, by_mention = (losses.subject_weight(masks, 0.25, each)[0, 0] - 0.25 for each in (False, True))
+    corner, inside = (slice(0, 2),) * 2, (slice(3, 7),) * 2
+    assert (by_cell[corner].sum(), by_cell[inside].sum()) == (0.75 * 4, 0.75 * 16)
+    assert (by_mention[corner].sum(), by_mention[inside].sum()) == (0.75 * 10, 0.75 * 10)  # together as much as before
+    assert by_mention.sum() == by_cell.sum() == 0.75 * 20
+    alone = masks[:, 1:2]
+    assert torch.equal(losses.subject_weight(alone, 0.25, True), losses.subject_weight(alone, 0.25))
+    assert torch.equal(losses.subject_weight(masks[:, :0], 0.25, True), torch.full((1, 1, 8, 8), 0.25))
+
+    # The first has one cell with a share of 0.8, the second three with 0.5.
+    attention = torch.tensor([[[[0.8, 0.5, 0.5, 0.5]], [[0.2, 0.5, 0.5, 0.5]]]])
+    masks = torch.tensor([[[[1.0, 0.0, 0.0, 0.0]], [[0.0, 1.0, 1.0, 1.0]]]])
+    present = torch.tensor([[True, True]])
+    by_cell, by_mention = (losses.competition_loss(attention, masks, present, each).item() for each in (False, True))
+    assert by_cell == pytest.approx(-(math.log(0.8) + 3 * math.log(0.5)) / 4, rel=1e-5)
+    assert by_mention == pytest.approx(-(math.log(0.8) + math.log(0.5)) / 2, rel=1e-5)
+
+
+def test_the_peak_of_a_map_is_detached():
+    """A map can't fit its mask by lowering its peak: scaled as a whole, its loss stays, and so does each gradient's sum
+    that a moving peak would cancel."""
+    attention = torch.tensor([[[[0.4, 0.1]]]], requires_grad=True)
+    losses.localization_loss(attention, torch.tensor([[[[0.0, 1.0]]]])).sum().backward()
+    # d/dA of mean (M − A / peak)², peak = 0.4 fixed: for the peak itself (1 − 0) / 0.4, for the other (0.25 − 1) / 0.4.
+    assert torch.allclose(attention.grad, torch.tensor([[[[2.5, -1.875]]]]))
+
+
 def test_competition_needs_a_rival():
     attention, masks = torch.rand(1, 2, 3, 3), torch.rand(1, 2, 3, 3)
     alone = losses.competition_loss(attention, masks, torch.tensor([[True, False]]))

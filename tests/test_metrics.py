@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 
 from far_train.errors import TrainingDiverged
 from far_train.metrics import DEPTH, NAMES, Readback, StepReports
+from far_train.report import loss_curves
+from far_train.runs import MetricsLog, read_metrics
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # the latter decides only how far the host may be ahead
 
@@ -45,3 +48,17 @@ def test_each_step_is_told_and_several_that_are_not_finite_end_the_run():
     readback.put(5, values(math.nan))
     with pytest.raises(TrainingDiverged, match="not finite for 2 steps up to step 5"):
         reports.pass_on()
+
+
+def test_the_file_of_metrics_is_json_whatever_a_step_gave(tmp_path):
+    """JSON has no NaN: jq and JavaScript refuse a file that holds one."""
+
+    def refuse(text: str) -> float:
+        raise AssertionError(f"{text} is no JSON")
+
+    with MetricsLog(tmp_path / "metrics.jsonl") as history:
+        history.add(1, {"loss": math.nan, "grad_norm": -math.inf, "prior": 0.5, "finite": False})
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    known = {"step": 1, "loss": None, "grad_norm": None, "prior": 0.5, "finite": False}
+    assert json.loads(line, parse_constant=refuse) == known
+    loss_curves([*read_metrics(tmp_path / "metrics.jsonl"), {"step": 2, "prior": 0.25}])  # a gap, and no error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -83,3 +84,50 @@ def test_a_batch_smaller_than_the_number_of_processes(base, fusion, tmp_path: Pa
     with pytest.raises(ConfigError, match="batch_size: 2 composites are too few for 4 processes"):
         TrainingRun(base, fusion, TrainConfig(device="cpu"), tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+FAILING = """
+import sys
+from pathlib import Path
+from far_train.backbone import load_base
+from far_train.callbacks import Callbacks
+from far_train.config import TrainConfig
+from far_train.dataset import DatasetFolder
+from far_train.errors import FarError
+from far_train.parallel import joined
+from far_train.recipe import train
+
+base, dataset, out = map(Path, sys.argv[1:])
+with joined("cpu") as world:
+    def fail(step, metrics):
+        if step == 2 and world.rank == 1:
+            raise FarError("the disk is full")
+    config = TrainConfig(steps=50, batch_size=2, sample_every=0, save_every=50, device="cpu")
+    try:
+        train(load_base(base), DatasetFolder(dataset), config, out, callbacks=Callbacks(on_step=fail))
+    except FarError as e:
+        print(type(e).__name__, e)
+"""
+
+
+@pytest.mark.skipif(not distributed.is_available(), reason="this PyTorch comes without torch.distributed")
+def test_a_process_that_fails_ends_the_others(tiny_folder: Path, dataset: Path, tmp_path: Path):
+    """Nobody kills the others here, as torchrun would: they must end by themselves, and soon."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", FAILING, tiny_folder, dataset, tmp_path / "run"],
+            cwd=ROOT,
+            env={**os.environ, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    first, second = (process.communicate(timeout=300)[0].strip() for process in processes)
+    assert second == "FarError the disk is full"
+    assert first == "ProcessFailed another process of this training failed; its own message says why"
+    assert 2 <= len(read_metrics(tmp_path / "run" / "metrics.jsonl")) < 50

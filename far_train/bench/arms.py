@@ -19,7 +19,7 @@ FUSION = FUSING.replace(count=160)
 RESIZED_LOSS = PLAIN_LOSS | {"background_weight": 0.0}  # the photo counts, the grey around it does not
 NO_REFINEMENT = {"refinement_weight": 0.0}
 KV = {"trainable": "kv"}
-# At FaR's rate, four times this, a loss that counts the photos' backgrounds learns their places
+# At four times this rate, FaR's on the first small base, a loss that counts the photos' backgrounds learns their places
 # (benchmarks/reports/2026-11-26/tuning.md).
 PHOTOS_RATE = {"low_rank_lr": 1.25e-4}
 ORIGINALS = {"recipe_weights": {"original": 1.0}}
@@ -115,6 +115,9 @@ FURTHER = (
         "FaR on K/V",
         "FaR's data and loss, with Custom Diffusion's trainable set",
         training=KV,
+    ),
+    Arm(
+        "far-per-mention", "FaR, per mention", "in the losses each subject counts alike", training={"per_mention": True}
     ),
     Arm("far-no-competition", "FaR − competition", "no competition term", training={"competition_weight": 0.0}),
     Arm("far-min-snr", "FaR + Min-SNR", "timesteps weighted as for SD 2.1, γ = 5", training={"min_snr_gamma": 5.0}),

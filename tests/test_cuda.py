@@ -1,0 +1,110 @@
+"""What only a CUDA device can show. Skipped, and said so, where there is none; one test wants a second device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from far_train.backbone import load_base
+from far_train.config import SampleConfig, TrainConfig
+from far_train.metrics import Readback
+from far_train.recipe import TrainingRun, train
+from far_train.sampling import draw_pictures
+from far_train.thrift import out_of_memory
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none"),
+]
+QUICK = TrainConfig(steps=3, batch_size=2, prior_batch_size=2, sample_every=0, device="cuda")
+
+
+def open_run(tiny_folder: Path, fusion, folder: Path, **settings) -> TrainingRun:
+    run = TrainingRun(load_base(tiny_folder), fusion, QUICK.replace(**settings), folder)
+    run.set_up()
+    return run
+
+
+def read_back(device: torch.device) -> list[float]:
+    """Metrics that are computed behind long work on ``device`` and copied in the background."""
+    readback, work = Readback(device), torch.randn(4096, 4096, device=device)
+    for _ in range(50):
+        work = work @ work / 4096
+    values = work.abs().sum().clamp(max=0) + torch.arange(5.0, device=device)
+    readback.put(1, values)
+    return [v for k, v in readback.take(all=True)[0][1].items() if k != "finite"]
+
+
+def test_metrics_are_read_when_they_are_there():
+    assert read_back(torch.device("cuda")) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second CUDA device, and there is one")
+def test_metrics_of_a_device_that_is_not_the_current_one(tiny_folder: Path, fusion, tmp_path: Path):
+    torch.cuda.set_device(0)
+    assert read_back(torch.device("cuda:1")) == [0, 1, 2, 3, 4]
+    run = open_run(tiny_folder, fusion, tmp_path, device="cuda:1")
+    assert run.train_step()["finite"]
+    run.clean_up()
+
+
+def test_an_allocation_that_fails_counts_as_out_of_memory():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50, dtype=torch.uint8, device="cuda")
+    assert out_of_memory(caught.value)
+
+
+def test_a_step_that_runs_out_of_memory_is_taken_with_less_at_once(tiny_folder: Path, fusion, tmp_path: Path):
+    run = open_run(tiny_folder, fusion, tmp_path, memory="fast")
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    free = torch.cuda.memory_allocated()
+    run.train_step()
+    peak = torch.cuda.max_memory_allocated()
+    total = torch.cuda.get_device_properties(0).total_memory
+    try:
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction((free + 0.7 * (peak - free)) / total)
+        assert run.train_step()["finite"]
+        assert run.thrift.checkpointing or run.thrift.micro_batch
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        run.clean_up()
+
+
+def test_the_first_step_is_the_cpus(tiny_folder: Path, fusion, tmp_path: Path):
+    """Same samples and noise; the loss of the first step, before anything is learned."""
+    losses = {}
+    for name, settings in {
+        "cpu": {"device": "cpu"},
+        "fp32": {"precision": "fp32"},
+        "bf16": {"precision": "bf16"},
+        "fp16": {"precision": "fp16"},
+    }.items():
+        run = open_run(tiny_folder, fusion, tmp_path / name, **settings)
+        losses[name] = run.train_step()["loss"]
+        run.clean_up()
+    assert losses["fp32"] == pytest.approx(losses["cpu"], rel=1e-2)
+    assert losses["bf16"] == pytest.approx(losses["cpu"], rel=5e-2)
+    assert losses["fp16"] == pytest.approx(losses["cpu"], rel=2e-2)
+
+
+def test_a_compiled_run_compiles_all_and_samples(tiny_folder: Path, fusion, tmp_path: Path):
+    counters.clear()
+    torch._dynamo.reset()
+    base = load_base(tiny_folder)
+    train(base, fusion, QUICK.replace(compile=True, sample_every=2, sample_steps=1, steps=4), tmp_path)
+    assert 0 < counters["stats"]["unique_graphs"] <= 12
+    assert not counters["unimplemented"] and not counters["graph_break"]
+
+
+def test_a_learned_word_is_drawn_in_fp16(tiny_folder: Path, fusion, tmp_path: Path):
+    base = load_base(tiny_folder)
+    weights = train(base, fusion, QUICK, tmp_path)
+    assert base.device.type == "cpu" and base.unet.dtype == torch.float32  # as it was
+    with weights.applied(base) as vocabulary, base.placed("cuda", torch.float16):
+        picture = draw_pictures(base, vocabulary, ["a <red-ball> ball"], SampleConfig(sampling_steps=2))
+    assert bool(picture.isfinite().all())

@@ -1,0 +1,32 @@
+"""One seeded training through the real command line, against known losses.
+
+A change of these figures is a change of what everybody's runs learn: it belongs in the changelog.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from far_train.cli import main
+from far_train.dataset import write_dataset
+from far_train.runs import read_metrics
+
+# Loss of each step; the tiny base has random weights. Kernels of other machines and releases differ in the last digits.
+GOLDEN = {
+    "attention": [1.122927, 1.021877, 0.597771, 0.599428, 0.485958, 0.716529],
+    "kv": [1.122927, 1.021158, 0.596335, 0.602994, 0.482663, 0.718222],
+}
+
+
+@pytest.mark.parametrize("trainable", GOLDEN)
+def test_a_seeded_training_has_the_losses_that_it_always_had(tiny_folder: Path, fusion, tmp_path: Path, trainable: str):
+    dataset = write_dataset(fusion, tmp_path / "dataset").folder
+    command = ["train", "--base", str(tiny_folder), "--dataset", str(dataset), "--out", str(tmp_path / "run")]
+    command += ["--steps", "6", "--batch-size", "2", "--prior-batch-size", "1", "--sample-every", "0"]
+    command += ["--trainable", trainable, "--train-seed", "11", "--low-rank-lr", "1e-3", "--kv-lr", "1e-3"]
+    command += ["--precision", "fp32", "--device", "cpu", "--refinement-weight", "0.1"]
+    assert main(command) == 0
+    losses = [m["loss"] for m in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert losses == pytest.approx(GOLDEN[trainable], rel=1e-3)

@@ -1,0 +1,77 @@
+"""What the pages promise exists: their links lead somewhere, and the commands that they show are understood."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from far_train.cli import _parse, collect
+from far_train.mini import learn
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/reports/*/*.md")])
+LEARN = "python -m far_train.mini.learn"
+FAR = "python -m far_train"
+ALIASES = {"far": FAR, "learn": f"{LEARN}"}
+
+
+def commands(page: Path) -> list[str]:
+    """The lines of a page's shell blocks, each whole and without its comment, aliases written out."""
+    lines: list[str] = []
+    for block in re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            for part in re.sub(r"(^|\s)#.*", "", line).split("; "):
+                words = part.strip().split(" ", 1)
+                lines.append(" ".join([ALIASES.get(words[0], words[0]), *words[1:]]))
+    return [line for line in lines if FAR in line and '"$@"' not in line]
+
+
+def is_archived(page: Path) -> bool:
+    """A report tells what was run at its time, with the flags of that time."""
+    return "reports" in page.parts
+
+
+SHOWN = [(page, line) for page in PAGES if not is_archived(page) for line in commands(page)]
+
+
+def test_there_are_commands_to_check():
+    assert len(SHOWN) >= 30 and {"README.md", "protocol.md"} <= {page.name for page, _ in SHOWN}
+
+
+@pytest.mark.parametrize(("page", "line"), SHOWN, ids=lambda v: v.name if isinstance(v, Path) else v[:60])
+def test_a_command_is_understood(page: Path, line: str):
+    words = shlex.split(line[line.index(FAR) :])
+    start = words.index("-m") + 1
+    if words[start] == "far_train.mini.learn":
+        learn._parser().parse_args([*words[start + 1 :], "--out", "anywhere"])
+    elif words[start + 1] != "--help":
+        collect(*_parse(words[start + 1 :]))
+
+
+# ---- links
+
+
+def anchors(page: Path) -> set[str]:
+    """Ids of a page's headings, as forges make them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+LINKS = [
+    (page, link)
+    for page in PAGES
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    if not re.match(r"https?:", link)
+]
+
+
+@pytest.mark.parametrize(("page", "link"), LINKS, ids=lambda v: v.name if isinstance(v, Path) else v)
+def test_a_link_leads_somewhere(page: Path, link: str):
+    path, _, anchor = link.partition("#")
+    target = (page.parent / path).resolve() if path else page
+    assert target.exists()
+    if anchor:
+        assert anchor in anchors(target)
