@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from far_train.callbacks import Callbacks
 from far_train.captions import Name
-from far_train.config import SampleConfig
+from far_train.config import SampleConfig, TrainConfig
 from far_train.errors import ConfigError
+from far_train.recipe import train
 from far_train.sampling import TextCache, draw_pictures, encode_prompts
 from far_train.sampling import plain_vocabulary as plain
 from far_train.tokens import Vocabulary
 from far_train.trainable import KeysAndValues
+from far_train.weights import FarWeights
 
 QUICK = SampleConfig(sampling_steps=2)
 
@@ -76,3 +79,26 @@ def test_prompts_are_encoded_once_and_with_gradients_where_modifiers_stand(base)
     assert trainables.rows.grad.abs().sum() > 0
     hook.remove()
     trainables.remove()
+
+
+@pytest.mark.parametrize("trainable", ["attention", "kv"])
+def test_a_trainings_samples_are_what_the_saved_weights_draw(base, fusion, tmp_path, trainable):
+    """There W x + Δ x, here (W + Δ) x with Δ from a file in fp16."""
+    shown = []
+    config = TrainConfig(
+        steps=3,
+        sample_every=3,
+        sample_steps=2,
+        sample_prompts=("a <red-ball> ball",),
+        device="cpu",
+        trainable=trainable,
+    ).replace(low_rank_lr=2e-3, kv_lr=2e-3, embedding_lr=1e-2)
+    train(base, fusion, config, tmp_path, callbacks=Callbacks(on_samples=lambda *sample: shown.append(sample)))
+    ((_, prompts, samples),) = shown
+    weights = FarWeights.load(tmp_path / "weights.safetensors")
+    with weights.applied(base) as vocabulary:
+        drawn = draw_pictures(base, vocabulary, prompts, QUICK, size=(fusion.size,) * 2)
+    with weights.applied(base, SampleConfig(strength=0)) as vocabulary:
+        without = draw_pictures(base, vocabulary, prompts, QUICK, size=(fusion.size,) * 2)
+    gap = float((drawn - samples).abs().mean())
+    assert gap < 0.1 * float((without - samples).abs().mean())
