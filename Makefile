@@ -1,7 +1,7 @@
 # Each target makes the virtual environment by itself when it is absent; see scripts/python.sh.
 PYTHON_OF = $$(scripts/python.sh)
 
-.PHONY: help demo test test-full-size test-transformers-4 test-oldest torture lint format
+.PHONY: help demo test test-full-size test-transformers-4 test-oldest test-peft torture lint format
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 24
@@ -22,6 +22,9 @@ test-transformers-4:  ## the library's tests on the 4.x line of transformers
 
 test-oldest:  ## the library's tests on the oldest diffusers and transformers that it supports
 	python=$(PYTHON_OF) && path=$$(scripts/other_versions.sh "transformers==4.50.3" "diffusers==0.35.0") && PYTHONPATH="$$path" "$$python" -m pytest --ignore tests/host
+
+test-peft:  ## diffusers' own loader on the LoRA files that FaR exports; it needs peft, which the project doesn't
+	python=$(PYTHON_OF) && path=$$(scripts/other_versions.sh peft) && PYTHONPATH="$$path" "$$python" -m pytest tests/test_lora_files.py
 
 torture:  ## the long forms: 1,000 mutated files and workflows, 200 kills, 50 runs in one host (an hour on two cores)
 	python=$(PYTHON_OF) && "$$python" -m pytest -m torture -s tests

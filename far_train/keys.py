@@ -260,7 +260,7 @@ def ldm_to_diffusers(
 
 
 def check_whole(names: Iterable[str], where: str) -> None:
-    """Refuse a single file that holds one part of a model, or not all of them. Raises BaseModelError naming the parts."""
+    """Refuse a single file that doesn't hold all parts of a model. Raises BaseModelError naming what lacks."""
     names = list(names)
     held = {part for prefix, part in PREFIXES.items() if any(n.startswith(prefix) for n in names)}
     if held == set(PART_NAMES):

@@ -47,8 +47,8 @@ def unscale(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
         weight = plain[key]
         if scale.numel() != 1 and (scale.numel() != scale.shape[0] or scale.shape[0] != weight.shape[0]):
             raise BaseModelError(
-                f"base: {where}: {name} is {list(scale.shape)} for a weight of {list(weight.shape)}, in blocks that FaR "
-                f"doesn't read; {FIX}"
+                f"base: {where}: {name} is {list(scale.shape)} for a weight of {list(weight.shape)}, in blocks that "
+                f"FaR doesn't read; {FIX}"
             )
         if weight.is_floating_point():  # whole numbers are refused where all weights are checked
             plain[key] = weight.float() * scale.float().reshape(-1, *[1] * (weight.ndim - 1))

@@ -74,7 +74,7 @@ def quant(**about: str) -> torch.Tensor:
         ({f"{KEY}.weight_scale_inv": torch.ones(1)}, "weight_scale_inv"),
         (
             {f"{KEY}.weight_scale": torch.ones(32, 2)},
-            r"weight_scale is \[32, 2\] for a weight of \[32, 32\], in blocks",
+            r"is \[32, 2\] for a weight of \[32, 32\], in blocks",
         ),
         ({f"{KEY}.comfy_quant": quant(format="nvfp4")}, "quantised as nvfp4"),
         ({f"{KEY}.comfy_quant": quant(kind="nvfp4")}, "quantised as an unknown form"),
