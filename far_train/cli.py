@@ -114,6 +114,9 @@ COMMANDS = (
             Argument(
                 "prompts", "JSON or YAML file: photo name → {box: [x0,y0,x1,y1], points: [[x,y,1]]}", structured=True
             ),
+            Argument(
+                "keep_others", "let pictures of other photos stay in the folder, to be learned as well", options=SWITCH
+            ),
             DEVICE,
         ),
         ExtractConfig,

@@ -19,9 +19,10 @@ from .dataset import DatasetFolder, write_dataset
 from .devices import choose_device
 from .errors import CaptionError, ConfigError, SubjectError
 from .files import make_folder, write_text
+from .folders import describe_unread, list_photos
 from .fusion import ConceptFusion
 from .parallel import joined
-from .photos import Photo, list_photos, load_photo, save_picture
+from .photos import Photo, load_photo, save_picture
 from .priors import EVERYDAY_SCENES, draw_empty_scenes, parse_scenes, scene_path
 from .queue_grid import GridRunner, Run, collect, finished, plan, read_axis
 from .queueing import DEFAULT_HOST, RunningHost, read_workflow, run_workflow, set_inputs
@@ -54,12 +55,18 @@ def extract(inputs: Inputs, config: ExtractConfig) -> None:
         extractor = SubjectExtractor(load_sam(Path(inputs["sam"]), device), config)
     with progress_bars() as bars:
         report = extract_folder(
-            Path(inputs["photos"]), out, extractor, _read_prompts(inputs), config, bars.phase("extracting")
+            Path(inputs["photos"]),
+            out,
+            extractor,
+            _read_prompts(inputs),
+            config,
+            bars.phase("extracting"),
+            keep_others=bool(inputs.get("keep_others")),
         )
     for line in report:
         if line.status == "skipped":
             log.warning("skipped: %s", line.detail)
-    subjects = [p for p in _read_photos(out, 512) if p.mask is not None][:SHOWN]
+    subjects = [p for p in (load_photo(path, 512) for path in list_photos(out)) if p.mask is not None][:SHOWN]
     preview = _beside(out, "preview.jpg")
     save_sheet(preview, contact_sheet([checkerboard(p.image, p.mask) for p in subjects], [p.name for p in subjects]))
     kept = sum(line.status == "ok" for line in report)
@@ -117,11 +124,17 @@ def read_concept(token: str, noun: str, folder: Path, max_side: int | None = Non
             log.warning("%s has no mask and is left out; run 'extract' on its folder first.", photo.path)
     if not masked:
         raise SubjectError(f"concept {token}: no photo in {folder} has a mask; run 'extract' on it first")
-    return Concept(token, noun, tuple(p.image for p in masked), tuple(p.mask for p in masked))
+    labels = tuple(str(p.path) for p in masked)
+    return Concept(token, noun, tuple(p.image for p in masked), tuple(p.mask for p in masked), labels)
 
 
 def _read_photos(folder: Path, max_side: int | None = None) -> list[Photo]:
-    return [load_photo(path, max_side) for path in list_photos(Path(folder))]
+    """The photos of a folder; what of it, or of them, isn't used is said."""
+    photos = [load_photo(path, max_side) for path in list_photos(folder)]
+    for note in (describe_unread(folder), *(note for photo in photos for note in photo.notes)):
+        if note:
+            log.warning("%s", note)
+    return photos
 
 
 def _entries(inputs: Inputs, name: str, keys: Sequence[str]) -> list[list[str]]:
@@ -143,14 +156,14 @@ def fuse(inputs: Inputs, config: FusionConfig) -> None:
         for token, noun, folder in _entries(inputs, "concept", ("token", "noun", "folder"))
     ]
     priors = [
-        ClassPicture(noun, photo.image, photo.mask)
+        ClassPicture(noun, photo.image, photo.mask, str(photo.path))
         for noun, folder in _entries(inputs, "prior", ("noun", "folder"))
         for photo in _read_photos(Path(folder), side)
     ]
     backgrounds = read_backgrounds(Path(inputs["backgrounds"]), side) if inputs.get("backgrounds") else []
     fusion = ConceptFusion(concepts, priors, backgrounds, config)
     for note in fusion.notes:
-        log.info("%s", note)
+        log.warning("%s", note)
     with progress_bars() as bars:
         dataset = write_dataset(fusion, out, about={"fusion": config.to_dict()}, on_progress=bars.phase("fusing"))
     sheet = out / "contact-sheet.jpg"

@@ -23,7 +23,8 @@ from .captions import Name, check_noun, check_token, locate_mentions
 from .concepts import Composite, TrainingSet
 from .errors import CaptionError, DatasetError, FarError, OutputError
 from .files import make_folder, write_json, write_text
-from .photos import SUFFIXES, list_photos, load_mask, load_photo, save_mask, save_picture
+from .folders import SUFFIXES, list_photos
+from .photos import load_mask, load_photo, save_mask, save_picture
 
 log = logging.getLogger(__name__)
 

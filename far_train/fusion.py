@@ -16,11 +16,13 @@ from functools import cached_property
 
 import numpy as np
 from PIL import Image, ImageEnhance
+from torch import Tensor
 
 from .captions import Name, write_caption
 from .concepts import Background, ClassPicture, Composite, Concept
 from .config import BACKGROUND_SHARES, MANY_CONCEPTS, RECIPE_SHARES, FusionConfig
 from .errors import SubjectError, TokenError
+from .masks import check_own_mask
 from .photos import from_pil, mask_from_pil, mask_to_pil, to_pil
 from .placement import Cutout, cut_out, fit_inside, paste, place, place_in_row
 from .scenery import cover, infill, plain_background
@@ -74,20 +76,38 @@ class ConceptFusion:
         self.notes: list[str] = []
         # Kept in 8 bit, a quarter of what the tensors take.
         self._references = [
-            [_Source(c.name, to_pil(i), mask_to_pil(m), self.size) for i, m in zip(c.images, c.masks)] for c in concepts
+            [_Source(c.name, to_pil(c.images[i]), mask_to_pil(c.masks[i]), self.size) for i in self._good_photos(c)]
+            for c in concepts
         ]
         self._pictures = [(Name(p.noun), to_pil(p.image)) for p in priors]
         self._prior_subjects = [
             _Source(name, picture, mask_to_pil(prior.mask), self.size)
-            for prior, (name, picture) in zip(priors, self._pictures)
-            if prior.mask is not None
+            for i, (prior, (name, picture)) in enumerate(zip(priors, self._pictures))
+            if prior.mask is not None and self._is_good(prior.mask, prior.label or f"class picture {i + 1}", "mask")
         ]
         self._scenes = [(to_pil(b.image), b.phrase) for b in backgrounds]
         self.recipes = self._available_recipes()
         self.background_kinds = self._available_backgrounds()
 
+    def _good_photos(self, concept: Concept) -> list[int]:
+        """Those whose masks show a subject; the others are noted. Raises SubjectError if none is left."""
+        told = len(self.notes)
+        good = [i for i, mask in enumerate(concept.masks) if self._is_good(mask, concept.label(i), "photo")]
+        if not good:
+            reasons = "\n".join(f"  {note}" for note in self.notes[told : told + 5])
+            raise SubjectError(f"concept {concept.token}: no photo has a mask that shows the subject:\n{reasons}")
+        return good
+
+    def _is_good(self, mask: Tensor, label: str, left_out: str) -> bool:
+        try:
+            check_own_mask(mask, self.config.masks)
+        except SubjectError as e:
+            self.notes.append(f"{label}: {e}; the {left_out} is left out.")
+            return False
+        return True
+
     def digest(self) -> str:
-        digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(self.config.result_shaping(), sort_keys=True).encode())
         for source in [s for group in (*self._references, self._prior_subjects) for s in group]:
             _update(digest, source.name.phrase, source.picture, source.mask)
         for name, picture in self._pictures:
