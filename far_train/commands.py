@@ -17,12 +17,13 @@ from .config import ExtractConfig, FusionConfig, SampleConfig, SpeedConfig, Trai
 from .cost import measure_cost
 from .dataset import DatasetFolder, write_dataset
 from .devices import choose_device
-from .errors import CaptionError, ConfigError, SubjectError
+from .errors import CaptionError, ConfigError, SubjectError, UnreadableFile
 from .files import make_folder, write_text
 from .folders import describe_unread, list_photos
 from .fusion import ConceptFusion
 from .parallel import joined
 from .photos import Photo, load_photo, save_picture
+from .pool import check_captions
 from .priors import EVERYDAY_SCENES, draw_empty_scenes, parse_scenes, scene_path
 from .queue_grid import GridRunner, Run, collect, finished, plan, read_axis
 from .queueing import DEFAULT_HOST, RunningHost, read_workflow, run_workflow, set_inputs
@@ -33,6 +34,7 @@ from .runs import METRICS_FILE, read_metrics
 from .sampling import draw_pictures, plain_vocabulary
 from .subjects import Prompt, SubjectExtractor, extract_folder
 from .terminal import progress_bars, stop_on_interrupt
+from .text_files import read_words
 from .weights import FarWeights, describe
 
 log = logging.getLogger(__name__)
@@ -178,9 +180,9 @@ def read_backgrounds(folder: Path, max_side: int | None = None) -> list[Backgrou
     for photo in _read_photos(folder, max_side):
         words = photo.path.with_suffix(".txt")
         try:
-            phrase = " ".join(words.read_text(encoding="utf-8-sig").split()) if words.exists() else ""
-        except (OSError, UnicodeDecodeError) as e:
-            raise CaptionError(f"{words}: can't be read ({e}); save it as UTF-8 text") from e
+            phrase = " ".join(read_words(words).split()) if words.exists() else ""
+        except UnreadableFile as e:
+            raise CaptionError(str(e)) from e
         backgrounds.append(Background(photo.image, phrase))
     return backgrounds
 
@@ -195,7 +197,10 @@ def _open_base(inputs: Inputs) -> BaseModel:
 def train(inputs: Inputs, config: TrainConfig) -> None:
     out = Path(inputs["out"])
     dataset = DatasetFolder(Path(inputs["dataset"]))
+    for note in dataset.notes:
+        log.warning("%s", note)
     base = _open_base(inputs)
+    check_captions(dataset, base, config.vectors_per_token)
     start = FarWeights.load(Path(inputs["continue_from"])) if inputs.get("continue_from") else None
     steps = config.steps_for(len(dataset.names))
     if inputs.get("dry_run"):

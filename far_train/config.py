@@ -18,7 +18,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .errors import ConfigError
+from .errors import ConfigError, UnreadableFile
+from .text_files import read_words
 
 SCHEMA_VERSION = 2
 
@@ -398,9 +399,9 @@ class SpeedConfig(Config):
 def read_settings(path: Path) -> dict[str, Any]:
     """Read a JSON or YAML settings file into a mapping. Raises ConfigError."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"config: can't read {path} ({e}); give a JSON or YAML file") from e
+        text = read_words(Path(path))
+    except UnreadableFile as e:
+        raise ConfigError(f"config: {e}; give a JSON or YAML file") from e
     import yaml
 
     kind, read = ("JSON", json.loads) if Path(path).suffix.lower() == ".json" else ("YAML", yaml.safe_load)

@@ -71,7 +71,7 @@ def _unread(folder: Path, besides: Sequence[Path] = ()) -> str:
 
 
 def _reason(path: Path, stems: set[str]) -> str:
-    """Why a file is no photo; "" if it belongs to one of ``stems``, or is a folder without pictures."""
+    """Why a file is no photo; "" if it is the mask of one of ``stems``, words, or a folder without pictures."""
     name, kind = path.name.lower(), path.suffix[1:].lower()
     if path.is_dir():
         try:
@@ -86,7 +86,7 @@ def _reason(path: Path, stems: set[str]) -> str:
         return "a link that leads nowhere"
     if kind in OTHER_PICTURES:
         return f"{kind.upper()}: save as PNG or JPEG"
-    return "" if kind == "txt" and path.stem in stems else "no picture"
+    return "" if kind == "txt" else "no picture"  # captions of pictures that are gone are nobody's loss
 
 
 def _is_photo(path: Path) -> bool:

@@ -149,7 +149,7 @@ def test_an_empty_file_sets_nothing(tmp_path):
         ("a.yaml", b"!!python/object/apply:os.getcwd []", "is not valid YAML"),
         ("a.yaml", b"- steps", "must hold a mapping of settings, not a list"),
         ("a.json", b"5", "must hold a mapping of settings, not a int"),
-        ("a.json", b"\xff\xfe", "can't read"),
+        ("a.json", b"\xff\xfe", "can't be read as UTF-8"),
     ],
 )
 def test_files_that_hold_no_settings_are_named_in_one_line(tmp_path, name, content, message):
@@ -161,7 +161,7 @@ def test_files_that_hold_no_settings_are_named_in_one_line(tmp_path, name, conte
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="config: can't read .*none.yaml"):
+    with pytest.raises(ConfigError, match="config: .*none.yaml: can't be read"):
         read_settings(tmp_path / "none.yaml")
 
 
