@@ -22,6 +22,7 @@ from . import __version__
 from .bench.settings import BenchConfig
 from .config import Config, ExtractConfig, FusionConfig, SampleConfig, SpeedConfig, TrainConfig, read_settings
 from .errors import ConfigError, FarError, Interrupted
+from .terminal import make_output_steady
 
 
 @dataclass(frozen=True)
@@ -395,6 +396,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0: done. 1: it failed on the host that it was queued on. 2: an input has to be changed. 130: interrupted.
     """
+    make_output_steady()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
     for noisy in ("httpx", "diffusers", "transformers", "PIL", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.ERROR)

@@ -12,17 +12,18 @@ from torch import Tensor
 
 from .backbone import BaseModel, load_base
 from .bench.settings import BenchConfig
-from .concepts import Background, ClassPicture, Concept
+from .concepts import ClassPicture
 from .config import ExtractConfig, FusionConfig, SampleConfig, SpeedConfig, TrainConfig, read_settings
 from .cost import measure_cost
 from .dataset import DatasetFolder, write_dataset
 from .devices import choose_device
-from .errors import CaptionError, ConfigError, SubjectError, UnreadableFile
-from .files import make_folder, write_text
-from .folders import describe_unread, list_photos
+from .errors import CheckpointError, ConfigError
+from .files import make_folder, write_json, write_text
+from .folder_inputs import read_backgrounds, read_concept, read_photos
+from .folders import list_photos
 from .fusion import ConceptFusion
 from .parallel import joined
-from .photos import Photo, load_photo, save_picture
+from .photos import load_photo, save_picture
 from .pool import check_captions
 from .priors import EVERYDAY_SCENES, draw_empty_scenes, parse_scenes, scene_path
 from .queue_grid import GridRunner, Run, collect, finished, plan, read_axis
@@ -34,11 +35,11 @@ from .runs import METRICS_FILE, read_metrics
 from .sampling import draw_pictures, plain_vocabulary
 from .subjects import Prompt, SubjectExtractor, extract_folder
 from .terminal import progress_bars, stop_on_interrupt
-from .text_files import read_words
 from .weights import FarWeights, describe
 
 log = logging.getLogger(__name__)
 
+DATASET_FILES = "dataset-files.json"  # in a run folder: what it learns from, to name what changed
 SHOWN = 96  # pictures on a contact sheet; JPEG ends at 65,535 pixels a side
 
 Inputs = Mapping[str, Any]
@@ -114,31 +115,6 @@ def _prompt(where: str, entry: Any) -> Prompt:
 # ---- fuse
 
 
-def read_concept(token: str, noun: str, folder: Path, max_side: int | None = None) -> Concept:
-    """A concept from a folder of subjects (photos with masks). Photos without a mask are named and left out.
-
-    Photos are scaled down to ``max_side`` pixels. Raises PhotoError, SubjectError, TokenError, CaptionError.
-    """
-    photos = _read_photos(folder, max_side)
-    masked = [p for p in photos if p.mask is not None]
-    for photo in photos:
-        if photo.mask is None:
-            log.warning("%s has no mask and is left out; run 'extract' on its folder first.", photo.path)
-    if not masked:
-        raise SubjectError(f"concept {token}: no photo in {folder} has a mask; run 'extract' on it first")
-    labels = tuple(str(p.path) for p in masked)
-    return Concept(token, noun, tuple(p.image for p in masked), tuple(p.mask for p in masked), labels)
-
-
-def _read_photos(folder: Path, max_side: int | None = None) -> list[Photo]:
-    """The photos of a folder; what of it, or of them, isn't used is said."""
-    photos = [load_photo(path, max_side) for path in list_photos(folder)]
-    for note in (describe_unread(folder), *(note for photo in photos for note in photo.notes)):
-        if note:
-            log.warning("%s", note)
-    return photos
-
-
 def _entries(inputs: Inputs, name: str, keys: Sequence[str]) -> list[list[str]]:
     """Repeated flags as lists; a settings file may hold mappings instead."""
     entries = []
@@ -160,7 +136,7 @@ def fuse(inputs: Inputs, config: FusionConfig) -> None:
     priors = [
         ClassPicture(noun, photo.image, photo.mask, str(photo.path))
         for noun, folder in _entries(inputs, "prior", ("noun", "folder"))
-        for photo in _read_photos(Path(folder), side)
+        for photo in read_photos(Path(folder), side)
     ]
     backgrounds = read_backgrounds(Path(inputs["backgrounds"]), side) if inputs.get("backgrounds") else []
     fusion = ConceptFusion(concepts, priors, backgrounds, config)
@@ -172,19 +148,6 @@ def fuse(inputs: Inputs, config: FusionConfig) -> None:
     shown = [dataset.composite(i) for i in range(min(24, dataset.composite_count()))]
     save_sheet(sheet, dataset_sheet(shown, dataset.names, columns=6))
     print(f"{dataset.composite_count()} composites and {dataset.prior_count()} class pictures → {out}; look at {sheet}")
-
-
-def read_backgrounds(folder: Path, max_side: int | None = None) -> list[Background]:
-    """Empty scenes of a folder, each with the phrase of its .txt file if any. Raises PhotoError, CaptionError."""
-    backgrounds = []
-    for photo in _read_photos(folder, max_side):
-        words = photo.path.with_suffix(".txt")
-        try:
-            phrase = " ".join(read_words(words).split()) if words.exists() else ""
-        except UnreadableFile as e:
-            raise CaptionError(str(e)) from e
-        backgrounds.append(Background(photo.image, phrase))
-    return backgrounds
 
 
 # ---- train, generate
@@ -202,7 +165,7 @@ def train(inputs: Inputs, config: TrainConfig) -> None:
     base = _open_base(inputs)
     check_captions(dataset, base, config.vectors_per_token)
     start = FarWeights.load(Path(inputs["continue_from"])) if inputs.get("continue_from") else None
-    steps = config.steps_for(len(dataset.names))
+    steps, kept = config.steps_for(len(dataset.names)), out / DATASET_FILES
     if inputs.get("dry_run"):
         done = read_metrics(out / METRICS_FILE) if (out / METRICS_FILE).exists() else []
         print(measure_cost(base, dataset, config, start=start, steps_done=len(done)).words)
@@ -213,11 +176,20 @@ def train(inputs: Inputs, config: TrainConfig) -> None:
             bars("training", step, steps)
             bars.note(loss=f"{metrics['loss']:.4f}", refinement=f"{metrics['refinement']:.4f}")
 
-        callbacks = Callbacks(on_phase=bars, on_step=on_step, should_stop=should_stop)
+        def on_phase(phase: str, done: int, total: int) -> None:
+            if not kept.exists():  # the run is begun or found equal: these are its files
+                write_json(kept, dataset.file_digests())
+            bars(phase, done, total)
+
+        callbacks = Callbacks(on_phase=on_phase, on_step=on_step, should_stop=should_stop)
         if not world.writes:
             callbacks = Callbacks(should_stop=should_stop)
         resume = bool(inputs.get("resume"))
-        train_recipe(base, dataset, config, out, start=start, resume=resume, callbacks=callbacks)
+        try:
+            train_recipe(base, dataset, config, out, start=start, resume=resume, callbacks=callbacks)
+        except CheckpointError as e:
+            changes = dataset.describe_changes(kept)
+            raise CheckpointError(f"{e}. In {dataset.folder}: {changes}" if changes else str(e)) from e
     if not world.writes:
         return
     save_sheet(out / "curves.png", loss_curves(read_metrics(out / METRICS_FILE)))

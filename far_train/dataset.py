@@ -21,7 +21,7 @@ from typing import Any
 from .captions import Name, check_noun, check_token, locate_mentions
 from .concepts import Composite, TrainingSet
 from .errors import CaptionError, DatasetError, FarError, OutputError, UnreadableFile
-from .files import make_folder, write_json, write_text
+from .files import make_folder, parse_json, write_json, write_text
 from .folders import OTHER_PICTURES, SUFFIXES, describe_unread, list_photos
 from .masks import describe_faint
 from .photos import load_mask, load_photo, save_mask, save_picture
@@ -185,17 +185,40 @@ class DatasetFolder:
 
     def digest(self) -> str:
         digest = hashlib.sha256()
+        for content in self.file_digests().values():
+            digest.update(bytes.fromhex(content))
+        digest.update(repr([[n for n, _ in e.subjects] for e in self._composites]).encode())
+        return digest.hexdigest()
+
+    def file_digests(self) -> dict[str, str]:
+        """The SHA-256 of every file that is learned from, by its path in the folder. Raises DatasetError."""
         files = [
             f for e in self._composites for f in (e.image, e.image.with_suffix(".txt"), *(m for _, m in e.subjects))
         ]
         files += [f for p in self._priors for f in (p, p.with_suffix(".txt"))]
+        digests = {}
         for path in files:
             try:
-                digest.update(hashlib.sha256(path.read_bytes()).digest())
+                content = path.read_bytes()
             except OSError as e:
                 raise DatasetError(f"{path}: can't be read ({e.strerror or e}); restore it") from e
-        digest.update(repr([[n for n, _ in e.subjects] for e in self._composites]).encode())
-        return digest.hexdigest()
+            digests[path.relative_to(self.folder).as_posix()] = hashlib.sha256(content).hexdigest()
+        return digests
+
+    def describe_changes(self, kept: Path) -> str:
+        """Which files differ from the :meth:`file_digests` that a JSON file holds, in words; "" if none or unknown."""
+        try:
+            before, now = dict(parse_json(read_words(kept))), self.file_digests()
+        except (UnreadableFile, ValueError, TypeError):
+            return ""
+        kinds = {
+            "changed": [f for f in now if f in before and now[f] != before[f]],
+            "gone": [f for f in before if f not in now],
+            "new": [f for f in now if f not in before],
+        }
+        return "; ".join(
+            f"{kind}: {', '.join(files[:5])}{', …' if len(files) > 5 else ''}" for kind, files in kinds.items() if files
+        )
 
     def captions(self) -> Iterator[tuple[Path, str]]:
         """Every caption with its file, those of class pictures last."""
