@@ -195,7 +195,7 @@ class ConceptFusion:
         shares = self.config.recipe_weights or RECIPE_SHARES.get(len(self.names), MANY_CONCEPTS)
         missing = {}
         if not self._companions:
-            missing["beside_prior"] = "there are no class pictures with masks"
+            missing["beside_prior"] = "there are no class pictures with masks that show the subject whole"
         if len(self.names) < 2:
             missing["pair"] = "it needs two concepts"
         if len(self.names) < 3:
