@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from .errors import BaseModelError, FarError, UnreadableFile
 from .files import parse_json, read_tensors
 from .fingerprint import base_fingerprint, kv_digest
-from .keys import ldm_to_diffusers, strip_text_model, unet_to_ldm
+from .keys import IGNORED_TEXT_ENDS, check_whole, ldm_to_diffusers, strip_text_model, unet_to_ldm
+from .quantised import check_floats, unscale
 
 log = logging.getLogger(__name__)
 
@@ -293,7 +294,7 @@ def _from_folder(folder: Path, prediction_type: str | None) -> BaseModel:
         chosen = exact or shards or files[:1]
         if not chosen:
             raise BaseModelError(f"base: {folder / part} holds no .safetensors weights; FaR never unpickles .bin files")
-        states[part] = {k: v for f in chosen for k, v in _read(f).items()}
+        states[part] = unscale({k: v for f in chosen for k, v in _read(f).items()}, f"{folder.name}, {part}")
     states["text_encoder"] = strip_text_model(states["text_encoder"])
     _check_family(states["unet"], folder.name, configs)
     declared = configs["scheduler"].get("prediction_type", "epsilon")
@@ -313,9 +314,9 @@ def _from_state_dict(
         config = read_configs(Path(config))
     shapes = config or packaged_configs("v_prediction")
     _check_family(state, where, shapes)
-    states, unknown = ldm_to_diffusers(state, shapes)
-    if unknown:
-        log.info("%s holds %d tensors that FaR doesn't use, such as %s.", where, len(unknown), unknown[0])
+    check_whole(state, where)
+    states, unknown = ldm_to_diffusers(unscale(state, where), shapes)
+    _report_unused(unknown, where)
     measured = _measured_prediction_type(states["unet"])
     _check_prediction_type(prediction_type, measured, where)
     chosen = prediction_type or measured or shapes["scheduler"].get("prediction_type", "epsilon")
@@ -368,7 +369,10 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     expected = module.state_dict()
     if any(k.startswith("text_model.") for k in expected):  # transformers before 5.6 nests the text model once more
         state = {f"text_model.{k}": v for k, v in state.items()}
-    state = {k: v.float() for k, v in state.items() if k in expected}
+    _report_unused([k for k in state if k not in expected and not k.endswith(IGNORED_TEXT_ENDS)], where)
+    state = {k: v for k, v in state.items() if k in expected}
+    check_floats(state, where)
+    state = {k: v.float() for k, v in state.items()}
     missing = [k for k in expected if k not in state and not k.endswith("position_ids")]
     if missing:
         raise BaseModelError(
@@ -392,6 +396,11 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
                 leaf, torch.arange(buffer.shape[-1]).expand(buffer.shape), persistent=False
             )
     module.requires_grad_(False).eval()
+
+
+def _report_unused(names: Sequence[str], where: str) -> None:
+    if names:
+        log.warning("%s holds %d tensors that FaR doesn't use, such as %s.", where, len(names), names[0])
 
 
 def _measured_prediction_type(unet: Mapping[str, Tensor]) -> str | None:

@@ -22,6 +22,7 @@ from . import __version__
 from .bench.settings import BenchConfig
 from .config import Config, ExtractConfig, FusionConfig, SampleConfig, SpeedConfig, TrainConfig, read_settings
 from .errors import ConfigError, FarError, Interrupted
+from .terminal import make_output_steady
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,9 @@ COMMANDS = (
             Argument("points", "points in pixels, 1 on the subject, 0 off it: 'X,Y,1 X,Y,0'", structured=True),
             Argument(
                 "prompts", "JSON or YAML file: photo name → {box: [x0,y0,x1,y1], points: [[x,y,1]]}", structured=True
+            ),
+            Argument(
+                "keep_others", "let pictures of other photos stay in the folder, to be learned as well", options=SWITCH
             ),
             DEVICE,
         ),
@@ -392,6 +396,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0: done. 1: it failed on the host that it was queued on. 2: an input has to be changed. 130: interrupted.
     """
+    make_output_steady()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
     for noisy in ("httpx", "diffusers", "transformers", "PIL", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.ERROR)

@@ -12,16 +12,19 @@ from torch import Tensor
 
 from .backbone import BaseModel, load_base
 from .bench.settings import BenchConfig
-from .concepts import Background, ClassPicture, Concept
+from .concepts import ClassPicture
 from .config import ExtractConfig, FusionConfig, SampleConfig, SpeedConfig, TrainConfig, read_settings
 from .cost import measure_cost
 from .dataset import DatasetFolder, write_dataset
 from .devices import choose_device
-from .errors import CaptionError, ConfigError, SubjectError
-from .files import make_folder, write_text
+from .errors import CheckpointError, ConfigError
+from .files import make_folder, write_json, write_text
+from .folder_inputs import read_backgrounds, read_concept, read_photos
+from .folders import list_photos
 from .fusion import ConceptFusion
 from .parallel import joined
-from .photos import Photo, list_photos, load_photo, save_picture
+from .photos import load_photo, save_picture
+from .pool import check_captions
 from .priors import EVERYDAY_SCENES, draw_empty_scenes, parse_scenes, scene_path
 from .queue_grid import GridRunner, Run, collect, finished, plan, read_axis
 from .queueing import DEFAULT_HOST, RunningHost, read_workflow, run_workflow, set_inputs
@@ -36,6 +39,7 @@ from .weights import FarWeights, describe
 
 log = logging.getLogger(__name__)
 
+DATASET_FILES = "dataset-files.json"  # in a run folder: what it learns from, to name what changed
 SHOWN = 96  # pictures on a contact sheet; JPEG ends at 65,535 pixels a side
 
 Inputs = Mapping[str, Any]
@@ -54,12 +58,18 @@ def extract(inputs: Inputs, config: ExtractConfig) -> None:
         extractor = SubjectExtractor(load_sam(Path(inputs["sam"]), device), config)
     with progress_bars() as bars:
         report = extract_folder(
-            Path(inputs["photos"]), out, extractor, _read_prompts(inputs), config, bars.phase("extracting")
+            Path(inputs["photos"]),
+            out,
+            extractor,
+            _read_prompts(inputs),
+            config,
+            bars.phase("extracting"),
+            keep_others=bool(inputs.get("keep_others")),
         )
     for line in report:
         if line.status == "skipped":
             log.warning("skipped: %s", line.detail)
-    subjects = [p for p in _read_photos(out, 512) if p.mask is not None][:SHOWN]
+    subjects = [p for p in (load_photo(path, 512) for path in list_photos(out)) if p.mask is not None][:SHOWN]
     preview = _beside(out, "preview.jpg")
     save_sheet(preview, contact_sheet([checkerboard(p.image, p.mask) for p in subjects], [p.name for p in subjects]))
     kept = sum(line.status == "ok" for line in report)
@@ -105,25 +115,6 @@ def _prompt(where: str, entry: Any) -> Prompt:
 # ---- fuse
 
 
-def read_concept(token: str, noun: str, folder: Path, max_side: int | None = None) -> Concept:
-    """A concept from a folder of subjects (photos with masks). Photos without a mask are named and left out.
-
-    Photos are scaled down to ``max_side`` pixels. Raises PhotoError, SubjectError, TokenError, CaptionError.
-    """
-    photos = _read_photos(folder, max_side)
-    masked = [p for p in photos if p.mask is not None]
-    for photo in photos:
-        if photo.mask is None:
-            log.warning("%s has no mask and is left out; run 'extract' on its folder first.", photo.path)
-    if not masked:
-        raise SubjectError(f"concept {token}: no photo in {folder} has a mask; run 'extract' on it first")
-    return Concept(token, noun, tuple(p.image for p in masked), tuple(p.mask for p in masked))
-
-
-def _read_photos(folder: Path, max_side: int | None = None) -> list[Photo]:
-    return [load_photo(path, max_side) for path in list_photos(Path(folder))]
-
-
 def _entries(inputs: Inputs, name: str, keys: Sequence[str]) -> list[list[str]]:
     """Repeated flags as lists; a settings file may hold mappings instead."""
     entries = []
@@ -143,33 +134,20 @@ def fuse(inputs: Inputs, config: FusionConfig) -> None:
         for token, noun, folder in _entries(inputs, "concept", ("token", "noun", "folder"))
     ]
     priors = [
-        ClassPicture(noun, photo.image, photo.mask)
+        ClassPicture(noun, photo.image, photo.mask, str(photo.path))
         for noun, folder in _entries(inputs, "prior", ("noun", "folder"))
-        for photo in _read_photos(Path(folder), side)
+        for photo in read_photos(Path(folder), side)
     ]
     backgrounds = read_backgrounds(Path(inputs["backgrounds"]), side) if inputs.get("backgrounds") else []
     fusion = ConceptFusion(concepts, priors, backgrounds, config)
     for note in fusion.notes:
-        log.info("%s", note)
+        log.warning("%s", note)
     with progress_bars() as bars:
         dataset = write_dataset(fusion, out, about={"fusion": config.to_dict()}, on_progress=bars.phase("fusing"))
     sheet = out / "contact-sheet.jpg"
     shown = [dataset.composite(i) for i in range(min(24, dataset.composite_count()))]
     save_sheet(sheet, dataset_sheet(shown, dataset.names, columns=6))
     print(f"{dataset.composite_count()} composites and {dataset.prior_count()} class pictures → {out}; look at {sheet}")
-
-
-def read_backgrounds(folder: Path, max_side: int | None = None) -> list[Background]:
-    """Empty scenes of a folder, each with the phrase of its .txt file if any. Raises PhotoError, CaptionError."""
-    backgrounds = []
-    for photo in _read_photos(folder, max_side):
-        words = photo.path.with_suffix(".txt")
-        try:
-            phrase = " ".join(words.read_text(encoding="utf-8-sig").split()) if words.exists() else ""
-        except (OSError, UnicodeDecodeError) as e:
-            raise CaptionError(f"{words}: can't be read ({e}); save it as UTF-8 text") from e
-        backgrounds.append(Background(photo.image, phrase))
-    return backgrounds
 
 
 # ---- train, generate
@@ -182,9 +160,12 @@ def _open_base(inputs: Inputs) -> BaseModel:
 def train(inputs: Inputs, config: TrainConfig) -> None:
     out = Path(inputs["out"])
     dataset = DatasetFolder(Path(inputs["dataset"]))
+    for note in dataset.notes:
+        log.warning("%s", note)
     base = _open_base(inputs)
+    check_captions(dataset, base, config.vectors_per_token)
     start = FarWeights.load(Path(inputs["continue_from"])) if inputs.get("continue_from") else None
-    steps = config.steps_for(len(dataset.names))
+    steps, kept = config.steps_for(len(dataset.names)), out / DATASET_FILES
     if inputs.get("dry_run"):
         done = read_metrics(out / METRICS_FILE) if (out / METRICS_FILE).exists() else []
         print(measure_cost(base, dataset, config, start=start, steps_done=len(done)).words)
@@ -195,11 +176,20 @@ def train(inputs: Inputs, config: TrainConfig) -> None:
             bars("training", step, steps)
             bars.note(loss=f"{metrics['loss']:.4f}", refinement=f"{metrics['refinement']:.4f}")
 
-        callbacks = Callbacks(on_phase=bars, on_step=on_step, should_stop=should_stop)
+        def on_phase(phase: str, done: int, total: int) -> None:
+            if not kept.exists():  # the run is begun or found equal: these are its files
+                write_json(kept, dataset.file_digests())
+            bars(phase, done, total)
+
+        callbacks = Callbacks(on_phase=on_phase, on_step=on_step, should_stop=should_stop)
         if not world.writes:
             callbacks = Callbacks(should_stop=should_stop)
         resume = bool(inputs.get("resume"))
-        train_recipe(base, dataset, config, out, start=start, resume=resume, keep_base=False, callbacks=callbacks)
+        try:
+            train_recipe(base, dataset, config, out, start=start, resume=resume, keep_base=False, callbacks=callbacks)
+        except CheckpointError as e:
+            changes = dataset.describe_changes(kept)
+            raise CheckpointError(f"{e}. In {dataset.folder}: {changes}" if changes else str(e)) from e
     if not world.writes:
         return
     save_sheet(out / "curves.png", loss_curves(read_metrics(out / METRICS_FILE)))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .captions import MentionSpans, Name, check_noun, check_token, locate_mentions
 from .errors import SubjectError
+from .masks import describe_faint
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,13 +18,14 @@ class Concept:
     """A subject to be learned: its modifier token, its class noun, its photos and where it is in them.
 
     ``images``: each [H, W, 3]; ``masks``: one [H, W] per image, of the same size. Raises TokenError, CaptionError,
-    SubjectError.
+    SubjectError. ``labels``: what messages call the photos, such as their files.
     """
 
     token: str
     noun: str
     images: tuple[Tensor, ...]
     masks: tuple[Tensor, ...]
+    labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_token(self.token)
@@ -35,7 +37,11 @@ class Concept:
                 f"concept {self.token}: {len(self.images)} photos but {len(self.masks)} masks; give one mask per photo"
             )
         for i, (image, mask) in enumerate(zip(self.images, self.masks)):
-            check_subject(image, mask, f"concept {self.token}, photo {i + 1}")
+            check_subject(image, mask, self.label(i))
+
+    def label(self, index: int) -> str:
+        """What messages call a photo."""
+        return self.labels[index] if self.labels else f"concept {self.token}, photo {index + 1}"
 
     @property
     def name(self) -> Name:
@@ -44,15 +50,19 @@ class Concept:
 
 @dataclass(frozen=True, eq=False)
 class ClassPicture:
-    """A picture of any member of a class (a prior): ``image`` [H, W, 3], and the subject's ``mask`` [H, W] if known."""
+    """A picture of any member of a class (a prior): ``image`` [H, W, 3], and the subject's ``mask`` [H, W] if known.
+
+    ``label``: what messages call it, such as its file.
+    """
 
     noun: str
     image: Tensor
     mask: Tensor | None = None
+    label: str = ""
 
     def __post_init__(self) -> None:
         check_noun(self.noun)
-        where = f"class picture of a {self.noun}"
+        where = self.label or f"class picture of a {self.noun}"
         check_picture(self.image, where)
         if self.mask is not None:
             check_subject(self.image, self.mask, where)
@@ -142,4 +152,4 @@ def check_subject(image: Tensor, mask: Tensor, where: str) -> None:
             f"{image.shape[1]}×{image.shape[0]}; make them the same size"
         )
     if not bool((mask > 0.5).any()):
-        raise SubjectError(f"{where}: the mask is empty; mark the subject or leave this photo out")
+        raise SubjectError(f"{where}: the mask {describe_faint(mask)}, or leave this photo out")

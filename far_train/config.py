@@ -18,7 +18,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .errors import ConfigError
+from .errors import ConfigError, UnreadableFile
+from .text_files import read_words
 
 SCHEMA_VERSION = 2
 
@@ -210,8 +211,29 @@ class FusionConfig(Config):
     prior_collages: float = setting(
         0.3, "share of the prior half that shows two class pictures' subjects", low=0, high=1
     )
+    # They choose among the photos, and what was chosen is part of a dataset's identity already.
+    min_area: float = setting(
+        ExtractConfig.min_area,
+        "smallest share of a photo that its mask may mark as the subject",
+        low=0,
+        high=1,
+        shapes_result=False,
+    )
+    max_area: float = setting(
+        ExtractConfig.max_area,
+        "a mask that covers more of its photo than this is none",
+        low=0,
+        high=1,
+        shapes_result=False,
+    )
+
+    @property
+    def masks(self) -> ExtractConfig:
+        """How the masks of photos are judged."""
+        return ExtractConfig(min_area=self.min_area, max_area=self.max_area)
 
     def check(self) -> None:
+        _ = self.masks  # says what is wrong with the two
         if self.size % 64:
             raise ConfigError(f"size: {self.size} is not a multiple of 64; try {max(64, round(self.size / 64) * 64)}")
         check_shares("recipe_weights", self.recipe_weights, RECIPES)
@@ -378,9 +400,9 @@ class SpeedConfig(Config):
 def read_settings(path: Path) -> dict[str, Any]:
     """Read a JSON or YAML settings file into a mapping. Raises ConfigError."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"config: can't read {path} ({e}); give a JSON or YAML file") from e
+        text = read_words(Path(path))
+    except UnreadableFile as e:
+        raise ConfigError(f"config: {e}; give a JSON or YAML file") from e
     import yaml
 
     kind, read = ("JSON", json.loads) if Path(path).suffix.lower() == ".json" else ("YAML", yaml.safe_load)

@@ -13,19 +13,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from .captions import Name, check_noun, check_token, locate_mentions
 from .concepts import Composite, TrainingSet
-from .errors import CaptionError, DatasetError, FarError, OutputError
-from .files import make_folder, write_json, write_text
-from .photos import SUFFIXES, list_photos, load_mask, load_photo, save_mask, save_picture
-
-log = logging.getLogger(__name__)
+from .errors import CaptionError, DatasetError, FarError, OutputError, UnreadableFile
+from .files import make_folder, parse_json, write_json, write_text
+from .folders import OTHER_PICTURES, SUFFIXES, describe_unread, list_photos
+from .masks import describe_faint
+from .photos import load_mask, load_photo, save_mask, save_picture
+from .text_files import read_words
 
 SCHEMA = 1
 
@@ -109,8 +109,8 @@ def _write_composite(folder: Path, stem: str, composite: Composite) -> dict[str,
 class DatasetFolder:
     """A training set read from such a folder, one instance at a time (see ``TrainingSet``).
 
-    Everything is checked when it is opened, the pixels when they are read. Raises DatasetError, TokenError,
-    CaptionError, PhotoError, each naming the file.
+    Everything is checked when it is opened, the pixels when they are read. ``notes`` says what isn't used. Raises
+    DatasetError, TokenError, CaptionError, PhotoError, each naming the file.
     """
 
     def __init__(self, folder: Path):
@@ -131,26 +131,51 @@ class DatasetFolder:
         self._composites = [e for e in composites if e.image.exists()]
         if not self._composites:
             raise DatasetError(f"{self.folder}: holds no composites; fuse the dataset anew")
-        if len(self._composites) < len(composites):
-            log.info("%s: %d composites were deleted.", self.folder, len(composites) - len(self._composites))
+        self._refuse_strangers(composites)
+        self.notes: list[str] = []
+        if gone := [e.image.stem for e in composites if not e.image.exists()]:
+            some = ", ".join(gone[:5]) + (", …" if len(gone) > 5 else "")
+            self.notes.append(f"{self.folder}: {len(gone)} of {len(composites)} composites were deleted ({some}).")
         for entry in self._composites:
             entry.check(set(self.names))
         self._check_all_shown()
         self._priors = _list_pictures(self.folder / "priors")
         for path in self._priors:
             _read_caption(path)
+        if self._priors and (unread := describe_unread(self.folder / "priors")):
+            self.notes.append(unread)
 
     def _read_index(self) -> dict[str, Any]:
         path = self.folder / "dataset.json"
         if not path.is_file():
             raise DatasetError(f"{self.folder}: is no dataset folder (dataset.json is missing); make one with 'fuse'")
         try:
-            about = json.loads(path.read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError, RecursionError) as e:
+            about = json.loads(read_words(path))
+        except UnreadableFile as e:
+            raise DatasetError(str(e)) from e
+        except (ValueError, RecursionError) as e:
             raise DatasetError(f"{path}: can't be read ({e}); fuse the dataset anew") from e
         if not isinstance(about, dict) or about.get("schema") != SCHEMA:
             raise DatasetError(f"{path}: is of another version than {SCHEMA}; fuse the dataset anew")
         return about
+
+    def _refuse_strangers(self, composites: list[_Entry]) -> None:
+        """Raise DatasetError for pictures that the index doesn't know: renamed or saved in another format."""
+        folder = self.folder / "composites"
+        known = {e.image.name for e in composites} | {mask.name for e in composites for _, mask in e.subjects}
+        kinds = tuple(f".{kind}" for kind in OTHER_PICTURES) + SUFFIXES
+        pictures = (
+            p for p in sorted(folder.iterdir()) if p.name.lower().endswith(kinds) and not p.name.startswith(".")
+        )
+        strangers = [p for p in pictures if p.name not in known]
+        if not strangers:
+            return
+        gone = [e.image.name for e in composites if not e.image.exists()]
+        lost = f" ({', '.join(gone[:5])} {'is' if len(gone) == 1 else 'are'} missing)" if gone else ""
+        raise DatasetError(
+            f"{', '.join(map(str, strangers[:5]))}: dataset.json doesn't know {'it' if len(strangers) == 1 else 'them'}"
+            f"{lost}; give a composite its old name and format (PNG) again, and move other pictures out of the folder"
+        )
 
     def _check_all_shown(self) -> None:
         shown = {name for entry in self._composites for name, _ in entry.subjects}
@@ -160,17 +185,45 @@ class DatasetFolder:
 
     def digest(self) -> str:
         digest = hashlib.sha256()
+        for content in self.file_digests().values():
+            digest.update(bytes.fromhex(content))
+        digest.update(repr([[n for n, _ in e.subjects] for e in self._composites]).encode())
+        return digest.hexdigest()
+
+    def file_digests(self) -> dict[str, str]:
+        """The SHA-256 of every file that is learned from, by its path in the folder. Raises DatasetError."""
         files = [
             f for e in self._composites for f in (e.image, e.image.with_suffix(".txt"), *(m for _, m in e.subjects))
         ]
         files += [f for p in self._priors for f in (p, p.with_suffix(".txt"))]
+        digests = {}
         for path in files:
             try:
-                digest.update(hashlib.sha256(path.read_bytes()).digest())
+                content = path.read_bytes()
             except OSError as e:
                 raise DatasetError(f"{path}: can't be read ({e.strerror or e}); restore it") from e
-        digest.update(repr([[n for n, _ in e.subjects] for e in self._composites]).encode())
-        return digest.hexdigest()
+            digests[path.relative_to(self.folder).as_posix()] = hashlib.sha256(content).hexdigest()
+        return digests
+
+    def describe_changes(self, kept: Path) -> str:
+        """Which files differ from the :meth:`file_digests` that a JSON file holds, in words; "" if none or unknown."""
+        try:
+            before, now = dict(parse_json(read_words(kept))), self.file_digests()
+        except (UnreadableFile, ValueError, TypeError):
+            return ""
+        kinds = {
+            "changed": [f for f in now if f in before and now[f] != before[f]],
+            "gone": [f for f in before if f not in now],
+            "new": [f for f in now if f not in before],
+        }
+        return "; ".join(
+            f"{kind}: {', '.join(files[:5])}{', …' if len(files) > 5 else ''}" for kind, files in kinds.items() if files
+        )
+
+    def captions(self) -> Iterator[tuple[Path, str]]:
+        """Every caption with its file, those of class pictures last."""
+        for image in (*(e.image for e in self._composites), *self._priors):
+            yield image.with_suffix(".txt"), _read_caption(image)
 
     def composite_count(self) -> int:
         return len(self._composites)
@@ -185,8 +238,8 @@ class DatasetFolder:
                     f"{path}: the mask is {mask.shape[1]}×{mask.shape[0]} pixels, its picture {self.size}×{self.size}; "
                     "make them equal"
                 )
-            if not bool((mask > 0.5).any()):
-                raise DatasetError(f"{path}: the mask is empty; mark the subject or delete {entry.image.name}")
+            if faint := describe_faint(mask):
+                raise DatasetError(f"{path}: the mask {faint}, or delete {entry.image.name}")
         return Composite.build(
             image, _read_caption(entry.image), subjects, entry.recipe, str(entry.image.with_suffix(".txt"))
         )
@@ -247,10 +300,12 @@ def _list_pictures(folder: Path) -> list[Path]:
 
 def _read_caption(image: Path) -> str:
     path = image.with_suffix(".txt")
+    if not path.exists():
+        raise CaptionError(f"{path}: can't be read, since it is missing; every picture needs its caption")
     try:
-        caption = path.read_text(encoding="utf-8-sig").strip()  # some editors put a mark in front
-    except (OSError, UnicodeDecodeError) as e:
-        raise CaptionError(f"{path}: can't be read ({e}); every picture needs its caption") from e
+        caption = read_words(path).strip()
+    except UnreadableFile as e:
+        raise CaptionError(str(e)) from e
     if not caption:
         raise CaptionError(f"{path}: is empty; every picture needs its caption")
     return caption

@@ -50,7 +50,7 @@ class CheckpointError(FarError):
 
 
 class UnreadableFile(FarError):
-    """A safetensors file is missing, damaged or none. What reads it says which file, as an error of its own kind."""
+    """A file is missing, damaged, or of another kind. What reads it says so in an error of its own kind."""
 
 
 class OutputError(FarError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import re
@@ -35,7 +36,8 @@ def make_folder(path: Path) -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success it is synced to disk and takes the name, else it vanishes.
+    """Yield a temporary path beside ``path``; on success it is synced to disk and takes the name, else it vanishes. So
+    it does where the very same bytes are there already: a file that doesn't change keeps its times.
 
     Raises OutputError where the folder or the file can't be written.
     """
@@ -47,6 +49,8 @@ def replacing(path: Path) -> Iterator[Path]:
         os.close(handle)
         temporary = Path(name)
         yield temporary
+        if path.is_file() and filecmp.cmp(temporary, path, shallow=False):
+            return
         with open(temporary, "rb+") as written:
             os.fsync(written.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
@@ -73,15 +77,30 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file atomically; ``metadata`` holds plain strings."""
+    """Write a safetensors file atomically, the same bytes for the same content; ``metadata`` holds plain strings."""
     check_space(path.parent, sum(t.numel() * t.element_size() for t in tensors.values()))
     with replacing(path) as temporary:
         try:
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, dict(metadata))
+            _sort_metadata(temporary)
         except OSError:
             raise
         except Exception as e:  # safetensors reports a full disk as an error type of its own
             raise OutputError(f"{path}: can't write this file ({e}); free space or choose another place") from e
+
+
+def _sort_metadata(path: Path) -> None:
+    """Bring a safetensors file's metadata into order, which the library leaves to chance. Its length stays."""
+    with open(path, "rb+") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+        if len(text) > length:  # the library's own form is as short
+            raise OSError(f"its header can't be put in order ({len(text)} bytes for {length})")
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def remove_leftovers(folder: Path) -> None:

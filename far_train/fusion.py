@@ -16,13 +16,15 @@ from functools import cached_property
 
 import numpy as np
 from PIL import Image, ImageEnhance
+from torch import Tensor
 
 from .captions import Name, write_caption
 from .concepts import Background, ClassPicture, Composite, Concept
 from .config import BACKGROUND_SHARES, MANY_CONCEPTS, RECIPE_SHARES, FusionConfig
 from .errors import SubjectError, TokenError
+from .masks import check_own_mask
 from .photos import from_pil, mask_from_pil, mask_to_pil, to_pil
-from .placement import Cutout, cut_out, fit_inside, paste, place, place_in_row
+from .placement import Cutout, cut_out, cut_sides, fit_inside, paste, place, place_in_row
 from .scenery import cover, infill, plain_background
 
 # Part of every digest: to be raised by whoever changes what composites of the same inputs look like.
@@ -38,6 +40,17 @@ class _Source:
     picture: Image.Image
     mask: Image.Image
     size: int
+    label: str = ""  # what messages call the photo
+
+    @cached_property
+    def cut(self) -> tuple[str, ...]:
+        """The sides of the photo that cut the subject off."""
+        return cut_sides(np.asarray(self.mask) > 127)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it can stand on another background: cut off at the bottom it can, on the canvas's lower edge."""
+        return set(self.cut) <= {"bottom"}
 
     @cached_property
     def cutout(self) -> Cutout:
@@ -76,27 +89,75 @@ class ConceptFusion:
         self.notes: list[str] = []
         # Kept in 8 bit, a quarter of what the tensors take.
         self._references = [
-            [_Source(c.name, to_pil(i), mask_to_pil(m), self.size) for i, m in zip(c.images, c.masks)] for c in concepts
+            [
+                _Source(c.name, to_pil(c.images[i]), mask_to_pil(c.masks[i]), self.size, c.label(i))
+                for i in self._good_photos(c)
+            ]
+            for c in concepts
         ]
         self._pictures = [(Name(p.noun), to_pil(p.image)) for p in priors]
         self._prior_subjects = [
             _Source(name, picture, mask_to_pil(prior.mask), self.size)
-            for prior, (name, picture) in zip(priors, self._pictures)
-            if prior.mask is not None
+            for i, (prior, (name, picture)) in enumerate(zip(priors, self._pictures))
+            if prior.mask is not None and self._is_good(prior.mask, prior.label or f"class picture {i + 1}", "mask")
         ]
         self._scenes = [(to_pil(b.image), b.phrase) for b in backgrounds]
+        self._companions = [s for s in self._prior_subjects if s.is_whole]
         self.recipes = self._available_recipes()
         self.background_kinds = self._available_backgrounds()
+        self._pasted = [self._whole(sources) for sources in self._references]
+        if cut := len(self._prior_subjects) - len(self._companions):
+            self.notes.append(f"{cut} class picture(s) cut the subject off at a side, so it isn't put beside yours.")
+
+    def _good_photos(self, concept: Concept) -> list[int]:
+        """Those whose masks show a subject; the others are noted. Raises SubjectError if none is left."""
+        told = len(self.notes)
+        good = [i for i, mask in enumerate(concept.masks) if self._is_good(mask, concept.label(i), "photo")]
+        if not good:
+            reasons = "\n".join(f"  {note}" for note in self.notes[told : told + 5])
+            raise SubjectError(f"concept {concept.token}: no photo has a mask that shows the subject:\n{reasons}")
+        return good
+
+    def _is_good(self, mask: Tensor, label: str, left_out: str) -> bool:
+        try:
+            check_own_mask(mask, self.config.masks)
+        except SubjectError as e:
+            self.notes.append(f"{label}: {e}; the {left_out} is left out.")
+            return False
+        return True
+
+    def _whole(self, sources: list[_Source]) -> list[_Source]:
+        """Those of a concept's photos that can be pasted; what becomes of the others is noted."""
+        token, whole = sources[0].name.token, [s for s in sources if s.is_whole]
+        cut = [s.label for s in sources if not s.is_whole]
+        if cut and not whole:
+            self.notes.append(
+                f"{token}: every photo cuts the subject off at a side, so composites show straight cuts; give photos "
+                "that show it whole."
+            )
+            return sources
+        if cut:
+            fate = "serve for 'original' alone" if "original" in self.recipes else "are left out"
+            self.notes.append(f"{token}: photos that cut the subject off at a side {fate}: {', '.join(cut)}.")
+        if low := [s.label for s in whole if s.cut]:
+            self.notes.append(
+                f"{token}: photos that cut the subject off at the bottom put it on the lower edge: {', '.join(low)}."
+            )
+        return whole
 
     def digest(self) -> str:
-        digest = hashlib.sha256(json.dumps([ALGORITHM, self.config.to_dict()], sort_keys=True).encode())
-        for source in [s for group in (*self._references, self._prior_subjects) for s in group]:
+        settings = self.config.result_shaping()
+        digest = hashlib.sha256(json.dumps([ALGORITHM, settings], sort_keys=True).encode())
+        for source in self._all_sources():
             _update(digest, source.name.phrase, source.picture, source.mask)
         for name, picture in self._pictures:
             _update(digest, name.phrase, picture)
         for picture, phrase in self._scenes:
             _update(digest, phrase, picture)
         return digest.hexdigest()
+
+    def _all_sources(self) -> list[_Source]:
+        return [s for group in (*self._references, self._prior_subjects) for s in group]
 
     def composite_count(self) -> int:
         return self.config.count
@@ -111,19 +172,19 @@ class ConceptFusion:
         if recipe == "original":
             return self._original(rng)
         if recipe == "beside_prior":
-            reference = self._reference(rng, int(rng.integers(len(self.names))))
+            reference = self._pick(rng, self._pasted[int(rng.integers(len(self.names)))])
             return self._fuse(rng, recipe, [reference, self._companion(rng, reference.name.noun)])
         count = {"solo": 1, "pair": 2, "triple": 3}[recipe]
         chosen = rng.permutation(len(self.names))[:count]
-        return self._fuse(rng, recipe, [self._reference(rng, int(c)) for c in chosen])
+        return self._fuse(rng, recipe, [self._pick(rng, self._pasted[int(c)]) for c in chosen])
 
     def prior(self, index: int) -> Composite:
         """Build class picture ``index``: as it is, or (a share of them) two class subjects on one background."""
         rng = self._rng("prior", index)
         name, picture = self._pictures[index % len(self._pictures)]
-        if len(self._prior_subjects) > 1 and rng.random() < self.config.prior_collages:
-            first, second = rng.choice(len(self._prior_subjects), 2, replace=False)
-            fused = self._fuse(rng, "prior_collage", [self._prior_subjects[first], self._prior_subjects[second]])
+        if len(self._companions) > 1 and rng.random() < self.config.prior_collages:
+            first, second = rng.choice(len(self._companions), 2, replace=False)
+            fused = self._fuse(rng, "prior_collage", [self._companions[first], self._companions[second]])
             return Composite(fused.image, fused.caption, (), fused.recipe)
         image, _ = cover(picture, None, self.size, rng)
         return Composite(from_pil(image), write_caption([name], rng), (), "prior")
@@ -134,8 +195,8 @@ class ConceptFusion:
     def _available_recipes(self) -> dict[str, float]:
         shares = self.config.recipe_weights or RECIPE_SHARES.get(len(self.names), MANY_CONCEPTS)
         missing = {}
-        if not self._prior_subjects:
-            missing["beside_prior"] = "there are no class pictures with masks"
+        if not self._companions:
+            missing["beside_prior"] = "there are no class pictures with masks that show the subject whole"
         if len(self.names) < 2:
             missing["pair"] = "it needs two concepts"
         if len(self.names) < 3:
@@ -150,23 +211,26 @@ class ConceptFusion:
         missing = set()
         if not self._scenes:
             missing.add("scene")
-        if "scene" in missing and shares.get("scene"):
-            self.notes.append("No background pictures are given: in-filled photos and plain colours serve instead.")
         if not self._prior_subjects:
             missing.add("prior")
-        return _renormalise({k: v for k, v in shares.items() if v > 0 and k not in missing}, "background_weights")
+        kinds = _renormalise({k: v for k, v in shares.items() if v > 0 and k not in missing}, "background_weights")
+        if "scene" in missing and shares.get("scene"):
+            filled = kinds.get("infilled", 0) + kinds.get("prior", 0)
+            self.notes.append(
+                f"No background pictures are given: {filled:.0%} of the backgrounds are photos filled in where their "
+                "subject was, which looks like fog in its outline, the others plain colours. Better give empty scenes "
+                "(--backgrounds; 'far scenes' or FaR Empty Scenes draw some)."
+            )
+        return kinds
 
-    def _reference(self, rng: np.random.Generator, concept: int) -> _Source:
-        references = self._references[concept]
-        return references[rng.integers(len(references))]
+    def _pick(self, rng: np.random.Generator, sources: list[_Source]) -> _Source:
+        return sources[rng.integers(len(sources))]
 
     def _companion(self, rng: np.random.Generator, noun: str) -> _Source:
-        same = [s for s in self._prior_subjects if s.name.noun == noun]
-        pool = same or self._prior_subjects
-        return pool[rng.integers(len(pool))]
+        return self._pick(rng, [s for s in self._companions if s.name.noun == noun] or self._companions)
 
     def _original(self, rng: np.random.Generator) -> Composite:
-        source = self._reference(rng, int(rng.integers(len(self.names))))
+        source = self._pick(rng, self._references[int(rng.integers(len(self.names)))])
         image, mask = cover(source.picture, source.mask, self.size, rng)
         if rng.random() < self.config.flip:
             image, mask = (x.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for x in (image, mask))
@@ -228,7 +292,7 @@ class ConceptFusion:
         gain = 1 + rng.uniform(-self.config.brightness, self.config.brightness)
         picture = ImageEnhance.Brightness(picture).enhance(gain)
         width, height = (round(share * self.size) for share in extent)
-        return fit_inside(Cutout(picture, mask, cutout.foot), width, height, angle)
+        return fit_inside(Cutout(picture, mask, cutout.foot, cutout.on_edge), width, height, angle)
 
     def _background(self, rng: np.random.Generator) -> tuple[Image.Image, str]:
         kind = _draw(rng, self.background_kinds)

@@ -30,6 +30,17 @@ PREFIXES = {
     "cond_stage_model.transformer.": "text_encoder",
 }
 
+PART_NAMES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder"}
+# How the names of files begin that hold one part alone.
+LONE_PARTS = {
+    "diffusion_model.": "unet",
+    "input_blocks.": "unet",
+    "down_blocks.": "unet",
+    "encoder.down": "vae",
+    "decoder.up": "vae",
+    "text_model.": "text_encoder",
+    "transformer.resblocks.": "text_encoder",
+}
 # Present in real files and not needed: averaged copies, training losses, noise schedules, markers written by ComfyUI.
 IGNORED_PREFIXES = ("model_ema.", "first_stage_model.loss.", "first_stage_model.model_ema.")
 IGNORED_NAMES = frozenset(
@@ -246,6 +257,19 @@ def ldm_to_diffusers(
             else:
                 parts[part][target] = _squeeze_attention(target, value) if part == "vae" else value
     return parts, sorted(unplaced)
+
+
+def check_whole(names: Iterable[str], where: str) -> None:
+    """Refuse a single file that doesn't hold all parts of a model. Raises BaseModelError naming what lacks."""
+    names = list(names)
+    held = {part for prefix, part in PREFIXES.items() if any(n.startswith(prefix) for n in names)}
+    if held == set(PART_NAMES):
+        return
+    lone = next((p for begin, p in LONE_PARTS.items() if any(n.startswith(begin) for n in names)), None)
+    held = held or ({lone} if lone else held)
+    lacking = " and no ".join(called for part, called in PART_NAMES.items() if part not in held)
+    alone = f"is a {PART_NAMES[next(iter(held))]} alone" if len(held) == 1 else "is no whole model"
+    raise BaseModelError(f"base: {where} {alone}: it holds no {lacking}; give the whole checkpoint")
 
 
 def diffusers_to_ldm(

@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import re
 import struct
 import uuid
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,15 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from .colour import to_srgb
 from .errors import OutputError, PhotoError
+from .folders import mask_path
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-MASK_SUFFIX = ".mask.png"
-# What the suffixes stand for. Nothing else is tried: Pillow would hand an EPS named .jpg to Ghostscript.
+# What the suffixes of photos stand for. Nothing else is tried: Pillow would hand an EPS named .jpg to Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 MAX_PIXELS = 178_000_000
 MIN_SIDE = 16
+MIN_BACKGROUND = 0.05  # of the frame: an alpha channel that hides less is a flaw or a rim, and no mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +38,7 @@ class Photo:
 
     ``name``: file name without suffix. ``image``: [H,W,3] float32 RGB 0..1. ``mask``: [H,W] float32 0..1, 1 = subject,
     or None. ``path``: its file. ``full_size``: (height, width) in pixels of the upright file before ``max_side``
-    scaled it down; None means that ``image`` has its original size.
+    scaled it down; None means that ``image`` has its original size. ``notes``: what of the file was not used.
     """
 
     name: str
@@ -45,40 +46,19 @@ class Photo:
     mask: torch.Tensor | None
     path: Path
     full_size: tuple[int, int] | None = None
-
-
-def list_photos(folder: Path) -> list[Path]:
-    """The photos of a folder in natural order (2.jpg before 10.jpg), without masks and hidden files.
-
-    Raises PhotoError if the folder is missing, unreadable, or holds no photo.
-    """
-    folder = Path(folder)
-    try:
-        paths = [p for p in folder.iterdir() if _is_photo(p)]
-    except FileNotFoundError as e:
-        raise PhotoError(f"{folder}: there is no such folder; give the folder that holds the photos") from e
-    except NotADirectoryError as e:
-        raise PhotoError(f"{folder}: is a file; give the folder that holds the photos") from e
-    except OSError as e:
-        raise PhotoError(f"{folder}: can't be read ({e}); check its permissions") from e
-    if not paths:
-        raise PhotoError(f"{folder}: holds no photos; put pictures in it ({', '.join(s[1:] for s in SUFFIXES)})")
-    return sorted(paths, key=lambda p: (_natural_key(p.stem), p.name))
-
-
-def mask_path(photo: Path) -> Path:
-    """Where the mask of a photo stands: NAME.mask.png beside NAME.jpg."""
-    return photo.with_name(photo.stem + MASK_SUFFIX)
+    notes: tuple[str, ...] = ()
 
 
 def load_photo(path: Path, max_side: int | None = None) -> Photo:
-    """Read a photo: upright, RGB, with its mask from NAME.mask.png or else from an alpha channel that isn't all opaque.
+    """Read a photo: upright, sRGB, with its mask from NAME.mask.png or else from its alpha channel.
 
-    The colours under an alpha channel stay as stored (straight, not premultiplied). If the longest side exceeds
-    ``max_side`` pixels, image and mask are scaled down. Raises PhotoError naming the file and the fix.
+    An alpha channel is a mask where it hides at least 5 % of the frame; else ``notes`` says so. The colours under it
+    stay straight, not premultiplied. If the longest side exceeds ``max_side`` pixels, image and mask are scaled down.
+    Raises PhotoError naming the file and the fix.
     """
     path = Path(path)
-    picture = _read(path)
+    notes: list[str] = []
+    picture = _read(path, notes)
     size = picture.size
     mask_file = mask_path(path)
     mask = None
@@ -89,15 +69,21 @@ def load_photo(path: Path, max_side: int | None = None) -> Photo:
                 f"{mask_file}: the mask is {_size(mask.size)}, but its photo {path} is {_size(size)} (width x height, "
                 "after EXIF rotation); save the mask again from the upright photo at the photo's size"
             )
-    elif picture.mode == "RGBA" and picture.getextrema()[3][0] < 255:
-        mask = picture.getchannel("A")
+    elif picture.mode == "RGBA":
+        alpha = picture.getchannel("A")
+        hidden = float((np.asarray(alpha) < 128).mean())
+        if hidden >= MIN_BACKGROUND:
+            mask = alpha
+        elif alpha.getextrema()[0] < 255:
+            notes.append(f"{path}: its transparency hides {hidden:.2%} of the frame, too little for a mask: not used")
     # Dropping alpha leaves the colours straight; Pillow doesn't premultiply here.
     picture = picture.convert("RGB")
     if max_side is not None and max(size) > max_side:
         small = tuple(max(1, round(side * max_side / max(size))) for side in size)
         picture = picture.resize(small, Image.Resampling.LANCZOS)
         mask = mask.resize(small, Image.Resampling.BOX) if mask is not None else None
-    return Photo(path.stem, from_pil(picture), None if mask is None else mask_from_pil(mask), path, size[::-1])
+    own = None if mask is None else mask_from_pil(mask)
+    return Photo(path.stem, from_pil(picture), own, path, size[::-1], tuple(notes))
 
 
 def load_mask(path: Path) -> torch.Tensor:
@@ -153,16 +139,6 @@ def mask_from_pil(picture: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(picture)).float() / 255
 
 
-def _is_photo(path: Path) -> bool:
-    name = path.name.lower()
-    return name.endswith(SUFFIXES) and not name.endswith(MASK_SUFFIX) and not name.startswith(".") and path.is_file()
-
-
-def _natural_key(name: str) -> list[str | int]:
-    # Splitting at digits gives text and numbers in turn, so that text is only ever compared with text.
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", name.lower()))]
-
-
 def _size(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]} px"
 
@@ -183,23 +159,29 @@ class _PictureFile(io.BytesIO):
         return data
 
 
-def _read(path: Path) -> Image.Image:
-    """Decode a picture file to an upright 8-bit RGB or RGBA picture. Raises PhotoError."""
+def _read(path: Path, notes: list[str] | None = None) -> Image.Image:
+    """Decode a picture file to an upright 8-bit RGB or RGBA picture. Raises PhotoError.
+
+    ``notes``: given for photos, whose colours are brought to sRGB; gets what couldn't be used. Masks are no colours.
+    """
     try:
         file = _PictureFile(path.read_bytes())
     except OSError as e:
         raise PhotoError(f"{path}: can't be read ({e.strerror or e}); check the path and its permissions") from e
     try:
-        with Image.open(file, formats=FORMATS) as picture:
+        with _any_size(), Image.open(file, formats=FORMATS) as picture:
             _check_size(path, picture.size)
             file.strict = True
             picture.load()
             file.strict = False
             # An upright copy forgets the TIFF tags, which tell the depth of the pixels.
-            return _to_8bit(path, _upright(picture), getattr(picture, "tag_v2", {}))
+            upright, tags = _upright(picture), getattr(picture, "tag_v2", {})
+            if notes is None:
+                return _to_8bit(path, upright, tags)
+            return _in_srgb(path, upright, tags, picture.info.get("icc_profile"), notes)
     except PhotoError:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+    except Image.DecompressionBombError as e:
         raise PhotoError(f"{path}: has too many pixels; scale it below {MAX_PIXELS // 10**6} megapixels ({e})") from e
     except Image.UnidentifiedImageError as e:
         raise PhotoError(f"{path}: is no PNG, JPEG, WebP, BMP or TIFF picture; export it again as PNG or JPEG") from e
@@ -207,6 +189,14 @@ def _read(path: Path) -> Image.Image:
         raise PhotoError(
             f"{path}: can't be decoded ({type(e).__name__}: {e}); it is damaged or cut off: copy or export it again"
         ) from e
+
+
+@contextlib.contextmanager
+def _any_size() -> Iterator[None]:
+    """Without Pillow's warning of large pictures: :func:`_check_size` has a limit of its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
 
 
 def _check_size(path: Path, size: tuple[int, int]) -> None:
@@ -223,6 +213,25 @@ def _upright(picture: Image.Image) -> Image.Image:
     except (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, struct.error):
         # A damaged EXIF block says nothing about the orientation; the pixels are still good.
         return picture
+
+
+def _in_srgb(
+    path: Path, picture: Image.Image, tags: Mapping[int, Any], profile: bytes | None, notes: list[str]
+) -> Image.Image:
+    """As :func:`_to_8bit`, with the colours that ``profile`` means; alpha stays as it is."""
+    grey = picture.mode in ("1", "L", "LA", "La", "I") or picture.mode.startswith("I;16")
+    plain = picture if picture.mode == "CMYK" and profile else _to_8bit(path, picture, tags)
+    if profile:
+        colours = plain if plain.mode == "CMYK" else plain.convert("L" if grey else "RGB")
+        try:
+            colours = to_srgb(colours, profile).convert("RGB")
+        except ValueError as e:
+            notes.append(f"{path}: its colour profile can't be used ({e}); its colours are read as sRGB")
+        else:
+            if plain.mode == "RGBA":
+                colours.putalpha(plain.getchannel("A"))
+            plain = colours
+    return plain.convert("RGB") if plain.mode == "CMYK" else plain
 
 
 def _to_8bit(path: Path, picture: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
@@ -244,7 +253,8 @@ def _from_integers(path: Path, picture: Image.Image, tags: Mapping[int, Any]) ->
     bits = tags.get(258, (16,))[0]  # BitsPerSample; other formats than TIFF have 16
     signed = tags.get(339, (1,))[0] == 2  # SampleFormat
     # 32-bit TIFF is a common container of 16-bit scans; anything else in it has no known white level.
-    unknown = (signed or high > 65535) if bits <= 16 else not 255 < high <= 65535
+    # So has a file that keeps 8 bits, or the 0 and 1 of a mask, in 16: it would come out black.
+    unknown = (signed or high > 65535 or 0 < high <= 255) if bits <= 16 else not 255 < high <= 65535
     if unknown or low < 0:
         raise PhotoError(
             f"{path}: holds {'signed ' if signed else ''}{bits}-bit pixels from {low:.0f} to {high:.0f}, whose white "

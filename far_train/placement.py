@@ -15,6 +15,7 @@ from torch import Tensor
 TRIES = 50
 ROW_PITCH, ROW_SHAKE = 0.82, 0.04  # in shares of what an even row would give each
 SHADOW_WIDTH, SHADOW_HEIGHT = 0.85, 0.15  # in shares of the subject's width
+CUT_SHARE, CUT_BAND = 0.1, 0.005  # of the subject's width or height on the rim, of the photo's that counts as rim
 CONTEXT = 0.08  # of its own size, kept around a subject, so that turning and feathering find real pixels
 
 
@@ -23,11 +24,13 @@ class Cutout:
     """A subject with a little of its surroundings: ``picture`` (RGB) and ``mask`` (L), of one size.
 
     ``foot``: where its lower edge stood in the photo, as a share of the photo's height, if that is known.
+    ``on_edge``: the photo's lower edge cut it off, so it stands on the canvas's, where a straight cut is none.
     """
 
     picture: Image.Image
     mask: Image.Image
     foot: float | None = None
+    on_edge: bool = False
 
     @cached_property
     def region(self) -> np.ndarray:
@@ -58,16 +61,33 @@ class Placed:
 
 def cut_out(picture: Image.Image, mask: Image.Image) -> Cutout:
     """Crop a photo to its subject and a little context."""
-    left, top, right, bottom = bounding_box(np.asarray(mask) > 127)
+    region = np.asarray(mask) > 127
+    left, top, right, bottom = bounding_box(region)
     pad = round(CONTEXT * max(right - left, bottom - top)) + 2
     box = (max(left - pad, 0), max(top - pad, 0), min(right + pad, picture.width), min(bottom + pad, picture.height))
-    return Cutout(picture.crop(box), mask.crop(box), bottom / picture.height)
+    return Cutout(picture.crop(box), mask.crop(box), bottom / picture.height, "bottom" in cut_sides(region))
+
+
+def cut_sides(region: np.ndarray) -> tuple[str, ...]:
+    """The sides of a photo (left, top, right, bottom) that cut its subject off: those whose rim it touches along a
+    tenth of its own height or width. ``region``: bool [H, W]."""
+    height, width = region.shape
+    left, top, right, bottom = bounding_box(region)
+    across, along = max(round(CUT_BAND * width), 1), max(round(CUT_BAND * height), 1)
+    touching = {
+        "left": region[:, :across].any(1).sum() / (bottom - top),
+        "top": region[:along].any(0).sum() / (right - left),
+        "right": region[:, -across:].any(1).sum() / (bottom - top),
+        "bottom": region[-along:].any(0).sum() / (right - left),
+    }
+    return tuple(side for side, share in touching.items() if share >= CUT_SHARE)
 
 
 def fit_inside(cutout: Cutout, width: int, height: int, angle: float = 0.0) -> Cutout:
-    """Turn by ``angle`` degrees, then scale so that the subject itself just fits into ``width`` × ``height`` pixels."""
+    """Turn by ``angle`` degrees, then scale so that the subject itself just fits into ``width`` × ``height`` pixels.
+    One that stands on the edge stays upright."""
     picture, mask = cutout.picture, cutout.mask
-    if angle:
+    if angle and not cutout.on_edge:
         picture = picture.rotate(angle, Image.Resampling.BICUBIC, expand=True)
         mask = mask.rotate(angle, Image.Resampling.BICUBIC, expand=True)
     turned = Cutout(picture, mask)
@@ -75,7 +95,7 @@ def fit_inside(cutout: Cutout, width: int, height: int, angle: float = 0.0) -> C
     scale = min(width / own_width, height / own_height)
     size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
     picture, mask = picture.resize(size, Image.Resampling.LANCZOS), mask.resize(size, Image.Resampling.BOX)
-    return Cutout(picture, mask, cutout.foot)
+    return Cutout(picture, mask, cutout.foot, cutout.on_edge)
 
 
 def place(
@@ -176,6 +196,8 @@ def cast_shadows(canvas: Image.Image, placed: Sequence[Placed], depth: float) ->
     ground = np.asarray(canvas, dtype=np.float32)
     y, x = np.ogrid[: canvas.height, : canvas.width]
     for item in placed:
+        if item.cutout.on_edge:  # its feet are not in the picture
+            continue
         left, _, right, bottom = item.cutout.box
         width = right - left
         across = (x - item.x - (left + right) / 2) / (SHADOW_WIDTH * width / 2)
@@ -209,6 +231,8 @@ def _random_top(cutout: Cutout, size: int, rng: np.random.Generator, height_drif
     """The upper edge of such a place, of the cutout with its context."""
     _, top, _, bottom = cutout.box
     lowest = max(size - (bottom - top), 0)
+    if cutout.on_edge:
+        return lowest - top
     if cutout.foot is None or height_drift >= 1:
         return int(rng.integers(0, lowest + 1) - top)
     foot = (cutout.foot + rng.uniform(-height_drift, height_drift)) * size

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from .backbone import BaseModel
 from .concepts import Composite, TrainingSet
+from .dataset import DatasetFolder
 from .errors import CaptionError
 from .parallel import World
 from .thrift import with_less_memory
@@ -99,7 +100,7 @@ def encode_pool(
             prompt = vocabulary.tokenize(picture.caption)
         except CaptionError as e:
             which = f"composite {i}" if i < composites else f"class picture {i - composites}"
-            raise CaptionError(f"{which} of the dataset: {e}") from e
+            raise CaptionError(f"{which} of the dataset: {e}") from e  # of one in memory; files were checked before
         if i % world.size == world.rank:
             generator = torch.Generator().manual_seed(derive_seed(seed, "latents", i))
             latents = _encode(picture, base, generator)
@@ -112,6 +113,21 @@ def encode_pool(
     world.sum([s.latents for pool in pools for s in pool])  # the others' were zeros
     on_progress(total, total)
     return pools
+
+
+def check_captions(training_set: TrainingSet, base: BaseModel, vectors: int) -> None:
+    """Refuse a dataset folder with a caption that is too long for ``base``, before anything is done with it.
+
+    ``vectors``: those of each modifier token. Raises CaptionError naming the file, TokenError.
+    """
+    if not isinstance(training_set, DatasetFolder):
+        return
+    vocabulary = Vocabulary(base.tokenizer, training_set.names, base.tokenizer_size, vectors)
+    for path, caption in training_set.captions():
+        try:
+            vocabulary.tokenize(caption)
+        except CaptionError as e:
+            raise CaptionError(f"{path}: {e}") from e
 
 
 @torch.no_grad()

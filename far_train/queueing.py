@@ -22,8 +22,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import HostLost, Interrupted, QueueError, RunFailed
+from .errors import HostLost, Interrupted, QueueError, RunFailed, UnreadableFile
 from .files import make_folder, replacing
+from .text_files import read_words
 
 DEFAULT_HOST = "http://127.0.0.1:8188"
 POLL_SECONDS = 0.5
@@ -40,8 +41,10 @@ Workflow = dict[str, dict[str, Any]]  # node id → {"class_type", "inputs", "_m
 def read_workflow(path: Path) -> Workflow:
     """An API-format workflow. Raises QueueError for anything else, also for the front end's own format."""
     try:
-        workflow = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+        workflow = json.loads(read_words(path))
+    except UnreadableFile as e:
+        raise QueueError(str(e)) from e
+    except ValueError as e:
         raise QueueError(f"{path}: can't be read as a workflow ({e})") from e
     if isinstance(workflow, dict) and isinstance(workflow.get("nodes"), list):
         raise QueueError(

@@ -6,7 +6,9 @@ SAM is Kirillov et al., "Segment Anything" (arXiv 2304.02643); its own ``SamPred
 from __future__ import annotations
 
 import difflib
+import logging
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -15,11 +17,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy import ndimage
 
 from .config import ExtractConfig
 from .errors import OutputError, PhotoError, SubjectError
-from .photos import Photo, list_photos, load_photo, mask_path, save_pair, to_uint8
+from .files import make_folder
+from .folders import describe_unread, list_photos, mask_path
+from .masks import check_own_mask, clean_mask, mask_box
+from .photos import Photo, load_photo, save_pair, to_uint8
 from .sam import segment_anything
 
 __all__ = [
@@ -32,6 +36,10 @@ __all__ = [
     "extract_folder",
     "subject_from_mask",
 ]
+
+log = logging.getLogger(__name__)
+
+LEFTOVERS = "leftovers"
 
 # A cross of foreground points around the centre, as fractions of width and height: one point alone often asks for
 # a part of the subject (an ear, a collar) rather than the whole.
@@ -101,31 +109,6 @@ def _are_numbers(values: Any, count: int) -> bool:
     )
 
 
-def mask_box(mask: torch.Tensor) -> tuple[float, float, float, float]:
-    """The box x0, y0, x1, y1 around a mask [H,W], in its pixels; some of it must be 0.5 or more."""
-    rows, columns = ((mask >= 0.5).any(axis).nonzero().flatten() for axis in (1, 0))
-    return float(columns[0]), float(rows[0]), float(columns[-1]) + 1, float(rows[-1]) + 1
-
-
-def clean_mask(mask: torch.Tensor, config: ExtractConfig | None = None) -> torch.Tensor:
-    """[H,W] bool or 0..1 to [H,W] float32 of 0 and 1: its largest connected part at 0.5, with the holes filled.
-
-    Raises SubjectError if that part's share of the frame is outside ``min_area`` to ``max_area``.
-    """
-    config = config or ExtractConfig()
-    parts, count = ndimage.label(mask.detach().float().cpu().numpy() >= 0.5)
-    if count == 0:
-        raise SubjectError("the mask is empty")
-    sizes = np.bincount(parts.ravel())[1:]
-    whole = ndimage.binary_fill_holes(parts == 1 + sizes.argmax())
-    area = whole.mean()
-    if area < config.min_area:
-        raise SubjectError(f"the subject covers {area:.2%} of the frame, less than min_area ({config.min_area:.2%})")
-    if area > config.max_area:
-        raise SubjectError(f"the mask covers {area:.2%} of the frame, more than max_area ({config.max_area:.2%})")
-    return torch.from_numpy(whole).float()
-
-
 def choose_mask(
     masks: torch.Tensor, scores: torch.Tensor, config: ExtractConfig | None = None
 ) -> tuple[torch.Tensor, float]:
@@ -143,8 +126,11 @@ def choose_mask(
     raise SubjectError(f"no usable mask ({'; '.join(refused)}); give a box or points on the subject")
 
 
-def subject_from_mask(photo: Photo) -> Subject:
-    """The subject of a photo that brings its own mask, soft values kept. Raises SubjectError if there is none."""
+def subject_from_mask(photo: Photo, config: ExtractConfig | None = None) -> Subject:
+    """The subject of a photo that brings its own mask, soft values kept.
+
+    Raises SubjectError if there is none, or none that :func:`far_train.masks.check_own_mask` accepts.
+    """
     if photo.mask is None:
         raise _no_mask(photo)
     if photo.mask.shape != photo.image.shape[:2]:
@@ -152,10 +138,10 @@ def subject_from_mask(photo: Photo) -> Subject:
             f"{photo.path}: the mask is {photo.mask.shape[1]}x{photo.mask.shape[0]} px, the photo "
             f"{photo.image.shape[1]}x{photo.image.shape[0]} px; give a mask of the photo's size"
         )
-    if not (photo.mask >= 0.5).any():
-        raise SubjectError(
-            f"{photo.path}: its mask is empty (brightest value {photo.mask.max():.2f}); the subject must be white (1)"
-        )
+    try:
+        check_own_mask(photo.mask, config)
+    except SubjectError as e:
+        raise SubjectError(f"{photo.path}: {e}") from e
     return Subject(photo.name, photo.image, photo.mask.float(), None)
 
 
@@ -181,6 +167,7 @@ class SubjectExtractor:
             )
         self.sam = sam
         self.config = config or ExtractConfig()
+        self._hints = self.config.replace(min_area=0)
 
     def predict(self, image: torch.Tensor, prompt: Prompt) -> tuple[torch.Tensor, torch.Tensor]:
         """SAM's three masks [3,H,W] bool and scores [3] for an image [H,W,3]; the prompt is in the image's pixels."""
@@ -203,8 +190,10 @@ class SubjectExtractor:
 
         A photo that brings a mask keeps it as it is; with ``use_masks`` "hint", SAM looks within the box around it.
         """
-        own = None if photo.mask is None else subject_from_mask(photo)
-        if own is not None and self.config.use_masks == "keep":
+        hint = self.config.use_masks == "hint"
+        # A hint may be a few strokes, so that only what SAM makes of it has to have min_area.
+        own = None if photo.mask is None else subject_from_mask(photo, self._hints if hint else self.config)
+        if own is not None and not hint:
             return own
         prompt = prompt or Prompt()
         height, width = photo.image.shape[:2]
@@ -237,14 +226,16 @@ def extract_folder(
     prompts: Mapping[str, Prompt] | Prompt | None = None,
     config: ExtractConfig | None = None,
     progress: Callable[[int, int], None] | None = None,
+    keep_others: bool = False,
 ) -> list[Extracted]:
     """Write the picture and mask of each photo's subject as ``out/NAME.png`` and ``out/NAME.mask.png``.
 
     ``prompts``: one for all photos, or by file name (with or without suffix); others are prompted automatically.
     ``config``: sets ``max_side``; by default the extractor's. ``progress(done, total)`` is called after each photo.
     Photos that can't be read or show no usable subject are skipped and named in the report; pictures of an earlier
-    run in ``out`` are replaced. Raises PhotoError for the folder, OutputError for ``out``, and SubjectError if a
-    photo has no mask or its mask is but a hint and there is no extractor, or if no photo is left.
+    run in ``out`` are replaced, and moved to ``out/leftovers`` where their photo is skipped now. ``out`` may hold
+    pictures of other photos only with ``keep_others``. Raises PhotoError for the folder, OutputError for ``out``, and
+    SubjectError if a photo has no mask or its mask is but a hint and there is no extractor, or if no photo is left.
     """
     folder, out = Path(folder), Path(out)
     config = config or (extractor.config if extractor is not None else ExtractConfig())
@@ -255,35 +246,77 @@ def extract_folder(
         raise OutputError(f"{out}: is the folder of the photos; choose another one for the subjects")
     if isinstance(prompts, Mapping):
         _check_prompt_names(prompts, paths)
+    if unread := describe_unread(folder, (out,)):
+        log.warning("%s", unread)
     names = _output_names(paths)
+    if not keep_others:
+        _refuse_others(folder, out, {out / f"{name}.png" for name in names.values()})
     report: list[Extracted] = []
+    notes: list[str] = []
+    stale: list[Path] = []
     for path in paths:
-        subject = _subject_or_reason(path, extractor, _prompt_for(path, prompts), config.max_side)
+        subject = _subject_or_reason(path, extractor, _prompt_for(path, prompts), config, notes)
         target = out / f"{names[path]}.png"
         if isinstance(subject, Subject):
             save_pair(target, subject.image, subject.mask)
             report.append(Extracted(path.name, "ok", "own mask" if subject.score is None else subject.score))
         else:
-            stale = f" ({target} from an earlier run is still there)" if target.exists() else ""
-            report.append(Extracted(path.name, "skipped", subject + stale))
+            stale += [target] if target.exists() else []
+            report.append(Extracted(path.name, "skipped", subject))
         if progress is not None:
             progress(len(report), len(paths))
+    for note in notes:
+        log.warning("%s", note)
     if all(line.status == "skipped" for line in report):
         reasons = "\n".join(f"  {line.detail}" for line in report[:5])
         raise SubjectError(f"{folder}: none of its {len(report)} photos shows a usable subject:\n{reasons}")
+    for picture in stale:
+        _set_aside(picture)
     return report
 
 
-def _subject_or_reason(path: Path, extractor: SubjectExtractor | None, prompt: Prompt, max_side: int) -> Subject | str:
+def _refuse_others(folder: Path, out: Path, own: set[Path]) -> None:
+    """Raise OutputError if ``out`` holds masked pictures of other photos: they would be learned as well."""
+    try:
+        others = [p for p in list_photos(out) if p not in own] if out.is_dir() else []
+    except PhotoError:  # it holds none
+        return
+    if others := [p.name for p in others if _is_masked(p)]:
+        raise OutputError(
+            f"{out}: holds {', '.join(others)} of no photo in {folder}; delete them with their masks, choose another "
+            "folder, or give --keep-others if they are to be learned as well"
+        )
+
+
+def _is_masked(path: Path) -> bool:
+    try:
+        return load_photo(path, 64).mask is not None
+    except PhotoError:
+        return mask_path(path).exists()
+
+
+def _set_aside(picture: Path) -> None:
+    """Move a pair that an earlier run made to ``leftovers``, where nothing reads it."""
+    place = make_folder(picture.parent / LEFTOVERS)
+    log.warning("%s: is of an earlier run, and its photo was skipped now; it was moved to %s", picture, place)
+    for path in (picture, mask_path(picture)):
+        if path.exists():
+            os.replace(path, place / path.name)
+
+
+def _subject_or_reason(
+    path: Path, extractor: SubjectExtractor | None, prompt: Prompt, config: ExtractConfig, notes: list[str]
+) -> Subject | str:
     """The subject of one photo of a batch, or why it is skipped. Raises SubjectError if there is no way to find any."""
     try:
-        photo = load_photo(path, max_side)
+        photo = load_photo(path, config.max_side)
     except PhotoError as e:
         return str(e)
+    notes += photo.notes
     if photo.mask is None and extractor is None:
         raise _no_mask(photo)
     try:
-        return subject_from_mask(photo) if extractor is None else extractor.extract(photo, prompt)
+        return subject_from_mask(photo, config) if extractor is None else extractor.extract(photo, prompt)
     except SubjectError as e:
         return str(e)
 

@@ -21,6 +21,7 @@ from .config import SCHEMA_VERSION, SampleConfig
 from .errors import ConfigError, FarError, UnreadableFile, WeightsError
 from .files import parse_json, read_tensors, write_tensors
 from .fingerprint import fingerprint
+from .lora_files import exact, lora_tensors, nearest
 from .tokens import ModifierEmbedding, Vocabulary, noun_embedding
 
 log = logging.getLogger(__name__)
@@ -234,17 +235,15 @@ class FarWeights:
         return vocabulary, take_out
 
     def export_lora(self, path: Path, rank: int | None = None) -> None:
-        """Write the UNet's changes as a LoRA file for stock loaders: as they are, or as the nearest of ``rank``."""
-        tensors: dict[str, Tensor] = {}
-        for name, product in self.products.items():
-            up, down = product if rank is None or rank >= product.up.shape[1] else nearest(product.whole, rank)
-            tensors |= _lora_pair(name, up, down)
+        """Write the UNet's changes as one LoRA file that ComfyUI, kohya's tools and diffusers read: as they are, or as
+        the nearest of ``rank``. Whole changes as they are make a large file, of the matrices' own rank."""
+        changes = {
+            name: product if rank is None or rank >= product.up.shape[1] else nearest(product.whole, rank)
+            for name, product in self.products.items()
+        }
         for name, delta in self.deltas.items():
-            if rank is None:
-                tensors[f"diffusion_model.{name}.diff"] = delta.to(torch.float16)
-            else:
-                tensors |= _lora_pair(name, *nearest(delta, rank))
-        write_tensors(path, tensors, {"format": "pt"})
+            changes[name] = exact(delta) if rank is None or rank >= min(delta.shape) else nearest(delta, rank)
+        write_tensors(path, lora_tensors(changes), {"format": "pt"})
 
     def export_embeddings(self, folder: Path) -> list[Path]:
         """Write one embedding file per concept, ``corgi-dog.safetensors``, used as ``embedding:corgi-dog``."""
@@ -255,18 +254,6 @@ class FarWeights:
             write_tensors(path, {key: embedding.float()}, {"format": "pt"})
             paths.append(path)
         return paths
-
-
-def nearest(delta: Tensor, rank: int) -> Product:
-    """The product of ``rank`` that is nearest to a matrix (Eckart and Young 1936)."""
-    u, s, v = torch.linalg.svd(delta.float(), full_matrices=False)
-    root = s[:rank].sqrt()
-    return Product(u[:, :rank] * root, root[:, None] * v[:rank])
-
-
-def _lora_pair(name: str, up: Tensor, down: Tensor) -> dict[str, Tensor]:
-    key = f"diffusion_model.{name}"
-    return {f"{key}.lora_B.weight": up.to(torch.float16), f"{key}.lora_A.weight": down.to(torch.float16)}
 
 
 def file_stem(token: str) -> str:

@@ -128,7 +128,7 @@ class LoadDataset(io.ComfyNode):
         check_choice(cls.validate_inputs(folder or ""))
         dataset = DatasetFolder(dataset_path(folder))
         composites = build_previews(dataset, cls.hidden.unique_id)
-        report = describe(dataset)
+        report = describe(dataset, dataset.notes)
         sheet = dataset_sheet(composites, dataset.names)
         return io.NodeOutput(dataset, overlays(composites, dataset), report, ui=shown(cls, sheet, report))
 

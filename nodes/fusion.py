@@ -126,6 +126,17 @@ class FuseConcepts(io.ComfyNode):
                     "on ground, such as birds in the air, and for photos from above.",
                     extra_dict={"advanced": True},
                 ),
+                io.Float.Input(
+                    "min_area",
+                    default=FusionConfig.min_area,
+                    min=0.0,
+                    max=0.9,
+                    step=0.01,
+                    optional=True,
+                    tooltip="A photo whose mask marks less than this share of it is left out, and named in the report. "
+                    "0.03 by default. Lower it together with min_area of FaR Extract Subject.",
+                    extra_dict={"advanced": True},
+                ),
             ],
             outputs=[
                 FarDataset.Output("dataset", tooltip="For FaR Train or FaR Save Dataset."),
@@ -154,6 +165,7 @@ class FuseConcepts(io.ComfyNode):
         backgrounds: Sequence[Tensor] = (),
         background_captions: Sequence[str] = (),
         shadow: Sequence[float] = (FusionConfig.shadow,),
+        min_area: Sequence[float] = (FusionConfig.min_area,),
     ) -> io.NodeOutput:
         named = all_of("concepts", concepts, Concept, "FAR_CONCEPTS")
         weights = recipe_weights(
@@ -165,6 +177,7 @@ class FuseConcepts(io.ComfyNode):
             fusion_seed=fusion_seed[0],
             flip=flip[0],
             shadow=shadow[0],
+            min_area=min_area[0],
             recipe_weights=weights,
         )
         pictures = all_of("prior", prior, ClassPicture, "FAR_PRIOR")

@@ -1,6 +1,6 @@
 """The host's internals: progress, interrupts, memory, folders, state dicts, tokenizers, patches.
 
-With :mod:`.host_base` and :mod:`.host_attention` all that touches them. When the host changes, little else does.
+With the other :mod:`.host_…` modules all that touches them. When the host changes, little else does.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from ..far_train.keys import ldm_to_diffusers
 from ..far_train.tokens import unknown_tokens
 from ..far_train.weights import FarWeights
 from . import layout
+from .host_state import read_weights
 
 log = logging.getLogger(__name__)
 
@@ -279,10 +280,10 @@ def _read_parts(model: Any, clip: Any, vae: Any) -> tuple[dict[str, Tensor], dic
     check_family(model, clip)
     _check_kind("vae", vae, "VAE", ("patcher", "first_stage_model"))
     family = FAMILIES["sd21"]
-    unet = _weights(model, "diffusion_model.")
+    unet = read_weights(model, "diffusion_model.")
     text_prefix = f"{family.embedding_key}.transformer.text_model."
-    text = {k.removeprefix(text_prefix): v for k, v in _weights(clip.patcher, text_prefix).items()}
-    pixels = _weights(vae.patcher)
+    text = {k.removeprefix(text_prefix): v for k, v in read_weights(clip.patcher, text_prefix).items()}
+    pixels = read_weights(vae.patcher)
     encoder = getattr(clip.cond_stage_model, family.embedding_key)
     heads, activation = _text_details(encoder)
     configs = layout.component_configs(
@@ -320,7 +321,7 @@ def prediction_type(model: Any) -> str:
 
 def kv_weights(model: Any, patched: bool = True) -> dict[str, Tensor]:
     """MODEL's cross-attention K/V [channels, context width] by layer name, with or without the graph's patches."""
-    found = _weights(model, "diffusion_model.", (".attn2.to_k.weight", ".attn2.to_v.weight"), patched)
+    found = read_weights(model, "diffusion_model.", (".attn2.to_k.weight", ".attn2.to_v.weight"), patched)
     return {k.removeprefix("diffusion_model.").removesuffix(".weight"): v for k, v in found.items()}
 
 
@@ -328,21 +329,8 @@ def noun_embedding(clip: Any, noun: str) -> Tensor:
     """Mean embedding [width] of a class noun's tokens in CLIP, as :func:`far_train.tokens.noun_embedding` has it."""
     tokenizer = inner_tokenizer(clip)
     key = f"{tokenizer.embedding_key}.transformer.text_model.embeddings.token_embedding.weight"
-    table = _weights(clip.patcher, key)[key]
+    table = read_weights(clip.patcher, key)[key]
     return table[tokenizer.tokenizer(noun, add_special_tokens=False)["input_ids"]].mean(0)
-
-
-def _weights(patcher: Any, prefix: str | None = None, ends: tuple[str, ...] = ("",), patched: bool = True) -> dict:
-    """Copies in fp32 on the CPU of a patcher's weights, with its patches; nothing is loaded, moved or changed."""
-    weights = {}
-    with torch.inference_mode(False), torch.no_grad():
-        for key, entry in patcher.get_key_patches(prefix).items():
-            if not key.endswith(ends):
-                continue
-            (weight, convert), patches = entry[0], entry[1:]
-            weight = convert(weight.to("cpu", torch.float32, copy=True), inplace=True)
-            weights[key] = comfy.lora.calculate_weight(patches, weight, key) if patches and patched else weight
-    return weights
 
 
 def check_family(model: Any, clip: Any) -> None:

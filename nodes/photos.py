@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..far_train.config import ExtractConfig
 from ..far_train.errors import FarError, PhotoError, SubjectError
+from ..far_train.folders import describe_unread, list_photos, mask_path
 from ..far_train.mini.shipped import SAM, small_sam
-from ..far_train.photos import Photo, list_photos, load_photo, mask_path
+from ..far_train.photos import Photo, load_photo
 from ..far_train.sam import load_sam
 from ..far_train.subjects import Prompt, Subject, SubjectExtractor, subject_from_mask
 from . import host
@@ -92,6 +93,7 @@ class LoadPhotos(io.ComfyNode):
         check_choice(cls.validate_inputs(folder or ""))
         photos, skipped = [], []
         paths = list_photos(host.input_folder() / folder)
+        unread = describe_unread(host.input_folder() / folder)
         progress = host.Progress(len(paths), cls.hidden.unique_id)
         for i, path in enumerate(paths):
             host.stop_if_interrupted()
@@ -111,6 +113,8 @@ class LoadPhotos(io.ComfyNode):
             [
                 f"{counted(len(photos), 'photo')}, {masked} of them with a mask",
                 *(f"left out: {reason}" for reason in skipped),
+                *(note for photo in photos for note in photo.notes),
+                *([unread] if unread else []),
             ]
         )
         sheet = subject_sheet(images, [p.mask for p in photos], names)
@@ -267,7 +271,9 @@ class ExtractSubject(io.ComfyNode):
     ) -> io.NodeOutput:
         pictures = unroll_images(images)
         labels = photo_labels(len(pictures), names)
-        given = match_masks(pictures, unroll_masks(masks), labels=labels) if len(masks) else [None] * len(pictures)
+        given: list[Tensor | None] = [None] * len(pictures)
+        if len(masks):
+            given = match_masks(pictures, unroll_masks(masks), invert=None, labels=labels)
         prompts = read_prompts(len(pictures), box, box_format[0], points, names)
         photos = [Photo(label, p, m, Path(label)) for label, p, m in zip(labels, pictures, given)]
         progress = host.Progress(len(photos), cls.hidden.unique_id)
@@ -311,7 +317,11 @@ def find_subjects(
     ``sam``: may be None if every photo has a mask. Raises SubjectError if it is no segment-anything model.
     """
     if sam is None:
-        yield from ((photo, subject_from_mask(photo)) for photo in photos)
+        for photo in photos:
+            try:
+                yield photo, subject_from_mask(photo, config)
+            except SubjectError as e:
+                yield photo, e
         return
     extractor = SubjectExtractor(sam, config)
     if "HQ" in type(sam.mask_decoder).__name__:

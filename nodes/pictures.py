@@ -9,10 +9,9 @@ from torch import Tensor
 
 from ..far_train.captions import check_noun
 from ..far_train.errors import SubjectError
+from ..far_train.masks import describe_faint, looks_inverted
 
-# A mask that marks the corners, this much of the frame's rim, and not this much of the picture shows the background.
-RIM_SHARE = 0.7
-HOLE_SHARE = 0.03
+FAINT_SHARE = 0.01  # of the photo: a mask that is dark everywhere but not black on this much was meant to mark it
 
 HOW_TO_GET_MASKS = (
     "connect the masks of FaR Load Photos, FaR Extract Subject or any segmenter "
@@ -60,11 +59,12 @@ def unroll_masks(values: Sequence[Tensor]) -> list[Tensor]:
 
 
 def match_masks(
-    images: Sequence[Tensor], masks: Sequence[Tensor], *, invert: bool = False, labels: Sequence[str] = ()
+    images: Sequence[Tensor], masks: Sequence[Tensor], *, invert: bool | None = False, labels: Sequence[str] = ()
 ) -> list[Tensor | None]:
     """The mask of each picture, 1 = subject; None where it is empty, which is how nodes say that they have none.
 
-    ``images``: [H,W,3] each. ``masks``: [H,W] each, of any size if empty. ``invert``: they are 1 on the background.
+    ``images``: [H,W,3] each. ``masks``: [H,W] each, of any size if empty. ``invert``: they are 1 on the background;
+    None where the node has no switch for it.
     ``labels``: what messages call the pictures; default "photo 1" and so on. Raises SubjectError naming the picture
     and the fix for another count, another size, or masks that show the background.
     """
@@ -79,8 +79,10 @@ def match_masks(
     ]
 
 
-def _match(image: Tensor, mask: Tensor, invert: bool, label: str) -> Tensor | None:
+def _match(image: Tensor, mask: Tensor, invert: bool | None, label: str) -> Tensor | None:
     if not bool((mask > 0.5).any()):
+        if float((mask > 0).float().mean()) >= FAINT_SHARE:
+            raise SubjectError(f"{label}: its mask {describe_faint(mask)}")
         return None
     if mask.shape != image.shape[:2]:
         raise SubjectError(
@@ -89,29 +91,14 @@ def _match(image: Tensor, mask: Tensor, invert: bool, label: str) -> Tensor | No
         )
     mask = 1 - mask if invert else mask
     if looks_inverted(mask):
-        switch = "off" if invert else "on"
+        fix = "put InvertMask before this node" if invert is None else f"switch invert_mask {'off' if invert else 'on'}"
         raise SubjectError(
-            f"{label}: its mask marks the frame around the subject and not the subject; switch invert_mask {switch} "
+            f"{label}: its mask marks the frame around the subject and not the subject; {fix} "
             "(LoadImage sends 1 − alpha: the transparent part of a cut-out)"
         )
     if not bool((mask > 0.5).any()):
         raise SubjectError(f"{label}: with invert_mask on, its mask is empty; switch it off")
     return mask
-
-
-def looks_inverted(mask: Tensor) -> bool:
-    """Whether a mask [H,W] seems to be 1 on the background: it marks corners and rim, but leaves a hole."""
-    marked = mask > 0.5
-    side = max(min(mask.shape) // 50, 1)
-    corners = [marked[rows, columns] for rows in _ends(side) for columns in _ends(side)]
-    if not all(bool(corner.all()) for corner in corners):
-        return False
-    rim = torch.cat([marked[0], marked[-1], marked[:, 0], marked[:, -1]])
-    return float(rim.float().mean()) >= RIM_SHARE and float((~marked).float().mean()) >= HOLE_SHARE
-
-
-def _ends(length: int) -> tuple[slice, slice]:
-    return slice(None, length), slice(-length, None)
 
 
 def photo_labels(count: int, names: Sequence[str] = ()) -> list[str]:

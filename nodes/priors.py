@@ -18,7 +18,8 @@ from ..far_train.config import ExtractConfig, SampleConfig
 from ..far_train.devices import choose_device
 from ..far_train.errors import FarError
 from ..far_train.files import make_folder, write_json
-from ..far_train.photos import load_mask, load_photo, mask_path, save_mask, to_pil
+from ..far_train.folders import mask_path
+from ..far_train.photos import load_mask, load_photo, save_mask, to_pil
 from ..far_train.priors import (
     EVERYDAY_SCENES,
     draw_class_pictures,

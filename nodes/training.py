@@ -22,6 +22,7 @@ from ..far_train.config import TrainConfig
 from ..far_train.cost import measure_cost
 from ..far_train.errors import ConfigError, Interrupted
 from ..far_train.photos import from_pil, load_photo
+from ..far_train.pool import check_captions
 from ..far_train.recipe import Callbacks, train
 from ..far_train.report import loss_curves, picture_grid
 from ..far_train.runs import METRICS_FILE, WEIGHTS_FILE, find_run, read_metrics, run_identity
@@ -351,6 +352,7 @@ def _train(
     )
     stopped = None
     with _freed_base(model, clip, vae) as base:
+        check_captions(dataset, base, config.vectors_per_token)
         try:
             train(base, dataset, config, folder, start=start, resume=True, keep_base=False, callbacks=callbacks)
         except Interrupted as e:

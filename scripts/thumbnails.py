@@ -25,13 +25,14 @@ from far_train.captions import join_phrases  # noqa: E402
 from far_train.concepts import Background, ClassPicture, Concept  # noqa: E402
 from far_train.config import FusionConfig  # noqa: E402
 from far_train.evaluate import compare_picture, read_references  # noqa: E402
+from far_train.folders import list_photos  # noqa: E402
 from far_train.fusion import ConceptFusion  # noqa: E402
 from far_train.mini.identity import Identity  # noqa: E402
 from far_train.mini.likeness import OracleEncoder  # noqa: E402
 from far_train.mini.scenery import PLACES  # noqa: E402
 from far_train.mini.shipped import DRAWING, SIZE, SUBJECTS, small_base, small_oracle  # noqa: E402
 from far_train.mini.world import empty_scene, reference_photos, render_scene  # noqa: E402
-from far_train.photos import list_photos, load_photo, to_pil  # noqa: E402
+from far_train.photos import load_photo, to_pil  # noqa: E402
 from far_train.probe import attention_maps, heat_over  # noqa: E402
 from far_train.report import COLOURS, checkerboard, contact_sheet, dataset_sheet, overlay, tinted  # noqa: E402
 from far_train.sampling import draw_pictures, plain_vocabulary  # noqa: E402

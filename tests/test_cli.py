@@ -190,7 +190,7 @@ def test_an_empty_value_in_a_file_is_not_given(seen, tmp_path):
 
 
 def test_a_missing_settings_file(capsys):
-    refused(capsys, ["train", "--config", "none.yaml"], "config: can't read none.yaml")
+    refused(capsys, ["train", "--config", "none.yaml"], "config: none.yaml: can't be read")
 
 
 # ---- interruptions

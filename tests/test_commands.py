@@ -181,7 +181,7 @@ def test_bad_input_to_fuse(capsys, subjects, tmp_path):
     (bare / "a.txt").write_bytes(b"\xff\xfe\x00")
     refused(capsys, fuse("--backgrounds", bare), "a.txt: can't be read")
     Image.new("L", (40, 40), 0).save(bare / "a.mask.png")
-    refused(capsys, fuse(folder=bare), "concept <tom>, photo 1: the mask is empty")
+    refused(capsys, fuse(folder=bare), f"{bare / 'a.png'}: the mask is empty: it is black all over")
     Image.new("L", (40, 30), 255).save(bare / "a.mask.png")
     refused(capsys, fuse(folder=bare), "a.mask.png: the mask is 40x30 px")
     (bare / "a.mask.png").write_bytes((subjects / "tom" / "0.mask.png").read_bytes()[:-20])
@@ -256,7 +256,7 @@ def test_train_export_inspect_generate(dataset, tiny_folder, tmp_path, capsys):
     assert "embedding:felix" in capsys.readouterr().out
     assert main(["export", "--weights", str(weights), "--out", str(out), "--rank", "2", "--name", "small"]) == 0
     with safe_open(out / "loras" / "small.safetensors", "pt") as file:
-        assert all(min(file.get_tensor(k).shape) <= 2 for k in file.keys())
+        assert all(min(file.get_tensor(k).shape) <= 2 for k in file.keys() if not k.endswith("alpha"))
 
     capsys.readouterr()
     assert main(["inspect", "--weights", str(weights), "--json"]) == 0

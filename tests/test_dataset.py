@@ -161,6 +161,7 @@ def test_a_deleted_picture_is_left_out(folder):
     before = [DatasetFolder(folder).composite(i).caption for i in range(6)]
     (folder / "composites" / "0000.png").unlink()
     dataset = DatasetFolder(folder)
+    assert dataset.notes == [f"{folder}: 1 of 6 composites were deleted (0000)."]
     assert [dataset.composite(i).caption for i in range(dataset.composite_count())] == before[1:]
 
 

@@ -65,8 +65,9 @@ def test_load_train_export(checkpoint: Path, concepts: list[Concept], tmp_path: 
 
     weights.export_lora(tmp_path / "lora.safetensors")
     lora = load_file(tmp_path / "lora.safetensors")
-    assert len(lora) == 256
-    assert lora["diffusion_model.output_blocks.11.1.transformer_blocks.0.attn2.to_v.lora_A.weight"].shape == (8, 1024)
+    assert len(lora) == 3 * 128
+    last = "lora_unet_up_blocks_3_attentions_2_transformer_blocks_0_attn2_to_v"
+    assert lora[f"{last}.lora_down.weight"].shape == (8, 1024)
     FarWeights.load(tmp_path / "run" / "weights.safetensors").check_fits(base)
     with capsys.disabled():
         print(

@@ -12,11 +12,25 @@ import torch
 from far_train import fusion as fusion_module
 from far_train.captions import Name
 from far_train.concepts import Background, ClassPicture, Concept
+from far_train.config import FusionConfig
 from far_train.errors import CaptionError, ConfigError, SubjectError, TokenError
 from far_train.fusion import ConceptFusion
 from far_train.scenery import infill
 
-from .coloured import CONCEPTS, PRIORS, SCENES, SIZE, equal, fuse, only, photo, region, shows
+from .coloured import (
+    CONCEPTS,
+    NO_CHANGES,
+    PRIORS,
+    SCENES,
+    SIZE,
+    equal,
+    fuse,
+    mention_box,
+    only,
+    photo,
+    region,
+    shows,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -229,3 +243,57 @@ def test_pillow_pictures_are_not_changed():
         fused.composite(i)
         fused.prior(i)
     assert fused.digest() == before
+
+
+# ---- subjects that their photos cut off
+
+
+def cut_off(colour: str, box: tuple[float, float, float, float]) -> Concept:
+    """A concept of one whole photo, and of one that cuts the subject off, in another colour."""
+    photos = [photo("red", 60, 60), photo(colour, 60, 60, box)]
+    return Concept("<red>", "ball", tuple(i for i, _ in photos), tuple(m for _, m in photos))
+
+
+@pytest.mark.parametrize("box", [(-0.3, 0.2, 0.4, 0.8), (0.6, 0.2, 1.3, 0.8), (0.2, -0.3, 0.8, 0.4)])
+def test_a_subject_that_a_side_cuts_off_is_shown_as_its_photo_alone(box):
+    fused = ConceptFusion([cut_off("green", box)], (), SCENES, FusionConfig(size=SIZE, count=60))
+    shown = {(c.recipe, bool(shows(c.image, "green").any())) for c in map(fused.composite, range(60))}
+    assert shown == {("original", True), ("original", False), ("solo", False)}
+    assert any("side serve for 'original' alone: concept <red>, photo 2." in note for note in fused.notes)
+
+
+@pytest.mark.parametrize("row", [0.0, 1.0])
+def test_a_subject_that_the_bottom_cuts_off_stands_on_the_lower_edge(row):
+    """Upright, so that no straight cut is seen above it."""
+    low = cut_off("green", (0.2, 0.5, 0.8, 1.5))
+    settings = {"size": SIZE, "count": 40, "row": row, "recipe_weights": {"pair": 0.5, "solo": 0.5}}
+    fused = ConceptFusion([low, CONCEPTS[2]], (), SCENES, FusionConfig(**settings, **(NO_CHANGES | {"rotation": 10})))
+    found = 0
+    for composite in map(fused.composite, range(40)):
+        for mention in composite.mentions:
+            pixels = region(mention)
+            if mention.name.token == "<red>" and (shows(composite.image, "green") & pixels).any():
+                found += 1
+                assert pixels[-1].sum() >= 0.9 * mention_box(mention)[0]  # its cut, whole, on the edge
+    assert found > 10
+    assert any("at the bottom put it on the lower edge: concept <red>, photo 2." in note for note in fused.notes)
+
+
+def test_a_concept_without_a_whole_photo_is_said():
+    half = photo("green", 60, 60, (-0.3, 0.2, 0.4, 0.8))
+    concept = Concept("<green>", "ball", half[:1], half[1:])
+    fused = ConceptFusion([concept], (), SCENES, FusionConfig(size=SIZE, count=1))
+    assert any("<green>: every photo cuts the subject off at a side" in note for note in fused.notes)
+    assert fused.composite(0).mentions
+
+
+def test_companions_that_are_cut_off_are_not_pasted():
+    half = ClassPicture("ball", *photo("cyan", 60, 60, (-0.3, 0.2, 0.4, 0.8)))
+    fused = fuse(1, priors=[half])
+    assert "beside_prior" not in fused.recipes and fused.prior_count() == 1
+    assert any("1 class picture(s) cut the subject off" in note for note in fused.notes)
+
+
+def test_min_area_changes_no_identity():
+    """It chooses among the photos, which are part of it themselves."""
+    assert fuse().digest() == fuse(min_area=0.01).digest()

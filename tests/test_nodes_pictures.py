@@ -8,6 +8,7 @@ import torch
 from .nodes_pack import pack_module
 
 pictures = pack_module("nodes.pictures")
+masks = pack_module("far_train.masks")
 errors = pack_module("far_train.errors")
 SubjectError = errors.SubjectError
 
@@ -67,6 +68,15 @@ def test_a_missing_mask_is_none_whatever_its_size():
     assert pictures.match_masks([image()], [torch.zeros(60, 80)], invert=True) == [None]
 
 
+def test_a_mask_that_is_dark_all_over_is_not_taken_for_none():
+    """A mask of the values 0 and 1 of 255 was meant; one opaque pixel less in a picture was not."""
+    with pytest.raises(SubjectError, match="photo 1: its mask has only the values 0 and 1 of 255; save the subject"):
+        pictures.match_masks([image()], [disc() / 255])
+    speck = torch.zeros(60, 80)
+    speck[30, 40] = 1 / 255
+    assert pictures.match_masks([image()], [speck]) == [None]
+
+
 def test_another_count_of_masks_is_refused():
     with pytest.raises(SubjectError, match="2 photos but 1 mask;"):
         pictures.match_masks([image(), image()], [disc()])
@@ -95,19 +105,19 @@ def test_a_good_mask_must_not_be_inverted():
 @pytest.mark.parametrize("x, y", [(0.5, 0.5), (0.3, 0.3), (0.5, 0.95), (0.02, 0.5)])
 def test_inverted_masks_are_told_from_subjects_at_any_place(x: float, y: float):
     subject = disc(x=x, y=y)
-    assert pictures.looks_inverted(1 - subject)
-    assert not pictures.looks_inverted(subject)
+    assert masks.looks_inverted(1 - subject)
+    assert not masks.looks_inverted(subject)
 
 
 def test_subjects_that_fill_the_frame_are_not_taken_for_backgrounds():
     everything = torch.ones(60, 80)
-    assert not pictures.looks_inverted(everything)
+    assert not masks.looks_inverted(everything)
     corner_free = everything.clone()
     corner_free[:25, :25] = 0
-    assert not pictures.looks_inverted(corner_free)
+    assert not masks.looks_inverted(corner_free)
     speck = everything.clone()
     speck[30, 40] = 0
-    assert not pictures.looks_inverted(speck)
+    assert not masks.looks_inverted(speck)
 
 
 def test_labels_carry_names_only_if_there_is_one_for_each_photo():

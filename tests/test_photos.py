@@ -17,7 +17,8 @@ from PIL import Image, ImageFile
 
 from far_train import photos
 from far_train.errors import OutputError, PhotoError
-from far_train.photos import list_photos, load_mask, load_photo, save_mask, save_pair, save_picture
+from far_train.folders import list_photos
+from far_train.photos import load_mask, load_photo, save_mask, save_pair, save_picture
 
 HEIGHT, WIDTH = 20, 36
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "two_dogs"

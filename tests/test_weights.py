@@ -197,38 +197,6 @@ def test_prompts_without_modifiers_are_encoded_as_before(base, weights: FarWeigh
     assert not torch.allclose(after, other, atol=1e-3)
 
 
-def test_lora_export_is_exact_or_of_a_rank(weights: FarWeights, tmp_path: Path):
-    weights.export_lora(tmp_path / "full.safetensors")
-    full = load_file(tmp_path / "full.safetensors")
-    assert full.keys() == {f"diffusion_model.{name}.diff" for name in weights.deltas}
-    assert all(torch.equal(full[f"diffusion_model.{n}.diff"], d) for n, d in weights.deltas.items())
-    weights.export_lora(tmp_path / "low.safetensors", rank=4)
-    low = load_file(tmp_path / "low.safetensors")
-    assert len(low) == 2 * len(weights.deltas)
-    for name, delta in weights.deltas.items():
-        a, b = (low[f"diffusion_model.{name}.lora_{x}.weight"].float() for x in "AB")
-        assert a.shape[0] == b.shape[1] == 4
-        error = (b @ a - delta.float()).square().sum()
-        best = torch.linalg.svdvals(delta.float())[4:].square().sum()
-        assert error <= 1.01 * best  # no matrix of rank 4 comes closer
-
-
-def test_lora_export_of_low_rank_changes(low_rank: FarWeights, tmp_path: Path):
-    for rank in (None, 5):
-        low_rank.export_lora(tmp_path / "own.safetensors", rank)
-        own = load_file(tmp_path / "own.safetensors")
-        assert len(own) == 2 * len(low_rank.products)
-        for name, product in low_rank.products.items():
-            assert torch.equal(own[f"diffusion_model.{name}.lora_B.weight"], product.up)
-            assert torch.equal(own[f"diffusion_model.{name}.lora_A.weight"], product.down)
-    low_rank.export_lora(tmp_path / "less.safetensors", rank=1)
-    less = load_file(tmp_path / "less.safetensors")
-    name, product = next(iter(low_rank.products.items()))
-    a, b = (less[f"diffusion_model.{name}.lora_{x}.weight"].float() for x in "AB")
-    best = torch.linalg.svdvals(product.whole)[1:].square().sum()
-    assert a.shape[0] == 1 and (b @ a - product.whole).square().sum() <= 1.01 * best
-
-
 def test_embedding_export(weights: FarWeights, tmp_path: Path):
     paths = weights.export_embeddings(tmp_path)
     assert [p.name for p in paths] == ["red-ball.safetensors", "blue-ball.safetensors"]

@@ -23,8 +23,9 @@ from ..config import TrainConfig
 from ..dataset import write_dataset
 from ..devices import choose_device
 from ..errors import OutputError
+from ..folders import list_photos
 from ..fusion import ConceptFusion
-from ..photos import list_photos, load_photo, save_picture, to_pil
+from ..photos import load_photo, save_picture, to_pil
 from ..probe import attention_maps, heat_over
 from ..recipe import Callbacks, train
 from ..report import Page, checkerboard, contact_sheet, dataset_sheet, loss_curves, picture_grid

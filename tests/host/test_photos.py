@@ -360,12 +360,15 @@ def test_masks_of_stock_nodes(comfy: ComfyServer, loaded: None):
         "5": node("ImageToMask", image=["4", 0], channel="red"),
         "2": concept(["1", 0], ["5", 0]),
         "3": preview_of(),
-        "6": node("SolidMask", value=1.0, width=120, height=100),
-        "7": concept(["1", 0], ["6", 0], token="<whole-disc>", concepts=["2", 0]),
+        "7": concept(["1", 0], ["5", 0], token="<whole-disc>", concepts=["2", 0]),
         "8": preview_of("7"),
     }
     outputs = comfy.run(prompt)
     assert "2 concepts: <red-disc> disc, <whole-disc> disc" in outputs["8"]["text"][0]
+    prompt["6"] = node("SolidMask", value=1.0, width=120, height=100)
+    prompt["7"]["inputs"]["masks"] = ["6", 0]
+    node_id, words = refusal(comfy, prompt)
+    assert node_id == "8" and "concept <whole-disc>, photo 1: the mask covers 100.00% of the frame" in words
     prompt["6"]["inputs"]["width"] = 100
     node_id, words = refusal(comfy, prompt)
     assert node_id == "7" and "photo 1: its mask is 100×100 pixels, but the photo 120×100" in words

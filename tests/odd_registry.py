@@ -1,0 +1,91 @@
+"""What the registry of odd inputs is written with: a place for each case, and photos and masks as small as can be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from far_train.cli import main
+from far_train.errors import FarError
+
+Found = tuple[Any, Any]  # what came out, what is right
+SIDE, SUBJECT = 64, (16, 12, 48, 52)  # a photo's side, and its subject's box
+
+
+class Place:
+    """A folder for one case, the tiny base, and the command line."""
+
+    def __init__(self, path: Path, base: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture):
+        self.path, self.base = path, base
+        self._caplog, self._capsys = caplog, capsys
+
+    def __truediv__(self, name: str) -> Path:
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def run(self, *argv: Any) -> list[str]:
+        """All that a command says but for its progress: warnings, output, error."""
+        self._caplog.clear()
+        self._capsys.readouterr()
+        status = main([str(a) for a in argv])
+        out, err = self._capsys.readouterr()
+        at = err.find("far_train: error: ")
+        assert (status == 0) == (at < 0), err
+        errors = err[at:].strip().splitlines() if at >= 0 else []
+        warned = [r.getMessage() for r in self._caplog.records if r.name.startswith("far_train")]
+        return [self.plain(line) for line in (*warned, *out.splitlines(), *errors)]
+
+    def refusal(self, call: Callable[[], Any]) -> str:
+        """The message with which the library refuses."""
+        with pytest.raises(FarError) as error:
+            call()
+        return self.plain(str(error.value))
+
+    def plain(self, text: str) -> str:
+        return text.replace(str(self.path), "PLACE")
+
+    def dataset(self) -> Path:
+        """A dataset folder of one concept, made by ``fuse``."""
+        photo(self / "subjects/a.png", mask())
+        fuse = ["fuse", "--concept", "<rex>", "dog", self / "subjects", "--out", self / "data"]
+        self.run(*fuse, "--size", 2 * SIDE, "--count", 4)
+        return self / "data"
+
+    def train(self, *flags: Any) -> list[str]:
+        quick = ["--steps", 2, "--sample-every", 0, "--batch-size", 1, "--prior-batch-size", 0, "--device", "cpu"]
+        return self.run("train", "--base", self.base, "--dataset", self / "data", "--out", self / "run", *quick, *flags)
+
+
+CASES: dict[str, Callable[[Place], Found]] = {}
+
+
+def odd(name: str) -> Callable:
+    """Register a case."""
+
+    def register(case: Callable[[Place], Found]) -> Callable[[Place], Found]:
+        assert name not in CASES
+        CASES[name] = case
+        return case
+
+    return register
+
+
+def mask(box: tuple[int, int, int, int] = SUBJECT, inside: int = 255, outside: int = 0) -> Image.Image:
+    picture = Image.new("L", (SIDE, SIDE), outside)
+    picture.paste(inside, box)
+    return picture
+
+
+def photo(path: Path, own: Image.Image | None = None, seed: int = 0) -> Path:
+    """A photo of noise, with the mask that it brings."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8)).save(path)
+    if own is not None:
+        own.save(path.with_name(f"{path.stem}.mask.png"))
+    return path
