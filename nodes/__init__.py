@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import attention, concepts, evaluate, fusion, host, mini, photos, priors, training, weights
+from . import attention, concepts, evaluate, fusion, host, host_ui, mini, photos, priors, training, weights
 
 
 class FarExtension(ComfyExtension):
@@ -12,5 +12,6 @@ class FarExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         host.register_model_folders()
+        host_ui.listen_to_prompts()
         modules = (photos, priors, concepts, fusion, training, weights, attention, evaluate, mini)
         return [node for module in modules for node in module.NODES]

@@ -17,7 +17,7 @@ from ..far_train.mini.shipped import SAM, small_sam
 from ..far_train.photos import Photo, list_photos, load_photo, mask_path
 from ..far_train.sam import load_sam
 from ..far_train.subjects import Prompt, Subject, SubjectExtractor, subject_from_mask
-from . import host
+from . import host, host_ui
 from .pictures import HOW_TO_GET_MASKS, counted, match_masks, photo_labels, unroll_images, unroll_masks
 from .previews import as_image, refusal_shown, shown, subject_sheet
 from .prompts import BOX_FORMATS, read_prompts
@@ -92,9 +92,9 @@ class LoadPhotos(io.ComfyNode):
         check_choice(cls.validate_inputs(folder or ""))
         photos, skipped = [], []
         paths = list_photos(host.input_folder() / folder)
-        progress = host.Progress(len(paths), cls.hidden.unique_id)
+        progress = host_ui.Progress(len(paths), cls.hidden.unique_id)
         for i, path in enumerate(paths):
-            host.stop_if_interrupted()
+            host_ui.stop_if_interrupted()
             try:
                 photos.append(load_photo(path, max_side or None))
             except PhotoError as e:
@@ -166,7 +166,7 @@ class LoadSam(io.ComfyNode):
         check_choice(cls.validate_inputs(model_name or ""))
         # It rests on the CPU, and is on the compute device only while a node works with it.
         sam = small_sam() if model_name == SMALL_SAM else load_sam(sam_path(model_name))
-        host.tell(f"{model_name} is loaded", cls.hidden.unique_id)
+        host_ui.tell(f"{model_name} is loaded", cls.hidden.unique_id)
         return io.NodeOutput(sam)
 
 
@@ -270,7 +270,7 @@ class ExtractSubject(io.ComfyNode):
         given = match_masks(pictures, unroll_masks(masks), labels=labels) if len(masks) else [None] * len(pictures)
         prompts = read_prompts(len(pictures), box, box_format[0], points, names)
         photos = [Photo(label, p, m, Path(label)) for label, p, m in zip(labels, pictures, given)]
-        progress = host.Progress(len(photos), cls.hidden.unique_id)
+        progress = host_ui.Progress(len(photos), cls.hidden.unique_id)
         sam = sam_model[0] if len(sam_model) else None
         if sam is None and not all(m is not None for m in given):
             missing = labels[next(i for i, m in enumerate(given) if m is None)]
@@ -320,7 +320,7 @@ def find_subjects(
         )
     with host.on_compute_device(sam):
         for photo, prompt in zip(photos, prompts):
-            host.stop_if_interrupted()
+            host_ui.stop_if_interrupted()
             try:
                 yield photo, extractor.extract(photo, prompt)
             except FarError as e:

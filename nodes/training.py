@@ -28,7 +28,7 @@ from ..far_train.runs import METRICS_FILE, WEIGHTS_FILE, find_run, read_metrics,
 from ..far_train.tokens import unknown_tokens
 from ..far_train.weights import FarWeights
 from ..far_train.wording import duration, rate, size_in_words
-from . import host, sockets
+from . import host, host_ui, sockets
 from .naming import file_name
 
 log = logging.getLogger(__name__)
@@ -245,7 +245,7 @@ class Train(io.ComfyNode):
             identity = run_identity(host.mark_base(model, clip), dataset, config, continue_from)
             folder, finished = find_run(host.output_folder() / "far", file_name(name, "run"), identity)
             if finished:
-                host.tell(f"{folder.name} is trained already: loaded from {folder}", cls.hidden.unique_id)
+                host_ui.tell(f"{folder.name} is trained already: loaded from {folder}", cls.hidden.unique_id)
             elif dry_run:
                 with _freed_base(model, clip, vae) as base:
                     cost = measure_cost(
@@ -254,10 +254,10 @@ class Train(io.ComfyNode):
                         config,
                         start=continue_from,
                         steps_done=len(_metrics(folder)),
-                        should_stop=host.interrupted,
+                        should_stop=host_ui.interrupted,
                     )
-                host.tell(f"dry run of {folder.name}\n{cost.words}", cls.hidden.unique_id)
-                return io.NodeOutput(*[host.nothing()] * 4, ui={"text": (cost.words,)})
+                host_ui.tell(f"dry run of {folder.name}\n{cost.words}", cls.hidden.unique_id)
+                return io.NodeOutput(*[host_ui.nothing()] * 4, ui={"text": (cost.words,)})
             else:
                 live = LiveView(cls.hidden.unique_id, folder, total)
                 _train(model, clip, vae, dataset, config, folder, continue_from, options.time_limit, live)
@@ -280,7 +280,7 @@ class LiveView:
     """What a training shows on its node: progress, a line of text, and loss curve and samples in turn."""
 
     def __init__(self, node_id: str | None, folder: Path, steps: int):
-        self.progress = host.Progress(steps, node_id)
+        self.progress = host_ui.Progress(steps, node_id)
         self.node_id, self.folder, self.steps = node_id, folder, steps
         self.phase = ""
         self.metrics: list[dict[str, Any]] | None = None
@@ -291,7 +291,7 @@ class LiveView:
     def on_phase(self, phase: str, done: int, total: int) -> None:
         if phase != self.phase:
             self.phase = phase
-            host.tell(f"{phase} ({total} pictures)", self.node_id)
+            host_ui.tell(f"{phase} ({total} pictures)", self.node_id)
         self.progress.update(done, total)
 
     def on_step(self, step: int, metrics: dict[str, float]) -> None:
@@ -308,7 +308,7 @@ class LiveView:
             self.next_picture = time.monotonic() + PREVIEW_SECONDS
             pace = (now - self.began) / max(step - self.first, 1)
             used, total = map(size_in_words, host.memory_in_use())
-            host.tell(
+            host_ui.tell(
                 f"step {step} of {self.steps}, loss {metrics['loss']:.4f}, {rate(pace)}, "
                 f"{duration(pace * (self.steps - step))} left, {used} of {total} in use",
                 self.node_id,
@@ -347,7 +347,7 @@ def _train(
         on_phase=live.on_phase,
         on_step=live.on_step,
         on_samples=live.on_samples,
-        should_stop=lambda: host.interrupted() or time.monotonic() > deadline,
+        should_stop=lambda: host_ui.interrupted() or time.monotonic() > deadline,
     )
     stopped = None
     with _freed_base(model, clip, vae) as base:
@@ -355,8 +355,8 @@ def _train(
             train(base, dataset, config, folder, start=start, resume=True, callbacks=callbacks)
         except Interrupted as e:
             stopped = str(e)
-    if stopped and host.interrupted():
-        host.raise_interrupted()
+    if stopped and host_ui.interrupted():
+        host_ui.raise_interrupted()
     if stopped:
         raise Interrupted(
             f"the time limit of {time_limit:g} minutes is over; queue the graph again to go on. ({stopped})"

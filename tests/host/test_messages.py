@@ -1,0 +1,120 @@
+"""What nodes say and show goes to the client that queued the prompt, and to nobody else."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from .comfy_server import ComfyServer, PromptRejected
+from .graphs import node
+from .listener import Listener
+from .test_photos import photo_folder
+from .test_training import training
+
+STRANGER = "stranger"
+MISSING = "folder: there is no folder 'nowhere'"
+
+
+def photos(folder: str, node_id: str = "1", max_side: int = 1024) -> dict:
+    return {
+        node_id: node("FaR_LoadPhotos", folder=folder, max_side=max_side),
+        "80": node("PreviewImage", images=[node_id, 0]),
+    }
+
+
+@contextmanager
+def listeners(comfy: ComfyServer) -> Iterator[tuple[Listener, Listener]]:
+    """The client that queues by default, and another browser."""
+    with Listener(comfy) as own, Listener(comfy, STRANGER) as other:
+        yield own, other
+
+
+@contextmanager
+def long_run(comfy: ComfyServer, own: Listener, name: str) -> Iterator[None]:
+    """A training of the default client that has begun and runs meanwhile."""
+    prompt_id = comfy.queue(training(comfy, name, steps=100_000))
+    try:
+        own.wait_until(lambda: own.texts)
+        yield
+        assert prompt_id not in comfy.get(f"/history/{prompt_id}"), "the training ended too early"
+    finally:
+        comfy.cancel(prompt_id)
+
+
+def nothing_seen(listener: Listener) -> bool:
+    """Whether a client was sent neither texts, pictures nor progress of others."""
+    listener.catch_up()
+    return not listener.binaries and not any(kind == "progress" for kind, _ in listener.events)
+
+
+def refused(comfy: ComfyServer, prompt: dict, client_id: str | None = None) -> str:
+    with pytest.raises(PromptRejected) as answer:
+        comfy.queue(prompt, client_id)
+    return str(answer.value)
+
+
+def test_texts_and_pictures_go_to_the_client_that_queued(comfy: ComfyServer):
+    photo_folder(comfy, "mine")
+    with listeners(comfy) as (own, other):
+        comfy.run(photos("mine", "13"))
+        comfy.run(training(comfy, "mine", steps=4, options={"sample_every": 2}))
+        own.catch_up()
+        assert ("13", "3 photos, 3 of them with a mask") in own.texts
+        assert ("4", "encoding (5 pictures)") in own.texts
+        assert nothing_seen(other)
+
+
+def test_each_of_two_runs_in_the_queue_speaks_to_its_own_client(comfy: ComfyServer):
+    photo_folder(comfy, "waiting")
+    with listeners(comfy) as (own, other):
+        with long_run(comfy, own, "running"):
+            second = comfy.queue(photos("waiting", "14"), STRANGER)
+        comfy.wait(second)
+        for listener in (own, other):
+            listener.catch_up()
+        assert {node_id for node_id, _ in own.texts} == {"4"}
+        assert other.texts == [("14", "3 photos, 3 of them with a mask")]
+
+
+def test_a_prompt_without_a_client_speaks_to_nobody(comfy: ComfyServer):
+    photo_folder(comfy, "nobody")
+    with listeners(comfy) as (own, other):
+        for prompt in (photos("nobody"), training(comfy, "nobody", options={"sample_every": 1})):
+            entry = comfy.wait(comfy.queue(prompt, ""))
+            assert entry["status"]["status_str"] == "success"
+        assert "photos, 3 of them with a mask" in comfy.log()  # the log has it
+        assert nothing_seen(own) and nothing_seen(other)
+
+
+def test_a_refusal_is_shown_to_the_client_that_asked_while_another_runs(comfy: ComfyServer):
+    photo_folder(comfy, "right")
+    wholly, partly = photos("nowhere", "15"), photos("right") | {"16": node("FaR_LoadPhotos", folder="nowhere")}
+    partly["16"]["inputs"]["max_side"] = 64
+    partly["17"] = node("PreviewImage", images=["16", 0])
+    with listeners(comfy) as (own, other):
+        with long_run(comfy, own, "undisturbed"):
+            for prompt in (wholly, partly):
+                assert MISSING in refused(comfy, prompt, STRANGER)
+            assert MISSING in refused(comfy, wholly, "")
+        for listener in (own, other):
+            listener.catch_up()
+        assert [(n, t.split(" in ")[0]) for n, t in other.texts] == [("15", MISSING), ("16", MISSING)]
+        assert {node_id for node_id, _ in own.texts} == {"4"}
+
+
+def test_a_refusal_is_not_shown_to_the_client_that_asked_before(comfy: ComfyServer):
+    """Requests that share a connection, as behind a proxy, don't share what they say."""
+    with listeners(comfy) as (own, other):
+        connection = http.client.HTTPConnection("127.0.0.1", comfy.port, timeout=60)
+        for body in ({"client_id": STRANGER}, {}, {"client_id": ["no text"]}, {"client_id": None}):
+            connection.request("POST", "/prompt", json.dumps({"prompt": photos("nowhere")} | body))
+            answer = json.loads(connection.getresponse().read())
+            assert MISSING in answer["node_errors"]["1"]["errors"][0]["details"]
+        connection.close()
+        assert nothing_seen(own)
+        other.catch_up()
+        assert len(other.texts) == 1
