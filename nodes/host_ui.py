@@ -14,8 +14,12 @@ from typing import Any
 import comfy.model_management
 import comfy.utils
 from comfy_execution.graph_utils import ExecutionBlocker
+from comfy_execution.utils import get_executing_context
 from PIL import Image
 from server import PromptServer
+
+from ..far_train import errors
+from ..far_train.errors import FarError
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +79,27 @@ def show(text: str, node_id: str | None) -> None:
 def show_refusal(text: str, node_id: str | None) -> None:
     """Show on a node why it is refused: for ``validate_inputs``, while another client's prompt may be running."""
     _send(text, node_id, _posting_client.get())
+
+
+def show_error(error: Exception) -> None:
+    """Show on the node that is being executed what went wrong; a cancel is no error."""
+    context = get_executing_context()
+    if context is None or isinstance(error, comfy.model_management.InterruptProcessingException):
+        return
+    words = str(error)
+    if not isinstance(error, FarError):  # a fault of some library, whose words alone may say little
+        words = f"{type(error).__name__}: {words}"
+    show(words, context.node_id)
+
+
+def shorten_error_names() -> None:
+    """Have the host print FaR.PhotoError and not the path of the pack's folder before it.
+
+    Here and not in far_train, whose errors are pickled where it works in several processes.
+    """
+    for kind in vars(errors).values():
+        if isinstance(kind, type) and issubclass(kind, FarError):
+            kind.__module__ = "FaR"
 
 
 def listen_to_prompts() -> None:

@@ -50,6 +50,25 @@ def refusal_shown(validate: Callable[..., bool | str]) -> Callable[..., bool | s
     return validate_and_show
 
 
+def errors_shown(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
+    """Decorator of a node: what goes wrong while it is executed also appears on it.
+
+    Else it would go on showing what it last said, and the front end keeps an error's own words behind a button.
+    """
+    execute = node.execute.__func__
+
+    @functools.wraps(execute)
+    def execute_and_show(cls: type[io.ComfyNode], *args: Any, **inputs: Any) -> io.NodeOutput:
+        try:
+            return execute(cls, *args, **inputs)
+        except Exception as e:
+            host_ui.show_error(e)
+            raise
+
+    node.execute = classmethod(execute_and_show)
+    return node
+
+
 def subject_sheet(images: Sequence[Tensor], masks: Sequence[Tensor | None], labels: Sequence[str] = ()) -> Image.Image:
     """Subjects on a checkerboard, pictures without a mask as they are: a contact sheet of the first of them."""
     pictures = [

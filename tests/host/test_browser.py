@@ -127,12 +127,10 @@ def test_an_error_while_running_is_shown_in_words(front_end: FrontEnd):
     page = front_end.page
     wrong = {"Learn Rex and Max": LOWERED["Learn Rex and Max"] | {"sample_prompt": "a photo of a <rx-dog> dog"}}
     page.evaluate(SET_WIDGETS, LOWERED | wrong)
+    page.evaluate(SEE_ALL)  # the front end hides what stands on nodes that are off screen
     front_end.run()
+    # On the node itself: newer front ends keep an error's own words behind a button.
     message = page.get_by_text("sample_prompt: there is no <rx-dog> in the dataset; it has: <rex-dog>, <max-dog>")
-    details = page.get_by_role("button", name="View details")  # newer front ends keep a node's own words behind it
-    message.or_(details).first.wait_for(timeout=MINUTES)
-    if details.is_visible():
-        details.click()
     message.first.wait_for(timeout=MINUTES)
     page.keyboard.press("Escape")
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 
 from .comfy_server import ComfyServer, PromptRejected
-from .graphs import node
+from .graphs import defaults, node
 from .listener import Listener
 from .test_photos import photo_folder
 from .test_training import training
@@ -104,6 +104,29 @@ def test_a_refusal_is_shown_to_the_client_that_asked_while_another_runs(comfy: C
             listener.catch_up()
         assert [(n, t.split(" in ")[0]) for n, t in other.texts] == [("15", MISSING), ("16", MISSING)]
         assert {node_id for node_id, _ in own.texts} == {"4"}
+
+
+def test_an_error_stands_on_its_node_in_the_browser_that_queued(comfy: ComfyServer):
+    """Also on nodes that show nothing else; and its name is short."""
+    comfy.folder("input/bare")
+    nothing_learned = defaults(comfy, "FaR_TrainOptions") | {"embedding_lr": 0.0, "low_rank_lr": 0.0}
+    options = {"32": node("FaR_TrainOptions", **nothing_learned), "33": node("PreviewAny", source=["32", 0])}
+    cases = [(photos("bare", "31"), "31", "FaR.PhotoError"), (options, "32", "FaR.ConfigError")]
+    with listeners(comfy) as (own, other):
+        for prompt, node_id, kind in cases:
+            (error,) = comfy.errors(comfy.wait(comfy.queue(prompt)))
+            assert (error.node_id, error.kind) == (node_id, kind)
+            own.catch_up()
+            assert own.texts[-1] == (node_id, error.message)
+        assert nothing_seen(other)
+
+
+def test_a_cancel_is_no_error(comfy: ComfyServer):
+    with Listener(comfy) as own:
+        with long_run(comfy, own, "no-error"):
+            pass
+        own.catch_up()
+        assert not any("Interrupt" in text for _, text in own.texts)
 
 
 def test_a_refusal_is_not_shown_to_the_client_that_asked_before(comfy: ComfyServer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from far_train.weights import FarWeights
 
 from .comfy_server import REPO, ComfyServer, ExecutionFailed, Host, default_packs
 from .graphs import node
+from .listener import Listener
 from .test_mini import line
 from .test_training import run_folder, steps_of, training
 
@@ -110,9 +112,13 @@ def test_a_failure_ends_the_run_and_not_the_host(frail: ComfyServer, learned: Fa
     prompt = prompt_of(frail, run)
     before = held_bytes(frail)
     fault(frail, name)
-    with pytest.raises(ExecutionFailed, match=f"(?s)node 4 .FaR_Train.*{message}"):
-        frail.run(prompt)
+    with Listener(frail) as seen:
+        with pytest.raises(ExecutionFailed, match=f"(?s)node 4 .FaR_Train.*{message}"):
+            frail.run(prompt)
+        seen.catch_up()
     fault(frail, None)
+    node_id, words = seen.texts[-1]
+    assert node_id == "4" and re.search(message.removeprefix("OutOfMemory.*").removeprefix("OutputError.*"), words)
     assert held_bytes(frail) == before
     assert same(finished(frail, prompt, run), learned)
 
