@@ -82,7 +82,9 @@ def test_a_cancel_in_every_phase(frail: ComfyServer, learned: FarWeights, phase:
     while not frail.get("/far_test/state")["reached"]:
         assert time.monotonic() < deadline, f"it never came to {phase}"
         time.sleep(0.05)
-    entry = frail.cancel(prompt_id)
+    with Listener(frail) as seen:
+        entry = frail.cancel(prompt_id)
+        seen.catch_up()
     assert [(e.kind, e.node_type) for e in frail.errors(entry)] == [("interrupted", "FaR_Train")]
     fault(frail, None)
     assert held_bytes(frail) == before
@@ -90,6 +92,8 @@ def test_a_cancel_in_every_phase(frail: ComfyServer, learned: FarWeights, phase:
     done = {"step": 1, "save": 2, "sampling": 3}.get(phase, 0)
     saved = sorted(p.name for p in folder.glob("checkpoints/*"))
     assert saved[-1:] == ([f"checkpoint-{done:08d}.safetensors"] if done else [])
+    stands = f"stopped at step {done} of 4 and saved; Run goes on from there"
+    assert seen.texts[-1] == ("4", stands if done else "stopped before the first step; Run begins again")
     assert not (folder / "weights.safetensors").exists()
     again = finished(frail, prompt, name)
     if phase == "priors":  # with class pictures of its own it learns something else than ``learned``
