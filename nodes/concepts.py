@@ -99,10 +99,9 @@ class MakeConcept(io.ComfyNode):
             raise SubjectError(f"concept {token[0]}: {some} empty; {HOW_TO_GET_MASKS}")
         concept = Concept(token[0], tidy_noun(noun[0]), tuple(p for p, _ in kept), tuple(m for _, m in kept))
         text = f"{concept.name.phrase}: {counted(len(kept), 'photo')}"
-        if without:
-            text += f"; left out, since their masks are empty: {', '.join(without)}"
+        warnings = [f"left out, since their masks are empty: {', '.join(without)}"] if without else []
         sheet = subject_sheet(concept.images, concept.masks)
-        return io.NodeOutput(Carried((*before, concept)), ui=shown(cls, sheet, text))
+        return io.NodeOutput(Carried((*before, concept)), ui=shown(cls, sheet, text, warnings))
 
 
 NODES = [MakeConcept, *priors.NODES]

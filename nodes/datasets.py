@@ -174,7 +174,7 @@ def _source_digest(folder: Path) -> str | None:
 
 
 def describe(dataset: TrainingSet, notes: Sequence[str] = ()) -> str:
-    """What a dataset holds, in words."""
+    """What a dataset holds, in words, ``notes`` first."""
     names = ", ".join(name.phrase for name in dataset.names)
     lines = [
         f"{counted(len(dataset.names), 'concept')}: {names}",
@@ -185,7 +185,7 @@ def describe(dataset: TrainingSet, notes: Sequence[str] = ()) -> str:
         shares = getattr(dataset, title, None)
         if shares:
             lines.append(f"{title.replace('_kinds', 's')}: " + ", ".join(f"{k} {v:.0%}" for k, v in shares.items()))
-    return "\n".join([*lines, *notes])
+    return "\n".join([*notes, *lines])
 
 
 def build_previews(dataset: TrainingSet, node_id: str | None) -> list[Composite]:

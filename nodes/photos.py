@@ -107,16 +107,13 @@ class LoadPhotos(io.ComfyNode):
         images = [p.image for p in photos]
         names = [p.name for p in photos]
         masked = sum(p.mask is not None for p in photos)
-        text = "\n".join(
-            [
-                f"{counted(len(photos), 'photo')}, {masked} of them with a mask",
-                *(f"left out: {reason}" for reason in skipped),
-            ]
-        )
+        text = f"{counted(len(photos), 'photo')}, {masked} of them with a mask"
+        warnings = [f"left out: {reason}" for reason in skipped]
         sheet = subject_sheet(images, [p.mask for p in photos], names)
         # Zeros of the photo's own size, not of some other: whatever comes next may stack, scale or paste them.
         masks = [torch.zeros(p.image.shape[:2]) if p.mask is None else p.mask for p in photos]
-        return io.NodeOutput([i[None] for i in images], [m[None] for m in masks], names, ui=shown(cls, sheet, text))
+        display = shown(cls, sheet, text, warnings)
+        return io.NodeOutput([i[None] for i in images], [m[None] for m in masks], names, ui=display)
 
 
 class LoadSam(io.ComfyNode):
@@ -290,16 +287,14 @@ class ExtractSubject(io.ComfyNode):
             raise SubjectError(f"none of the {len(photos)} photos shows a usable subject:\n" + "\n".join(report[:5]))
         found, cut = [s.image for s in subjects], [s.mask for s in subjects]
         sheet = subject_sheet(found, cut, [s.name for s in subjects])
-        told = [
-            f"a subject in {len(subjects)} of {counted(len(photos), 'photo')}",
-            *(r for r in report if r.startswith("left out")),
-        ]
+        text = f"a subject in {len(subjects)} of {counted(len(photos), 'photo')}"
+        warnings = [line for line in report if line.startswith("left out")]
         return io.NodeOutput(
             [i[None] for i in found],
             [m[None] for m in cut],
             "\n".join(report),
             as_image(sheet),
-            ui=shown(cls, sheet, "\n".join(told)),
+            ui=shown(cls, sheet, text, warnings),
         )
 
 

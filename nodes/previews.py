@@ -23,9 +23,13 @@ def as_image(picture: Image.Image) -> Tensor:
     return from_pil(picture)[None]
 
 
-def shown(cls: type[io.ComfyNode], picture: Image.Image, text: str = "") -> Mapping[str, Any]:
-    """A node's own display: a picture, and words that also go to the log."""
+def shown(
+    cls: type[io.ComfyNode], picture: Image.Image, text: str = "", warnings: Sequence[str] = ()
+) -> Mapping[str, Any]:
+    """A node's own display: a picture, and words that also go to the log. Warnings stand first: newer front ends show
+    but two lines and a scroll bar."""
     display = dict(ui.PreviewImage(as_image(picture), cls=cls).as_dict())
+    text = "\n".join([*warnings, text])
     if text:
         host_ui.tell(text, cls.hidden.unique_id)
         display["text"] = [text]
