@@ -18,7 +18,7 @@ from ..far_train.photos import Photo, list_photos, load_photo, mask_path
 from ..far_train.sam import load_sam
 from ..far_train.subjects import Prompt, Subject, SubjectExtractor, subject_from_mask
 from . import host, host_ui
-from .pictures import HOW_TO_GET_MASKS, counted, match_masks, photo_labels, unroll_images, unroll_masks
+from .pictures import HOW_TO_GET_MASKS, counted, doubts, match_masks, photo_labels, unroll_images, unroll_masks
 from .previews import as_image, refusal_shown, shown, subject_sheet
 from .prompts import BOX_FORMATS, read_prompts
 from .sockets import SamModel, check_choice, schema
@@ -109,6 +109,7 @@ class LoadPhotos(io.ComfyNode):
         masked = sum(p.mask is not None for p in photos)
         text = f"{counted(len(photos), 'photo')}, {masked} of them with a mask"
         warnings = [f"left out: {reason}" for reason in skipped]
+        warnings += doubts(images, [p.mask for p in photos], names)
         sheet = subject_sheet(images, [p.mask for p in photos], names)
         # Zeros of the photo's own size, not of some other: whatever comes next may stack, scale or paste them.
         masks = [torch.zeros(p.image.shape[:2]) if p.mask is None else p.mask for p in photos]
@@ -289,6 +290,7 @@ class ExtractSubject(io.ComfyNode):
         sheet = subject_sheet(found, cut, [s.name for s in subjects])
         text = f"a subject in {len(subjects)} of {counted(len(photos), 'photo')}"
         warnings = [line for line in report if line.startswith("left out")]
+        warnings += doubts(found, cut, [s.name for s in subjects])
         return io.NodeOutput(
             [i[None] for i in found],
             [m[None] for m in cut],

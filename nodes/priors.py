@@ -31,7 +31,7 @@ from ..far_train.priors import (
 from ..far_train.subjects import Prompt, SubjectExtractor
 from . import host, host_ui
 from .photos import find_subjects
-from .pictures import INVERT_TOOLTIP, counted, match_masks, tidy_noun, unroll_images, unroll_masks
+from .pictures import INVERT_TOOLTIP, counted, doubts, match_masks, photo_labels, tidy_noun, unroll_images, unroll_masks
 from .previews import MAX_SHOWN, as_image, shown, subject_sheet
 from .sockets import Carried, Clip, FarConcepts, FarPrior, Model, SamModel, Vae, all_of, schema
 
@@ -356,16 +356,17 @@ class PriorFromImages(io.ComfyNode):
         own = [ClassPicture(word, picture, mask) for picture, mask in zip(pictures, found)]
         masked = sum(p.mask is not None for p in own)
         everything = [*all_of("prior", prior, ClassPicture, "FAR_PRIOR"), *own]
-        return prior_output(
-            cls, everything, f"{counted(len(own), 'picture')} of a {word}, {masked} of them with a mask"
-        )
+        text = f"{counted(len(own), 'picture')} of a {word}, {masked} of them with a mask"
+        return prior_output(cls, everything, text, doubts(pictures, found, photo_labels(len(pictures))))
 
 
-def prior_output(cls: type[io.ComfyNode], pictures: Sequence[ClassPicture], text: str) -> io.NodeOutput:
+def prior_output(
+    cls: type[io.ComfyNode], pictures: Sequence[ClassPicture], text: str, warnings: Sequence[str] = ()
+) -> io.NodeOutput:
     """Class pictures as a node's output, with a sheet of the newest."""
     some = pictures[-MAX_SHOWN:]
     sheet = subject_sheet([p.image for p in some], [p.mask for p in some], [p.noun for p in some])
-    return io.NodeOutput(Carried(pictures), as_image(sheet), ui=shown(cls, sheet, text))
+    return io.NodeOutput(Carried(pictures), as_image(sheet), ui=shown(cls, sheet, text, warnings))
 
 
 NODES = [ClassPrior, PriorFromImages, EmptyScenes]

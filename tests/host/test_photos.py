@@ -386,6 +386,29 @@ def test_photos_without_masks_are_left_out_by_number(comfy: ComfyServer):
     assert outputs["2"]["text"] == ["left out, since their masks are empty: photo 2\n<red-disc> disc: 2 photos"]
 
 
+def test_masks_of_whole_pictures_and_masks_for_photos_are_told(comfy: ComfyServer):
+    """As the host's own folder loader sends them: *.mask.png among the photos."""
+    folder = photo_folder(comfy, "doubtful")
+    Image.new("L", SIZES["b"][::-1], 255).save(folder / "b.mask.png")
+    (folder / "d.png").write_bytes((folder / "a.mask.png").read_bytes())
+    (folder / "d.mask.png").write_bytes((folder / "a.mask.png").read_bytes())
+    prompt = {
+        "1": node("FaR_LoadPhotos", folder="doubtful", max_side=1024),
+        "2": concept(["1", 0], ["1", 1]),
+        "3": preview_of(),
+        "4": node("FaR_ExtractSubject", images=["1", 0], masks=["1", 1], names=["1", 2], points="", min_area=0.03,
+                  box_format="x0, y0, x1, y1"),
+        "5": node("FaR_PriorFromImages", images=["1", 0], masks=["1", 1], noun="disc", invert_mask=False),
+        "6": node("PreviewImage", images=["5", 1]),
+    }  # fmt: skip
+    outputs = comfy.run(prompt)
+    labels = {"1": ("b", "d"), "2": ("photo 2", "photo 4"), "4": ("photo 2 (b)", "photo 4 (d)")}
+    for node_id, (whole, drawn) in (labels | {"5": labels["2"]}).items():
+        first, second, _ = outputs[node_id]["text"][0].splitlines()
+        assert first == f"{whole}: the mask covers more than 95% of the picture; all of it counts as the subject"
+        assert second == f"{drawn}: has only two grey values; is it a mask and not a photo?"
+
+
 def test_batches_meet_batches(comfy: ComfyServer, loaded: None):
     prompt = {
         "1": node("LoadImage", image="opaque.png"),
