@@ -18,10 +18,10 @@ from ..far_train.photos import Photo, list_photos, load_photo, mask_path
 from ..far_train.sam import load_sam
 from ..far_train.subjects import Prompt, Subject, SubjectExtractor, subject_from_mask
 from . import host, host_ui
-from .pictures import HOW_TO_GET_MASKS, counted, doubts, match_masks, photo_labels, unroll_images, unroll_masks
+from .pictures import HOW_TO_GET_MASKS, counted, doubts, match_masks, photo_labels, some_of, unroll_images, unroll_masks
 from .previews import as_image, refusal_shown, shown, subject_sheet
 from .prompts import BOX_FORMATS, read_prompts
-from .sockets import SamModel, check_choice, schema
+from .sockets import BoundingBox, SamModel, check_choice, schema
 
 MAX_SIDE = 8192
 SMALL_SAM = "FaR mini SAM (built in)"
@@ -199,11 +199,12 @@ class ExtractSubject(io.ComfyNode):
                     tooltip="Masks that the photos already have, such as those of FaR Load Photos. A photo whose mask "
                     "isn't empty keeps it; SAM looks only at the others.",
                 ),
-                io.BBOX.Input(
+                io.MultiType.Input(
                     "box",
+                    [io.BBOX, BoundingBox],
                     optional=True,
                     tooltip="A box around the subject in pixels of the photo: one for all photos, or a list with one "
-                    "for each.",
+                    "for each. Of a detector's boxes the one with the best score.",
                 ),
                 io.String.Input(
                     "names",
@@ -290,6 +291,9 @@ class ExtractSubject(io.ComfyNode):
         sheet = subject_sheet(found, cut, [s.name for s in subjects])
         text = f"a subject in {len(subjects)} of {counted(len(photos), 'photo')}"
         warnings = [line for line in report if line.startswith("left out")]
+        guessed = [label for label, p, m in zip(labels, prompts, given) if m is None and p == Prompt()]
+        if guessed and len(box):
+            warnings.append(f"{some_of(guessed)}: no box came for it; SAM looked in the middle")
         warnings += doubts(found, cut, [s.name for s in subjects])
         return io.NodeOutput(
             [i[None] for i in found],

@@ -110,9 +110,9 @@ def doubts(images: Sequence[Tensor], masks: Sequence[Tensor | None], labels: Seq
     lines = []
     if whole:
         share = f"more than {WHOLE_SHARE:.0%} of the picture"
-        lines.append(f"{_some(whole)}: the mask covers {share}; all of it counts as the subject")
+        lines.append(f"{some_of(whole)}: the mask covers {share}; all of it counts as the subject")
     if drawn:
-        lines.append(f"{_some(drawn)}: has only two grey values; is it a mask and not a photo?")
+        lines.append(f"{some_of(drawn)}: has only two grey values; is it a mask and not a photo?")
     return lines
 
 
@@ -130,7 +130,8 @@ def looks_like_mask(image: Tensor) -> bool:
     return int(counts.topk(2).values.sum()) >= TWO_SHADES_SHARE * counts.sum()
 
 
-def _some(labels: Sequence[str]) -> str:
+def some_of(labels: Sequence[str]) -> str:
+    """The first labels, and how many more there are: a warning is one line."""
     more = f" and {len(labels) - 3} more" if len(labels) > 3 else ""
     return ", ".join(labels[:3]) + more
 
