@@ -1,4 +1,4 @@
-"""What nodes say and show goes to the client that queued the prompt, and to nobody else."""
+"""What nodes say, and that it goes to the client that queued the prompt and to nobody else."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from PIL import Image
 
 from .comfy_server import ComfyServer, PromptRejected
 from .graphs import defaults, node
 from .listener import Listener
-from .test_photos import photo_folder
+from .test_photos import SIZES, concept, photo_folder, preview_of
 from .test_training import training
 
 STRANGER = "stranger"
@@ -141,3 +142,26 @@ def test_a_refusal_is_not_shown_to_the_client_that_asked_before(comfy: ComfyServ
         assert nothing_seen(own)
         other.catch_up()
         assert len(other.texts) == 1
+
+
+def test_masks_of_whole_pictures_and_masks_for_photos_are_told(comfy: ComfyServer):
+    """As the host's own folder loader sends them: *.mask.png among the photos."""
+    folder = photo_folder(comfy, "doubtful")
+    Image.new("L", SIZES["b"][::-1], 255).save(folder / "b.mask.png")
+    (folder / "d.png").write_bytes((folder / "a.mask.png").read_bytes())
+    (folder / "d.mask.png").write_bytes((folder / "a.mask.png").read_bytes())
+    prompt = {
+        "1": node("FaR_LoadPhotos", folder="doubtful", max_side=1024),
+        "2": concept(["1", 0], ["1", 1]),
+        "3": preview_of(),
+        "4": node("FaR_ExtractSubject", images=["1", 0], masks=["1", 1], names=["1", 2], points="", min_area=0.03,
+                  box_format="x0, y0, x1, y1"),
+        "5": node("FaR_PriorFromImages", images=["1", 0], masks=["1", 1], noun="disc", invert_mask=False),
+        "6": node("PreviewImage", images=["5", 1]),
+    }  # fmt: skip
+    outputs = comfy.run(prompt)
+    labels = {"1": ("b", "d"), "2": ("photo 2", "photo 4"), "4": ("photo 2 (b)", "photo 4 (d)")}
+    for node_id, (whole, drawn) in (labels | {"5": labels["2"]}).items():
+        first, second, _ = outputs[node_id]["text"][0].splitlines()
+        assert first == f"{whole}: the mask covers more than 95% of the picture; all of it counts as the subject"
+        assert second == f"{drawn}: has only two grey values; is it a mask and not a photo?"

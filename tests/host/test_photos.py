@@ -297,29 +297,6 @@ def test_boxes_and_points_per_photo(comfy: ComfyServer, sam_file: Path):
     assert node_id == "3" and "there is no photo '9'" in words
 
 
-def test_boxes_of_either_type_can_be_linked(comfy: ComfyServer, sam_file: Path):
-    """The host's own nodes send BOUNDING_BOX, other packs BBOX: both do the same as four numbers written down."""
-    photo_folder(comfy, "boxed", masks=False)
-    written = comfy.run(extraction("boxed", 0.0, '{"1": {"box": [40, 20, 90, 80]}, "2": {"box": [40, 20, 90, 80]}, '
-                                   '"3": {"box": [40, 20, 90, 80]}}'))  # fmt: skip
-    senders = ["FaRTest_BoundingBox", "FaRTest_BBox"]
-    senders += [name for name in ("PrimitiveBoundingBox",) if name in comfy.object_info()]  # newer hosts have it
-    for sender in senders:
-        prompt = extraction("boxed", 0.0, box=["8", 0]) | {"8": node(sender, x=40, y=20, width=50, height=60)}
-        linked = comfy.run(prompt)
-        assert linked["4"]["text"] == written["4"]["text"]
-        for a, b in zip(pictures(comfy, linked["92"]), pictures(comfy, written["92"])):
-            assert np.array_equal(a, b)
-
-
-def test_a_photo_in_which_a_detector_found_nothing_is_named(comfy: ComfyServer, sam_file: Path):
-    photo_folder(comfy, "detected", masks=False)
-    prompt = extraction("detected", 0.0, box=["8", 0])
-    prompt["8"] = node("FaRTest_BoundingBox", x=40, y=20, width=50, height=60, frames="1, 2, 0")
-    told = comfy.run(prompt)["3"]["text"][0].splitlines()
-    assert "photo 3 (c): no box came for it; SAM looked in the middle" in told[:-1]
-
-
 def test_photos_that_have_masks_need_no_sam(comfy: ComfyServer):
     folder = photo_folder(comfy, "own_masks")
     prompt = extraction("own_masks", masks=["1", 1])
@@ -407,29 +384,6 @@ def test_photos_without_masks_are_left_out_by_number(comfy: ComfyServer):
     }
     outputs = comfy.run(prompt)
     assert outputs["2"]["text"] == ["left out, since their masks are empty: photo 2\n<red-disc> disc: 2 photos"]
-
-
-def test_masks_of_whole_pictures_and_masks_for_photos_are_told(comfy: ComfyServer):
-    """As the host's own folder loader sends them: *.mask.png among the photos."""
-    folder = photo_folder(comfy, "doubtful")
-    Image.new("L", SIZES["b"][::-1], 255).save(folder / "b.mask.png")
-    (folder / "d.png").write_bytes((folder / "a.mask.png").read_bytes())
-    (folder / "d.mask.png").write_bytes((folder / "a.mask.png").read_bytes())
-    prompt = {
-        "1": node("FaR_LoadPhotos", folder="doubtful", max_side=1024),
-        "2": concept(["1", 0], ["1", 1]),
-        "3": preview_of(),
-        "4": node("FaR_ExtractSubject", images=["1", 0], masks=["1", 1], names=["1", 2], points="", min_area=0.03,
-                  box_format="x0, y0, x1, y1"),
-        "5": node("FaR_PriorFromImages", images=["1", 0], masks=["1", 1], noun="disc", invert_mask=False),
-        "6": node("PreviewImage", images=["5", 1]),
-    }  # fmt: skip
-    outputs = comfy.run(prompt)
-    labels = {"1": ("b", "d"), "2": ("photo 2", "photo 4"), "4": ("photo 2 (b)", "photo 4 (d)")}
-    for node_id, (whole, drawn) in (labels | {"5": labels["2"]}).items():
-        first, second, _ = outputs[node_id]["text"][0].splitlines()
-        assert first == f"{whole}: the mask covers more than 95% of the picture; all of it counts as the subject"
-        assert second == f"{drawn}: has only two grey values; is it a mask and not a photo?"
 
 
 def test_batches_meet_batches(comfy: ComfyServer, loaded: None):
