@@ -317,7 +317,12 @@ def _from_state_dict(
     check_whole(state, where)
     states, unknown = ldm_to_diffusers(unscale(state, where), shapes)
     _report_unused(unknown, where)
-    measured = _measured_prediction_type(states["unet"])
+    # Trainers of merges leave these names in the file, as ComfyUI reads them.
+    measured = "v_prediction" if "v_pred" in state else _measured_prediction_type(states["unet"])
+    if "ztsnr" in state:
+        log.warning(
+            "%s was trained with zero terminal SNR; FaR trains on Stable Diffusion's own noise schedule.", where
+        )
     _check_prediction_type(prediction_type, measured, where)
     chosen = prediction_type or measured or shapes["scheduler"].get("prediction_type", "epsilon")
     return _assemble(config or packaged_configs(chosen), states, where, chosen)
@@ -326,8 +331,8 @@ def _from_state_dict(
 def _check_prediction_type(stated: str | None, measured: str | None, where: str) -> None:
     if stated and measured and stated != measured:
         raise BaseModelError(
-            f"prediction_type: {stated} is stated but the weights of {where} look like {measured} "
-            "(by the spread of the last block's norm1 bias); use the right one, or another file"
+            f"prediction_type: {stated} is stated but {where} looks like {measured} "
+            "(by its v_pred marker, or the spread of the last block's norm1 bias); use the right one, or another file"
         )
 
 

@@ -56,18 +56,40 @@ def find_run(parent: Path, name: str, identity: dict[str, Any]) -> tuple[Path, b
 
     Without such a run, the first free name: what another run has written is never touched, and no link is followed.
     """
+    for folder, begun in _runs_of_name(parent, name):
+        if begun is not None and begun == identity:
+            return folder, (folder / WEIGHTS_FILE).exists()
+    return folder, False
+
+
+def what_changed(parent: Path, name: str, identity: dict[str, Any]) -> tuple[str, list[str]] | None:
+    """The newest run among ``parent``/NAME, NAME-2, … and what ``identity`` has otherwise, in words; None without any.
+
+    For a run that begins though others have its name: why none of them goes on.
+    """
+    begun = [(folder.name, run) for folder, run in _runs_of_name(parent, name) if isinstance(run, dict)]
+    if not begun:
+        return None
+    folder, run = begun[-1]
+    return folder, _differences(run, identity)
+
+
+def _runs_of_name(parent: Path, name: str) -> Iterator[tuple[Path, Any]]:
+    """The folders ``parent``/NAME, NAME-2, … with their runs' identities; None where it is no run, last the free one.
+
+    Links are left out: they may lead anywhere.
+    """
     for number in itertools.count(1):
         folder = parent / (name if number == 1 else f"{name}-{number}")
-        if not os.path.lexists(folder):
-            return folder, False
-        if folder.is_symlink():  # it may lead anywhere
+        taken = os.path.lexists(folder)
+        if taken and folder.is_symlink():
             continue
         try:
-            begun = parse_json((folder / RUN_FILE).read_text(encoding="utf-8"))
+            yield folder, parse_json((folder / RUN_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            continue
-        if begun == identity:
-            return folder, (folder / WEIGHTS_FILE).exists()
+            yield folder, None
+        if not taken:
+            return
 
 
 def open_run(folder: Path, identity: dict[str, Any], resume: bool) -> None:

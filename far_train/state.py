@@ -65,6 +65,12 @@ def load_checkpoint(folder: Path, parameters: Mapping[str, nn.Parameter], optimi
     return 0
 
 
+def newest_step(folder: Path) -> int:
+    """The step of the newest checkpoint, be it whole or not; 0 where there is none."""
+    found = _checkpoints(folder)
+    return int(_NAME.fullmatch(found[0].name)[1]) if found else 0
+
+
 def _checkpoints(folder: Path) -> list[Path]:
     """Checkpoint files, the newest first."""
     if not folder.is_dir():

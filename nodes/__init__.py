@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import attention, concepts, evaluate, fusion, host, mini, photos, priors, training, weights
+from . import attention, concepts, evaluate, fusion, host, host_ui, mini, photos, priors, training, weights
+from .previews import errors_shown
 
 
 class FarExtension(ComfyExtension):
@@ -12,5 +13,7 @@ class FarExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         host.register_model_folders()
+        host_ui.listen_to_prompts()
+        host_ui.shorten_error_names()
         modules = (photos, priors, concepts, fusion, training, weights, attention, evaluate, mini)
-        return [node for module in modules for node in module.NODES]
+        return [errors_shown(node) for module in modules for node in module.NODES]

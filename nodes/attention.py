@@ -14,7 +14,7 @@ from ..far_train.errors import CaptionError, ConfigError, SubjectError
 from ..far_train.photos import to_pil
 from ..far_train.probe import Focus, focus, heat_over, stretched
 from ..far_train.report import contact_sheet
-from . import host, host_attention
+from . import host, host_attention, host_ui
 from .pictures import counted, unroll_images, unroll_masks
 from .previews import MAX_SHOWN, shown
 from .sockets import Clip, Model, Vae, check_sockets, schema
@@ -129,11 +129,11 @@ class AttentionProbe(io.ComfyNode):
         levels = host_attention.sigmas_at(model, parse_shares(when)) if sigmas is None else _levels(sigmas)
         backdrops = _backdrops(image, vae, latents)
         regions = _regions(masks, len(phrases), len(latents))
-        progress = host.Progress(len(levels), cls.hidden.unique_id)
+        progress = host_ui.Progress(len(levels), cls.hidden.unique_id)
 
         def on_pass(done: int) -> None:
             progress.update(done)
-            host.stop_if_interrupted()
+            host_ui.stop_if_interrupted()
 
         maps = host_attention.attention_maps(
             model, clip, text, latents, phrases, levels, cells=cells, noise_seed=probe_seed, on_pass=on_pass

@@ -15,6 +15,7 @@ from .pictures import (
     HOW_TO_GET_MASKS,
     INVERT_TOOLTIP,
     counted,
+    doubts,
     match_masks,
     photo_labels,
     tidy_noun,
@@ -99,10 +100,11 @@ class MakeConcept(io.ComfyNode):
             raise SubjectError(f"concept {token[0]}: {some} empty; {HOW_TO_GET_MASKS}")
         concept = Concept(token[0], tidy_noun(noun[0]), tuple(p for p, _ in kept), tuple(m for _, m in kept))
         text = f"{concept.name.phrase}: {counted(len(kept), 'photo')}"
-        if without:
-            text += f"; left out, since their masks are empty: {', '.join(without)}"
+        warnings = [f"left out, since their masks are empty: {', '.join(without)}"] if without else []
+        labels = [label for label, mask in zip(photo_labels(len(pictures)), found) if mask is not None]
+        warnings += doubts(concept.images, concept.masks, labels)
         sheet = subject_sheet(concept.images, concept.masks)
-        return io.NodeOutput(Carried((*before, concept)), ui=shown(cls, sheet, text))
+        return io.NodeOutput(Carried((*before, concept)), ui=shown(cls, sheet, text, warnings))
 
 
 NODES = [MakeConcept, *priors.NODES]

@@ -15,7 +15,7 @@ from ..far_train.dataset import DatasetFolder, plain_name, write_dataset
 from ..far_train.files import parse_json
 from ..far_train.photos import from_pil
 from ..far_train.report import dataset_sheet, overlay, save_sheet
-from . import host
+from . import host, host_ui
 from .naming import file_name
 from .photos import files_fingerprint
 from .pictures import counted
@@ -71,10 +71,10 @@ class SaveDataset(io.ComfyNode):
 
 def save(dataset: TrainingSet, folder: Path, digest: str, node_id: str | None) -> DatasetFolder:
     """Write a dataset with its contact sheet, and the digest by which :func:`free_folder` knows it again."""
-    progress = host.Progress(dataset.composite_count() + dataset.prior_count(), node_id)
+    progress = host_ui.Progress(dataset.composite_count() + dataset.prior_count(), node_id)
 
     def on_progress(done: int, total: int) -> None:
-        host.stop_if_interrupted()
+        host_ui.stop_if_interrupted()
         progress.update(done, total)
 
     settings = getattr(dataset, "config", None)
@@ -174,7 +174,7 @@ def _source_digest(folder: Path) -> str | None:
 
 
 def describe(dataset: TrainingSet, notes: Sequence[str] = ()) -> str:
-    """What a dataset holds, in words."""
+    """What a dataset holds, in words, ``notes`` first."""
     names = ", ".join(name.phrase for name in dataset.names)
     lines = [
         f"{counted(len(dataset.names), 'concept')}: {names}",
@@ -185,16 +185,16 @@ def describe(dataset: TrainingSet, notes: Sequence[str] = ()) -> str:
         shares = getattr(dataset, title, None)
         if shares:
             lines.append(f"{title.replace('_kinds', 's')}: " + ", ".join(f"{k} {v:.0%}" for k, v in shares.items()))
-    return "\n".join([*lines, *notes])
+    return "\n".join([*notes, *lines])
 
 
 def build_previews(dataset: TrainingSet, node_id: str | None) -> list[Composite]:
     """The first composites of a dataset. Stops on a cancel."""
     number = min(PREVIEWS, dataset.composite_count())
-    progress = host.Progress(number, node_id)
+    progress = host_ui.Progress(number, node_id)
     composites = []
     for i in range(number):
-        host.stop_if_interrupted()
+        host_ui.stop_if_interrupted()
         composites.append(dataset.composite(i))
         progress.update(i + 1)
     return composites

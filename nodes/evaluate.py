@@ -17,7 +17,7 @@ from ..far_train.evaluate import Comparison, Evaluation, compare_picture, propos
 from ..far_train.photos import from_pil
 from ..far_train.report import contact_sheet, evaluation_plot, tinted
 from ..far_train.subjects import SubjectExtractor
-from . import host, host_vision
+from . import host, host_ui, host_vision
 from .pictures import counted, unroll_images, unroll_masks
 from .previews import MAX_SHOWN, as_image, shown
 from .sockets import FarConcepts, SamModel, all_of, schema
@@ -106,11 +106,11 @@ class Evaluate(io.ComfyNode):
             raise SubjectError(
                 "masks: where are the subjects? Connect masks of any segmenter, or a sam_model that proposes them"
             )
-        progress = host.Progress(len(pictures), cls.hidden.unique_id)
+        progress = host_ui.Progress(len(pictures), cls.hidden.unique_id)
         references = read_references(known, chosen)
         compared, seen = [], []
         for i, picture in enumerate(pictures):
-            host.stop_if_interrupted()
+            host_ui.stop_if_interrupted()
             if given is not None:
                 found = given[i]
             elif detect is not None:

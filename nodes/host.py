@@ -1,6 +1,6 @@
-"""The host's internals: progress, interrupts, memory, folders, state dicts, tokenizers, patches.
+"""The host's internals: memory, folders, state dicts, tokenizers, patches.
 
-With the other :mod:`.host_…` modules all that touches them. When the host changes, little else does.
+With the other ``host_*`` modules all that touches them. When the host changes, little else does.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
-import html
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,9 +24,6 @@ import comfy.model_sampling
 import comfy.utils
 import folder_paths
 import torch
-from comfy_execution.graph_utils import ExecutionBlocker
-from PIL import Image
-from server import PromptServer
 from torch import Tensor
 
 from ..far_train.backbone import FAMILIES, BaseModel, load_base
@@ -43,64 +39,6 @@ log = logging.getLogger(__name__)
 
 # What the pack reads from models/NAME. Other packs may have registered the same folders: theirs and ours are united.
 MODEL_FOLDERS = {"far": {".safetensors"}, "sams": {".pth", ".pt", ".safetensors"}}
-PREVIEW_SIDE = 512  # pixels of a live preview's longest side
-
-
-# --- progress and cancel
-
-
-class Progress:
-    """A node's progress bar with live previews. The host's bar raises on a cancel; this one leaves that to the caller,
-    who must save first: see :func:`interrupted` and :func:`raise_interrupted`."""
-
-    def __init__(self, total: int, node_id: str | None = None):
-        self._bar = comfy.utils.ProgressBar(max(total, 1), node_id=node_id)
-
-    def update(self, done: int, total: int | None = None, preview: Image.Image | None = None) -> None:
-        """Show ``done`` of ``total`` and, if given, a picture on the node."""
-        if interrupted():
-            return
-        picture = None if preview is None else ("JPEG", preview.convert("RGB"), PREVIEW_SIDE)
-        try:
-            self._bar.update_absolute(done, total, picture)
-        except comfy.model_management.InterruptProcessingException:  # cancelled this very moment
-            comfy.model_management.interrupt_current_processing(True)
-
-
-def interrupted() -> bool:
-    """Whether the user has cancelled. Only looks."""
-    return comfy.model_management.processing_interrupted()
-
-
-def raise_interrupted() -> None:
-    """End the node as cancelled, in the way that the host expects."""
-    comfy.model_management.interrupt_current_processing(False)
-    raise comfy.model_management.InterruptProcessingException()
-
-
-def stop_if_interrupted() -> None:
-    """End the node if the user has cancelled: for loops that have nothing to save."""
-    if interrupted():
-        raise_interrupted()
-
-
-def tell(text: str, node_id: str | None) -> None:
-    """Show a line of text on a node, and log it."""
-    log.info("%s", text)
-    show(text, node_id)
-
-
-def show(text: str, node_id: str | None) -> None:
-    """Show a line of text on a node."""
-    server = getattr(PromptServer, "instance", None)
-    if server is not None and node_id is not None and hasattr(server, "send_progress_text"):
-        # The front end takes the text for HTML, and would swallow <corgi-dog>.
-        server.send_progress_text(html.escape(text, quote=False), node_id)
-
-
-def nothing() -> Any:
-    """In the place of a node's output: what is connected to it doesn't run, and no error is shown."""
-    return ExecutionBlocker(None)
 
 
 # --- folders
@@ -245,8 +183,7 @@ def identify_base(model: Any, clip: Any, vae: Any) -> BaseIdentity:
     Reading and hashing gigabytes takes seconds, so the result is kept for as long as the host keeps MODEL: the host
     gives every change of a model's patches an id of its own. Raises BaseModelError for another family.
     """
-    check_family(model, clip)
-    _check_kind("vae", vae, "VAE", ("patcher", "first_stage_model"))
+    _check_base(model, clip, vae)
     key = (model.patches_uuid, clip.patcher.patches_uuid, clip.layer_idx, vae.patcher.patches_uuid)
     known = _fingerprints.setdefault(model.model, {})
     if key not in known:
@@ -277,8 +214,7 @@ def read_base(model: Any, clip: Any, vae: Any) -> BaseModel:
 
 def _read_parts(model: Any, clip: Any, vae: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The weights in fp32 in the layout of a single file, patches baked in, and the component configs."""
-    check_family(model, clip)
-    _check_kind("vae", vae, "VAE", ("patcher", "first_stage_model"))
+    _check_base(model, clip, vae)
     family = FAMILIES["sd21"]
     unet = read_weights(model, "diffusion_model.")
     text_prefix = f"{family.embedding_key}.transformer.text_model."
@@ -340,6 +276,11 @@ def check_family(model: Any, clip: Any) -> None:
     kind = type(config).__name__
     name = getattr(getattr(clip, "tokenizer", None), "clip", None)
     layout.check_family(config.unet_config, kind, name, FAMILIES["sd21"].embedding_key)
+
+
+def _check_base(model: Any, clip: Any, vae: Any) -> None:
+    check_family(model, clip)
+    _check_kind("vae", vae, "VAE", ("patcher", "first_stage_model"))
 
 
 def _check_kind(name: str, value: Any, called: str, attributes: Sequence[str]) -> None:

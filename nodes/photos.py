@@ -18,11 +18,11 @@ from ..far_train.mini.shipped import SAM, small_sam
 from ..far_train.photos import Photo, load_photo
 from ..far_train.sam import load_sam
 from ..far_train.subjects import Prompt, Subject, SubjectExtractor, subject_from_mask
-from . import host
-from .pictures import HOW_TO_GET_MASKS, counted, match_masks, photo_labels, unroll_images, unroll_masks
+from . import host, host_ui
+from .pictures import HOW_TO_GET_MASKS, counted, doubts, match_masks, photo_labels, some_of, unroll_images, unroll_masks
 from .previews import as_image, refusal_shown, shown, subject_sheet
 from .prompts import BOX_FORMATS, read_prompts
-from .sockets import SamModel, check_choice, schema
+from .sockets import BoundingBox, SamModel, check_choice, schema
 
 MAX_SIDE = 8192
 SMALL_SAM = "FaR mini SAM (built in)"
@@ -94,9 +94,9 @@ class LoadPhotos(io.ComfyNode):
         photos, skipped = [], []
         paths = list_photos(host.input_folder() / folder)
         unread = describe_unread(host.input_folder() / folder)
-        progress = host.Progress(len(paths), cls.hidden.unique_id)
+        progress = host_ui.Progress(len(paths), cls.hidden.unique_id)
         for i, path in enumerate(paths):
-            host.stop_if_interrupted()
+            host_ui.stop_if_interrupted()
             try:
                 photos.append(load_photo(path, max_side or None))
             except PhotoError as e:
@@ -109,18 +109,16 @@ class LoadPhotos(io.ComfyNode):
         images = [p.image for p in photos]
         names = [p.name for p in photos]
         masked = sum(p.mask is not None for p in photos)
-        text = "\n".join(
-            [
-                f"{counted(len(photos), 'photo')}, {masked} of them with a mask",
-                *(f"left out: {reason}" for reason in skipped),
-                *(note for photo in photos for note in photo.notes),
-                *([unread] if unread else []),
-            ]
-        )
+        text = f"{counted(len(photos), 'photo')}, {masked} of them with a mask"
+        warnings = [f"left out: {reason}" for reason in skipped]
+        warnings += [note for photo in photos for note in photo.notes]
+        warnings += [unread] if unread else []
+        warnings += doubts(images, [p.mask for p in photos], names)
         sheet = subject_sheet(images, [p.mask for p in photos], names)
         # Zeros of the photo's own size, not of some other: whatever comes next may stack, scale or paste them.
         masks = [torch.zeros(p.image.shape[:2]) if p.mask is None else p.mask for p in photos]
-        return io.NodeOutput([i[None] for i in images], [m[None] for m in masks], names, ui=shown(cls, sheet, text))
+        display = shown(cls, sheet, text, warnings)
+        return io.NodeOutput([i[None] for i in images], [m[None] for m in masks], names, ui=display)
 
 
 class LoadSam(io.ComfyNode):
@@ -170,7 +168,7 @@ class LoadSam(io.ComfyNode):
         check_choice(cls.validate_inputs(model_name or ""))
         # It rests on the CPU, and is on the compute device only while a node works with it.
         sam = small_sam() if model_name == SMALL_SAM else load_sam(sam_path(model_name))
-        host.tell(f"{model_name} is loaded", cls.hidden.unique_id)
+        host_ui.tell(f"{model_name} is loaded", cls.hidden.unique_id)
         return io.NodeOutput(sam)
 
 
@@ -205,11 +203,12 @@ class ExtractSubject(io.ComfyNode):
                     tooltip="Masks that the photos already have, such as those of FaR Load Photos. A photo whose mask "
                     "isn't empty keeps it; SAM looks only at the others.",
                 ),
-                io.BBOX.Input(
+                io.MultiType.Input(
                     "box",
+                    [io.BBOX, BoundingBox],
                     optional=True,
                     tooltip="A box around the subject in pixels of the photo: one for all photos, or a list with one "
-                    "for each.",
+                    "for each. Of a detector's boxes the one with the best score.",
                 ),
                 io.String.Input(
                     "names",
@@ -276,7 +275,7 @@ class ExtractSubject(io.ComfyNode):
             given = match_masks(pictures, unroll_masks(masks), invert=None, labels=labels)
         prompts = read_prompts(len(pictures), box, box_format[0], points, names)
         photos = [Photo(label, p, m, Path(label)) for label, p, m in zip(labels, pictures, given)]
-        progress = host.Progress(len(photos), cls.hidden.unique_id)
+        progress = host_ui.Progress(len(photos), cls.hidden.unique_id)
         sam = sam_model[0] if len(sam_model) else None
         if sam is None and not all(m is not None for m in given):
             missing = labels[next(i for i, m in enumerate(given) if m is None)]
@@ -296,16 +295,18 @@ class ExtractSubject(io.ComfyNode):
             raise SubjectError(f"none of the {len(photos)} photos shows a usable subject:\n" + "\n".join(report[:5]))
         found, cut = [s.image for s in subjects], [s.mask for s in subjects]
         sheet = subject_sheet(found, cut, [s.name for s in subjects])
-        told = [
-            f"a subject in {len(subjects)} of {counted(len(photos), 'photo')}",
-            *(r for r in report if r.startswith("left out")),
-        ]
+        text = f"a subject in {len(subjects)} of {counted(len(photos), 'photo')}"
+        warnings = [line for line in report if line.startswith("left out")]
+        guessed = [label for label, p, m in zip(labels, prompts, given) if m is None and p == Prompt()]
+        if guessed and len(box):
+            warnings.append(f"{some_of(guessed)}: no box came for it; SAM looked in the middle")
+        warnings += doubts(found, cut, [s.name for s in subjects])
         return io.NodeOutput(
             [i[None] for i in found],
             [m[None] for m in cut],
             "\n".join(report),
             as_image(sheet),
-            ui=shown(cls, sheet, "\n".join(told)),
+            ui=shown(cls, sheet, text, warnings),
         )
 
 
@@ -330,7 +331,7 @@ def find_subjects(
         )
     with host.on_compute_device(sam):
         for photo, prompt in zip(photos, prompts):
-            host.stop_if_interrupted()
+            host_ui.stop_if_interrupted()
             try:
                 yield photo, extractor.extract(photo, prompt)
             except FarError as e:

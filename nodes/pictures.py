@@ -12,6 +12,10 @@ from ..far_train.errors import SubjectError
 from ..far_train.masks import describe_faint, looks_inverted
 
 FAINT_SHARE = 0.01  # of the photo: a mask that is dark everywhere but not black on this much was meant to mark it
+# A mask that marks more than this hardly is one of a subject.
+WHOLE_SHARE = 0.95
+# A grey picture of which two shades make up this much is a mask, maybe with a soft edge, and not a photo.
+TWO_SHADES_SHARE = 0.95
 
 HOW_TO_GET_MASKS = (
     "connect the masks of FaR Load Photos, FaR Extract Subject or any segmenter "
@@ -99,6 +103,39 @@ def _match(image: Tensor, mask: Tensor, invert: bool | None, label: str) -> Tens
     if not bool((mask > 0.5).any()):
         raise SubjectError(f"{label}: with invert_mask on, its mask is empty; switch it off")
     return mask
+
+
+def doubts(images: Sequence[Tensor], masks: Sequence[Tensor | None], labels: Sequence[str]) -> list[str]:
+    """What to warn of in pictures [H,W,3] and their masks [H,W], which can be used all the same: a line per kind."""
+    whole = [label for mask, label in zip(masks, labels) if mask is not None and covers_all(mask)]
+    drawn = [label for image, label in zip(images, labels) if looks_like_mask(image)]
+    lines = []
+    if whole:
+        share = f"more than {WHOLE_SHARE:.0%} of the picture"
+        lines.append(f"{some_of(whole)}: the mask covers {share}; all of it counts as the subject")
+    if drawn:
+        lines.append(f"{some_of(drawn)}: has only two grey values; is it a mask and not a photo?")
+    return lines
+
+
+def covers_all(mask: Tensor) -> bool:
+    """Whether a mask [H,W] marks all but the whole picture."""
+    return float((mask >= 0.5).float().mean()) > WHOLE_SHARE
+
+
+def looks_like_mask(image: Tensor) -> bool:
+    """Whether a picture [H,W,3] is a mask that some loader took for a photo: grey, in two shades."""
+    shades = (image.clamp(0, 1) * 255).round().to(torch.uint8)
+    if not bool((shades == shades[..., :1]).all()):
+        return False
+    counts = torch.bincount(shades[..., 0].flatten().int(), minlength=256)
+    return int(counts.topk(2).values.sum()) >= TWO_SHADES_SHARE * counts.sum()
+
+
+def some_of(labels: Sequence[str]) -> str:
+    """The first labels, and how many more there are: a warning is one line."""
+    more = f" and {len(labels) - 3} more" if len(labels) > 3 else ""
+    return ", ".join(labels[:3]) + more
 
 
 def photo_labels(count: int, names: Sequence[str] = ()) -> list[str]:

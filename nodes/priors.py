@@ -29,9 +29,9 @@ from ..far_train.priors import (
     scene_path,
 )
 from ..far_train.subjects import Prompt, SubjectExtractor
-from . import host
+from . import host, host_ui
 from .photos import find_subjects
-from .pictures import INVERT_TOOLTIP, counted, match_masks, tidy_noun, unroll_images, unroll_masks
+from .pictures import INVERT_TOOLTIP, counted, doubts, match_masks, photo_labels, tidy_noun, unroll_images, unroll_masks
 from .previews import MAX_SHOWN, as_image, shown, subject_sheet
 from .sockets import Carried, Clip, FarConcepts, FarPrior, Model, SamModel, Vae, all_of, schema
 
@@ -93,7 +93,7 @@ class ClassPrior(io.ComfyNode):
         if sam_model is not None:
             SubjectExtractor(sam_model)  # so that a wrong one is refused before the pictures are drawn
         wanted = [(noun, i) for noun in nouns for i in range(count)]
-        progress = host.Progress(len(wanted), cls.hidden.unique_id)
+        progress = host_ui.Progress(len(wanted), cls.hidden.unique_id)
         config = sampling(prior_seed, steps, guidance)
         pictures, folder = draw_once(
             "priors",
@@ -169,7 +169,7 @@ class EmptyScenes(io.ComfyNode):
         size: int,
     ) -> io.NodeOutput:
         places = parse_scenes(scenes.splitlines())
-        progress = host.Progress(len(places) * each, cls.hidden.unique_id)
+        progress = host_ui.Progress(len(places) * each, cls.hidden.unique_id)
         config = sampling(scene_seed, steps, guidance)
         drawn, folder = draw_once(
             "scenes",
@@ -232,7 +232,7 @@ def draw_once(
     size: int,
     paths: Callable[[Path], Sequence[Path]],
     draw: Callable[..., list[Drawn]],
-    progress: host.Progress,
+    progress: host_ui.Progress,
 ) -> tuple[list[Drawn], Path]:
     """What ``draw(base, folder, on_progress=, on_step=)`` gives, and the folder in which it keeps the pictures.
 
@@ -249,7 +249,7 @@ def draw_once(
                 base,
                 folder,
                 on_progress=lambda done, total: _show_progress(progress, folder, done, total),
-                on_step=lambda _done, _total: host.stop_if_interrupted(),
+                on_step=lambda _done, _total: host_ui.stop_if_interrupted(),
             )
         finally:
             del base
@@ -258,9 +258,9 @@ def draw_once(
     return drawn, folder
 
 
-def _show_progress(progress: host.Progress, folder: Path, done: int, total: int) -> None:
+def _show_progress(progress: host_ui.Progress, folder: Path, done: int, total: int) -> None:
     """Report the pictures drawn so far and show the newest. What is drawn is on disk, so a cancel loses nothing."""
-    host.stop_if_interrupted()
+    host_ui.stop_if_interrupted()
     newest = max(folder.rglob("*[0-9][0-9][0-9][0-9].png"), key=lambda p: p.stat().st_mtime_ns, default=None)
     progress.update(done, total, None if newest is None else to_pil(load_photo(newest).image))
 
@@ -283,7 +283,7 @@ def drawn_folder(kind: str, base: BaseModel, config: SampleConfig, size: int) ->
 
 
 def with_masks(
-    pictures: Sequence[ClassPicture], paths: Sequence[Path], sam: Any, progress: host.Progress
+    pictures: Sequence[ClassPicture], paths: Sequence[Path], sam: Any, progress: host_ui.Progress
 ) -> list[ClassPicture]:
     """The pictures with their subjects' masks, made once and kept beside them, where people can mend them."""
     masks = [load_mask(mask_path(p)) if mask_path(p).exists() else None for p in paths]
@@ -345,16 +345,17 @@ class PriorFromImages(io.ComfyNode):
         own = [ClassPicture(word, picture, mask) for picture, mask in zip(pictures, found)]
         masked = sum(p.mask is not None for p in own)
         everything = [*all_of("prior", prior, ClassPicture, "FAR_PRIOR"), *own]
-        return prior_output(
-            cls, everything, f"{counted(len(own), 'picture')} of a {word}, {masked} of them with a mask"
-        )
+        text = f"{counted(len(own), 'picture')} of a {word}, {masked} of them with a mask"
+        return prior_output(cls, everything, text, doubts(pictures, found, photo_labels(len(pictures))))
 
 
-def prior_output(cls: type[io.ComfyNode], pictures: Sequence[ClassPicture], text: str) -> io.NodeOutput:
+def prior_output(
+    cls: type[io.ComfyNode], pictures: Sequence[ClassPicture], text: str, warnings: Sequence[str] = ()
+) -> io.NodeOutput:
     """Class pictures as a node's output, with a sheet of the newest."""
     some = pictures[-MAX_SHOWN:]
     sheet = subject_sheet([p.image for p in some], [p.mask for p in some], [p.noun for p in some])
-    return io.NodeOutput(Carried(pictures), as_image(sheet), ui=shown(cls, sheet, text))
+    return io.NodeOutput(Carried(pictures), as_image(sheet), ui=shown(cls, sheet, text, warnings))
 
 
 NODES = [ClassPrior, PriorFromImages, EmptyScenes]

@@ -36,12 +36,12 @@ def read_prompts(
 ) -> list[Prompt]:
     """The prompt of each of ``count`` photos, in pixels.
 
-    ``boxes``: values of BBOX sockets (see :func:`read_boxes`), one for all photos or one for each. ``texts``: JSON,
-    one for all photos or one for each: a list of points, or a mapping from photo numbers (from 1) or ``names`` to
-    points or to {"box": …, "points": …}, which goes before ``boxes``. Raises ConfigError and SubjectError.
+    ``boxes``: values of box sockets (see :func:`read_boxes`), one for all photos or one for each; of a detector, which
+    sends a list for each photo, the box with the best score, or none. ``texts``: JSON, one for all photos or one for
+    each: a list of points, or a mapping from photo numbers (from 1) or ``names`` to points or to {"box": …,
+    "points": …}, which goes before ``boxes``. Raises ConfigError and SubjectError.
     """
-    found = read_boxes(boxes, box_format)
-    box_of = _spread(found, count, "box", "boxes")
+    box_of = _spread(_detected(boxes, box_format, count) or read_boxes(boxes, box_format), count, "box", "boxes")
     entries = [_read_json(text) for text in texts]
     if len(entries) == 1 and isinstance(entries[0], Mapping):
         keyed = _by_photo(entries[0], count, names)
@@ -65,15 +65,42 @@ def read_prompts(
 
 
 def read_boxes(values: Sequence[Any], box_format: str = BOX_FORMATS[0]) -> list[Box]:
-    """The boxes (x0, y0, x1, y1) in BBOX values: four numbers in ``box_format``, a mapping with named sides, JSON text
-    of these, or lists of any of them, in order. Raises ConfigError."""
-    boxes: list[Box] = []
-    for value in values:
-        boxes += _boxes_in(value, box_format)
-    return boxes
+    """The boxes (x0, y0, x1, y1) in values of box sockets: four numbers in ``box_format``, a mapping with named sides,
+    JSON text of these, or lists of any of them, in order. Raises ConfigError."""
+    return [_one_box(box, box_format) for value in values for box in _boxes_in(value)]
 
 
-def _boxes_in(value: Any, box_format: str) -> list[Box]:
+def _detected(values: Sequence[Any], box_format: str, count: int) -> list[Box | None]:
+    """The box of each photo where a detector sent a list of boxes for each, of any length; else nothing.
+
+    Detectors send one value for a batch, [[boxes of photo 1], …], and one for each photo of a list, [[boxes]].
+    """
+    frames = [value.tolist() if hasattr(value, "tolist") else value for value in values]
+    if len(frames) == 1 and isinstance(frames[0], list) and all(map(_is_frame, frames[0])):
+        frames = frames[0]
+    found = [_boxes_in(frame) for frame in frames]
+    if all(len(frame) == 1 for frame in found) or not any(map(_is_frame, frames)) or (len(frames) == 1 < count):
+        return []
+    if len(frames) != count:
+        raise ConfigError(f"box: there are boxes of {len(frames)} photos for {count} photos; detect in the same photos")
+    return [_best(frame, box_format, i + 1) for i, frame in enumerate(found)]
+
+
+def _is_frame(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and not _are_numbers(value, 4)
+
+
+def _best(boxes: Sequence[Any], box_format: str, number: int) -> Box | None:
+    """Of a photo's boxes the one with the highest score."""
+    scores = [box.get("score") if isinstance(box, Mapping) else None for box in boxes]
+    if len(boxes) > 1 and not _are_numbers(scores, len(scores)):
+        raise ConfigError(f"box: photo {number} has {len(boxes)} boxes without scores; send one, that of the subject")
+    best = max(range(len(boxes)), key=lambda i: scores[i] or 0, default=None)
+    return None if best is None else _one_box(boxes[best], box_format)
+
+
+def _boxes_in(value: Any) -> list[Any]:
+    """Boxes as they were sent, out of lists of any depth."""
     if hasattr(value, "tolist"):  # tensors and arrays
         value = value.tolist()
     if isinstance(value, str):
@@ -81,9 +108,9 @@ def _boxes_in(value: Any, box_format: str) -> list[Box]:
     if value is None:
         return []
     if isinstance(value, Mapping) or _are_numbers(value, 4):
-        return [_one_box(value, box_format)]
+        return [value]
     if isinstance(value, Sequence) and not isinstance(value, str) and not any(isinstance(v, Real) for v in value):
-        return [box for item in value for box in _boxes_in(item, box_format)]
+        return [box for item in value for box in _boxes_in(item)]
     raise ConfigError(f"box: {value!r} is no box; send four numbers in pixels, {BOX_FORMATS[0]} or {BOX_FORMATS[1]}")
 
 

@@ -24,6 +24,7 @@ FarPrior = io.Custom("FAR_PRIOR")  # Carried(far_train.concepts.ClassPicture, â€
 FarDataset = io.Custom("FAR_DATASET")  # a far_train.concepts.TrainingSet
 FarOptions = io.Custom("FAR_OPTIONS")  # nodes.training.Options
 FarWeightsSocket = io.Custom("FAR_WEIGHTS")  # CarriedWeights
+BoundingBox = io.Custom("BOUNDING_BOX")  # boxes of the host's newer nodes; other packs send BBOX
 SamModel = io.Custom("SAM_MODEL")  # the segment-anything instance that other packs use
 
 

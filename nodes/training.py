@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 
 import torch
 from comfy_api.latest import io
-from PIL import Image
 from torch import Tensor
 
 from ..far_train.backbone import BaseModel
@@ -24,18 +22,13 @@ from ..far_train.errors import ConfigError, Interrupted
 from ..far_train.photos import from_pil, load_photo
 from ..far_train.pool import check_captions
 from ..far_train.recipe import Callbacks, train
-from ..far_train.report import loss_curves, picture_grid
-from ..far_train.runs import METRICS_FILE, WEIGHTS_FILE, find_run, read_metrics, run_identity
+from ..far_train.report import loss_curves
+from ..far_train.runs import WEIGHTS_FILE, find_run, run_identity, what_changed
 from ..far_train.tokens import unknown_tokens
 from ..far_train.weights import FarWeights
-from ..far_train.wording import duration, rate, size_in_words
-from . import host, sockets
+from . import host, host_ui, sockets
+from .live_view import LiveView, metrics_of
 from .naming import file_name
-
-log = logging.getLogger(__name__)
-
-PREVIEW_SECONDS = 6.0  # between live pictures; a curve takes a tenth of a second to draw
-FIRST_PREVIEW = 1.5  # seconds after the first step, so that one sees early that it learns, and how long it will take
 
 # TrainConfig's fields that FaR_TrainOptions shows, in order; FaR_Train itself asks for the few that matter most.
 COMMON = ("prior_batch_size", "micro_batch", "gradient_checkpointing", "precision", "sample_every", "save_every")
@@ -244,9 +237,10 @@ class Train(io.ComfyNode):
             if continue_from is not None:
                 sockets.check_sockets(continue_from=(continue_from, FarWeights, "FAR_WEIGHTS"))
             identity = run_identity(host.identify_base(model, clip, vae), dataset, config, continue_from)
-            folder, finished = find_run(host.output_folder() / "far", file_name(name, "run"), identity)
+            name = file_name(name, "run")
+            folder, finished = find_run(host.output_folder() / "far", name, identity)
             if finished:
-                host.tell(f"{folder.name} is trained already: loaded from {folder}", cls.hidden.unique_id)
+                host_ui.tell(f"{folder.name} is trained already: loaded from {folder}", cls.hidden.unique_id)
             elif dry_run:
                 with _freed_base(model, clip, vae) as base:
                     cost = measure_cost(
@@ -254,16 +248,16 @@ class Train(io.ComfyNode):
                         dataset,
                         config,
                         start=continue_from,
-                        steps_done=len(_metrics(folder)),
-                        should_stop=host.interrupted,
+                        steps_done=len(metrics_of(folder)),
+                        should_stop=host_ui.interrupted,
                     )
-                host.tell(f"dry run of {folder.name}\n{cost.words}", cls.hidden.unique_id)
-                return io.NodeOutput(*[host.nothing()] * 4, ui={"text": (cost.words,)})
+                host_ui.tell(f"dry run of {folder.name}\n{cost.words}", cls.hidden.unique_id)
+                return io.NodeOutput(*[host_ui.nothing()] * 4, ui={"text": (cost.words,)})
             else:
-                live = LiveView(cls.hidden.unique_id, folder, total)
+                live = LiveView(cls.hidden.unique_id, folder, total, new_run_note(folder, name, identity))
                 _train(model, clip, vae, dataset, config, folder, continue_from, options.time_limit, live)
             weights = FarWeights.load(folder / WEIGHTS_FILE)
-            curve = from_pil(loss_curves(_metrics(folder)))[None]
+            curve = from_pil(loss_curves(metrics_of(folder)))[None]
             return io.NodeOutput(sockets.CarriedWeights.of(weights), curve, _last_samples(folder), str(folder))
 
 
@@ -277,58 +271,16 @@ def check_sample_prompts(prompts: Sequence[str], tokens: Sequence[str]) -> None:
             raise ConfigError(f"sample_prompt: there is no {token} in the dataset; it has: {', '.join(tokens)}")
 
 
-class LiveView:
-    """What a training shows on its node: progress, a line of text, and loss curve and samples in turn."""
-
-    def __init__(self, node_id: str | None, folder: Path, steps: int):
-        self.progress = host.Progress(steps, node_id)
-        self.node_id, self.folder, self.steps = node_id, folder, steps
-        self.phase = ""
-        self.metrics: list[dict[str, Any]] | None = None
-        self.samples: Image.Image | None = None
-        self.shows_samples = False
-        self.began = self.next_picture = time.monotonic()
-
-    def on_phase(self, phase: str, done: int, total: int) -> None:
-        if phase != self.phase:
-            self.phase = phase
-            host.tell(f"{phase} ({total} pictures)", self.node_id)
-        self.progress.update(done, total)
-
-    def on_step(self, step: int, metrics: dict[str, float]) -> None:
-        now = time.monotonic()
-        if self.metrics is None:  # the first step of this session; a resumed run has earlier ones on disk
-            self.metrics = [m for m in _metrics(self.folder) if m["step"] < step]
-            self.began, self.first = now, step
-            self.next_picture = now + FIRST_PREVIEW
-        self.metrics.append({"step": step, **metrics})
-        picture = None
-        if now > self.next_picture:
-            self.shows_samples = self.samples is not None and not self.shows_samples
-            picture = self.samples if self.shows_samples else preview(lambda: loss_curves(self.metrics))
-            self.next_picture = time.monotonic() + PREVIEW_SECONDS
-            pace = (now - self.began) / max(step - self.first, 1)
-            used, total = map(size_in_words, host.memory_in_use())
-            host.tell(
-                f"step {step} of {self.steps}, loss {metrics['loss']:.4f}, {rate(pace)}, "
-                f"{duration(pace * (self.steps - step))} left, {used} of {total} in use",
-                self.node_id,
-            )
-        self.progress.update(step, self.steps, picture)
-
-    def on_samples(self, step: int, prompts: Sequence[str], pictures: Tensor) -> None:
-        self.samples = preview(lambda: picture_grid(pictures, prompts))
-        self.progress.update(step, self.steps, self.samples)
-        self.shows_samples, self.next_picture = True, time.monotonic() + PREVIEW_SECONDS
-
-
-def preview(draw: Callable[[], Image.Image]) -> Image.Image | None:
-    """The picture, or None where it can't be drawn: what only informs must not end a training of hours."""
-    try:
-        return draw()
-    except Exception as e:
-        log.warning("A preview could not be drawn (%s: %s); the training goes on.", type(e).__name__, e)
-        return None
+def new_run_note(folder: Path, name: str, identity: dict[str, Any]) -> str:
+    """What to say of a run that is to begin in ``folder`` though another has its ``name``: why that doesn't go on."""
+    found = None if folder.exists() else what_changed(folder.parent, name, identity)
+    if found is None:
+        return ""
+    previous, changes = found
+    more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+    return (
+        f"changed: {', '.join(changes[:3])}{more}; a new run, {folder.name}, begins at step 1, and {previous} is kept"
+    )
 
 
 def _train(
@@ -348,7 +300,7 @@ def _train(
         on_phase=live.on_phase,
         on_step=live.on_step,
         on_samples=live.on_samples,
-        should_stop=lambda: host.interrupted() or time.monotonic() > deadline,
+        should_stop=lambda: host_ui.interrupted() or time.monotonic() > deadline,
     )
     stopped = None
     with _freed_base(model, clip, vae) as base:
@@ -357,8 +309,9 @@ def _train(
             train(base, dataset, config, folder, start=start, resume=True, keep_base=False, callbacks=callbacks)
         except Interrupted as e:
             stopped = str(e)
-    if stopped and host.interrupted():
-        host.raise_interrupted()
+    if stopped and host_ui.interrupted():
+        live.on_cancel()
+        host_ui.raise_interrupted()
     if stopped:
         raise Interrupted(
             f"the time limit of {time_limit:g} minutes is over; queue the graph again to go on. ({stopped})"
@@ -376,11 +329,6 @@ def _freed_base(model: Any, clip: Any, vae: Any) -> Iterator[BaseModel]:
         base.to("meta")  # frees the weights even where a traceback still holds the modules
         del base
         host.give_back()
-
-
-def _metrics(folder: Path) -> list[dict[str, Any]]:
-    path = folder / METRICS_FILE
-    return read_metrics(path) if path.exists() else []
 
 
 def _last_samples(folder: Path) -> Tensor:

@@ -17,7 +17,7 @@ from ..far_train.errors import ConfigError, WeightsError
 from ..far_train.files import parse_json
 from ..far_train.fingerprint import kv_digest
 from ..far_train.weights import FarWeights, describe
-from . import host, sockets
+from . import host, host_ui, sockets
 from .naming import file_name, place
 from .previews import refusal_shown
 from .prompt_graph import unpatched_prompts
@@ -126,7 +126,7 @@ class LoadWeights(io.ComfyNode):
         with host.no_inference_mode():
             weights = sockets.CarriedWeights.load(host.model_path("far", file))
         nouns = weights.provenance.nouns
-        host.tell(", ".join(f"{token} {nouns[token]}" for token in weights.embeddings), cls.hidden.unique_id)
+        host_ui.tell(", ".join(f"{token} {nouns[token]}" for token in weights.embeddings), cls.hidden.unique_id)
         return io.NodeOutput(weights, json.dumps(describe(weights), indent=2))
 
 
@@ -180,7 +180,7 @@ class ApplyWeights(io.ComfyNode):
             raise ConfigError(f"strength: {strength} is out of range; it must be between -4 and 4")
         strengths = parse_strengths(concept_strength, weights)
         for node_id, tokens in unpatched_prompts(cls.hidden.prompt or {}, list(weights.embeddings)).items():
-            host.tell(
+            host_ui.tell(
                 f"{' and '.join(tokens)} will be read as plain text here: connect the CLIP of FaR Apply Weights",
                 node_id,
             )

@@ -140,3 +140,15 @@ def test_packaged_variants():
     v, e = packaged_configs("v_prediction"), packaged_configs("epsilon")
     assert (v["unet"]["sample_size"], e["unet"]["sample_size"]) == (96, 64)
     assert (v["scheduler"]["prediction_type"], e["scheduler"]["prediction_type"]) == ("v_prediction", "epsilon")
+
+
+def test_markers_of_merges_are_obeyed(ldm_state, configs, caplog):
+    """ComfyUI reads both names; without the first a v-prediction merge would be trained for noise."""
+    epsilon = {**configs, "scheduler": {**configs["scheduler"], "prediction_type": "epsilon"}}
+    marker = torch.tensor([])
+    assert load_base(ldm_state, config=epsilon).prediction_type == "epsilon" and not caplog.messages
+    assert load_base({**ldm_state, "v_pred": marker}, config=epsilon).prediction_type == "v_prediction"
+    with pytest.raises(BaseModelError, match="epsilon is stated but the state dict looks like v_prediction"):
+        load_base({**ldm_state, "v_pred": marker}, config=configs, prediction_type="epsilon")
+    load_base({**ldm_state, "v_pred": marker, "ztsnr": marker}, config=configs)
+    assert "zero terminal SNR" in caplog.text

@@ -77,7 +77,7 @@ def test_load_train_export(checkpoint: Path, concepts: list[Concept], tmp_path: 
 
 
 def test_contradicting_prediction_type(checkpoint: Path):
-    with pytest.raises(BaseModelError, match="look like v_prediction"):
+    with pytest.raises(BaseModelError, match="looks like v_prediction"):
         load_base(checkpoint, prediction_type="epsilon")
 
 

@@ -120,6 +120,29 @@ def test_subjects_that_fill_the_frame_are_not_taken_for_backgrounds():
     assert not masks.looks_inverted(speck)
 
 
+@pytest.mark.parametrize("share, doubted", [(1.0, True), (0.97, True), (0.94, False), (0.3, False)])
+def test_a_mask_of_all_but_the_whole_picture_is_doubted(share: float, doubted: bool):
+    mask = (torch.arange(100 * 100).reshape(100, 100) < share * 100 * 100).float()
+    lines = pictures.doubts([image(100, 100)], [mask], ["photo 7"])
+    words = "photo 7: the mask covers more than 95% of the picture; all of it counts as the subject"
+    assert lines == ([words] if doubted else [])
+
+
+def test_a_photo_that_is_a_mask_is_doubted():
+    hard, grey = disc(), image(channels=1).expand(60, 80, 3)
+    soft = torch.nn.functional.avg_pool2d(hard[None, None], 3, 1, 1)[0, 0]  # a rim of other values
+    red = hard[..., None] * torch.tensor([0.9, 0.1, 0.1])  # two colours, and not of a mask
+    masks = [hard, soft, torch.zeros(60, 80)]
+    for mask in masks:
+        assert pictures.looks_like_mask(mask[..., None].expand(-1, -1, 3))
+    for photo in (grey, image(), red):
+        assert not pictures.looks_like_mask(photo)
+    shown = [m[..., None].expand(-1, -1, 3) for m in (*masks, hard)]
+    assert pictures.doubts(shown, [None] * 4, ["a", "b", "c", "d"]) == [
+        "a, b, c and 1 more: has only two grey values; is it a mask and not a photo?"
+    ]
+
+
 def test_labels_carry_names_only_if_there_is_one_for_each_photo():
     assert pictures.photo_labels(2, ["a", "b"]) == ["photo 1 (a)", "photo 2 (b)"]
     assert pictures.photo_labels(2, ["a"]) == ["photo 1", "photo 2"]

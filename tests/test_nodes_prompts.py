@@ -68,6 +68,24 @@ def test_one_box_serves_all_photos_and_several_one_each():
         prompts.read_prompts(3, [BOX, other], CORNERS, [""])
 
 
+def detected(*scores: float) -> list[dict]:
+    """What a detector finds in a photo; each box begins at its score."""
+    return [{"x": score, "y": 0, "width": 10, "height": 10, "label": "dog", "score": score} for score in scores]
+
+
+@pytest.mark.parametrize("send", [lambda frames: [frames], lambda frames: [[frame] for frame in frames]])
+def test_of_a_detectors_boxes_each_photo_gets_its_own_best(send):
+    """Flattened, two boxes in one photo and none in the next would be taken for one each."""
+    frames = [detected(0.5), detected(0.25, 0.75), []]
+    expected = [Prompt((0.5, 0, 10.5, 10)), Prompt((0.75, 0, 10.75, 10)), Prompt()]
+    assert prompts.read_prompts(3, send(frames), CORNERS, [""]) == expected
+    assert prompts.read_prompts(1, send([detected(0.25, 0.75)]), CORNERS, [""]) == expected[1:2]
+    with pytest.raises(ConfigError, match="boxes of 3 photos for 2 photos"):
+        prompts.read_prompts(2, send(frames), CORNERS, [""])
+    with pytest.raises(ConfigError, match="photo 2 has 2 boxes without scores"):
+        prompts.read_prompts(2, send([[list(BOX)], [list(BOX), list(BOX)]]), CORNERS, [""])
+
+
 @pytest.mark.parametrize(
     "text, points",
     [

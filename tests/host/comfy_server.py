@@ -317,9 +317,11 @@ class ComfyServer:
     def queue(self, prompt: Mapping[str, Any], client_id: str | None = None) -> str:
         """Queue an API-format prompt; returns its id. Raises PromptRejected if any node did not validate.
 
+        ``client_id``: whose prompt it is, by default the server's own; "" queues it without any.
         The host accepts a prompt if one output is valid, and reports the others in a 200; that is a failure here.
         """
-        body = {"prompt": prompt, "client_id": client_id or self.client_id}
+        client_id = self.client_id if client_id is None else client_id
+        body = {"prompt": prompt} | ({"client_id": client_id} if client_id else {})
         try:
             answer = self.post("/prompt", body)
         except urllib.error.HTTPError as error:

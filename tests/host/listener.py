@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import html
 import json
 import os
 import socket
 import threading
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .comfy_server import ComfyServer
@@ -20,18 +23,19 @@ NODE_TEXT, PREVIEW = 3, 4
 
 
 class Listener:
-    """Context manager that collects the messages to the server's own client id.
+    """Context manager that collects what a client is sent, by default the one whose id the server's prompts have.
 
     ``events``: (type, data) of JSON messages; ``binaries``: (kind, payload) of the others.
     """
 
-    def __init__(self, server: ComfyServer):
+    def __init__(self, server: ComfyServer, client_id: str | None = None):
+        self.server, self.client_id = server, client_id or server.client_id
         self.events: list[tuple[str, Any]] = []
         self.binaries: list[tuple[int, bytes]] = []
         self._socket = socket.create_connection(("127.0.0.1", server.port), timeout=60)
         key = base64.b64encode(os.urandom(16)).decode()
         self._socket.sendall(
-            f"GET /ws?clientId={server.client_id} HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nUpgrade: websocket\r\n"
+            f"GET /ws?clientId={self.client_id} HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nUpgrade: websocket\r\n"
             f"Connection: Upgrade\r\nSec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
         )
         self._stream = self._socket.makefile("rb")
@@ -48,6 +52,30 @@ class Listener:
         self._socket.shutdown(socket.SHUT_RDWR)
         self._thread.join(10)
         self._socket.close()
+
+    @property
+    def texts(self) -> list[tuple[str, str]]:
+        """(node id, text) of the lines shown on nodes."""
+        found = []
+        for payload in (payload for kind, payload in self.binaries if kind == NODE_TEXT):
+            end = 4 + int.from_bytes(payload[:4], "big")
+            found.append((payload[4:end].decode(), html.unescape(payload[end:].decode())))
+        return found
+
+    def wait_until(self, happened: Callable[[], Any], timeout: float = 60) -> None:
+        """Wait until ``happened()`` is true of what has come. Raises TimeoutError."""
+        deadline = time.monotonic() + timeout
+        while not happened():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self.client_id} waited in vain; it has {self.texts}")
+            time.sleep(0.05)
+
+    def catch_up(self) -> None:
+        """Wait until all that was sent so far has come: the host sends in order, and this asks for a last message."""
+        empty = {"1": {"class_type": "PreviewAny", "inputs": {"source": f"end for {self.client_id}"}}}
+        prompt_id = self.server.queue(empty, self.client_id)
+        end = ("executing", {"node": None, "prompt_id": prompt_id})
+        self.wait_until(lambda: end in self.events)
 
     def _send(self, payload: bytes) -> None:
         """One text frame of up to 125 bytes; a client must mask, and a mask of zeros changes nothing."""

@@ -178,7 +178,8 @@ def test_photos_of_mixed_sizes_come_as_lists_upright_with_their_masks(comfy: Com
     assert not any(m.any() for m in masks[2:])
     assert outputs["3"]["text"] == ["a", "b", "c", "d", "f9", "f10"]
     (told,) = outputs["1"]["text"]
-    assert "6 photos, 2 of them with a mask" in told and "left out" in told and "e.png" in told
+    warning, counts = told.splitlines()
+    assert counts == "6 photos, 2 of them with a mask" and warning.startswith("left out") and "e.png" in warning
     assert outputs["1"]["images"], "the node shows no preview"
 
 
@@ -277,6 +278,8 @@ def test_subjects_are_found_and_a_photo_without_one_is_reported(comfy: ComfyServ
         assert np.array_equal(image, np.asarray(Image.open(folder / f"{stem}.png")))
     report = outputs["4"]["text"][0].splitlines()
     assert len(report) == 3
+    *left_out, last = outputs["3"]["text"][0].splitlines()
+    assert last == f"a subject in {len(kept)} of 3 photos" and left_out == [r for r in report if "left out" in r]
     for stem, line in zip(SIZES, report):
         assert f"({stem})" in line
         assert line.startswith("left out: ") == (stem not in kept) and ("): score" in line) == (stem in kept)
@@ -383,7 +386,7 @@ def test_photos_without_masks_are_left_out_by_number(comfy: ComfyServer):
         "3": preview_of(),
     }
     outputs = comfy.run(prompt)
-    assert outputs["2"]["text"] == ["<red-disc> disc: 2 photos; left out, since their masks are empty: photo 2"]
+    assert outputs["2"]["text"] == ["left out, since their masks are empty: photo 2\n<red-disc> disc: 2 photos"]
 
 
 def test_batches_meet_batches(comfy: ComfyServer, loaded: None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from far_train.weights import FarWeights
 
 from .comfy_server import REPO, ComfyServer, ExecutionFailed, Host, default_packs
 from .graphs import node
+from .listener import Listener
 from .test_mini import line
 from .test_training import run_folder, steps_of, training
 
@@ -80,7 +82,9 @@ def test_a_cancel_in_every_phase(frail: ComfyServer, learned: FarWeights, phase:
     while not frail.get("/far_test/state")["reached"]:
         assert time.monotonic() < deadline, f"it never came to {phase}"
         time.sleep(0.05)
-    entry = frail.cancel(prompt_id)
+    with Listener(frail) as seen:
+        entry = frail.cancel(prompt_id)
+        seen.catch_up()
     assert [(e.kind, e.node_type) for e in frail.errors(entry)] == [("interrupted", "FaR_Train")]
     fault(frail, None)
     assert held_bytes(frail) == before
@@ -88,6 +92,8 @@ def test_a_cancel_in_every_phase(frail: ComfyServer, learned: FarWeights, phase:
     done = {"step": 1, "save": 2, "sampling": 3}.get(phase, 0)
     saved = sorted(p.name for p in folder.glob("checkpoints/*"))
     assert saved[-1:] == ([f"checkpoint-{done:08d}.safetensors"] if done else [])
+    stands = f"stopped at step {done} of 4 and saved; Run goes on from there"
+    assert seen.texts[-1] == ("4", stands if done else "stopped before the first step; Run begins again")
     assert not (folder / "weights.safetensors").exists()
     again = finished(frail, prompt, name)
     if phase == "priors":  # with class pictures of its own it learns something else than ``learned``
@@ -110,9 +116,13 @@ def test_a_failure_ends_the_run_and_not_the_host(frail: ComfyServer, learned: Fa
     prompt = prompt_of(frail, run)
     before = held_bytes(frail)
     fault(frail, name)
-    with pytest.raises(ExecutionFailed, match=f"(?s)node 4 .FaR_Train.*{message}"):
-        frail.run(prompt)
+    with Listener(frail) as seen:
+        with pytest.raises(ExecutionFailed, match=f"(?s)node 4 .FaR_Train.*{message}"):
+            frail.run(prompt)
+        seen.catch_up()
     fault(frail, None)
+    node_id, words = seen.texts[-1]
+    assert node_id == "4" and re.search(message.removeprefix("OutOfMemory.*").removeprefix("OutputError.*"), words)
     assert held_bytes(frail) == before
     assert same(finished(frail, prompt, run), learned)
 

@@ -242,19 +242,45 @@ def test_the_same_training_is_never_done_twice_even_after_a_restart(host: Host):
 def test_a_cancelled_training_goes_on_when_queued_again(comfy: ComfyServer):
     folder = run_folder(comfy, "cancelled")
     prompt = training(comfy, "cancelled", steps=25, options={"save_every": 2})
-    entry = cancel_after_a_checkpoint(comfy, prompt, folder)
+    with Listener(comfy) as seen:
+        entry = cancel_after_a_checkpoint(comfy, prompt, folder)
+        seen.catch_up()
     assert [(e.kind, e.node_type) for e in comfy.errors(entry)] == [("interrupted", "FaR_Train")]
     begun = read_metrics(folder / "metrics.jsonl")
     assert 2 <= len(begun) < 25
     # Saved at the step where it stopped, and not only at a multiple of save_every.
     assert (folder / "checkpoints" / f"checkpoint-{len(begun):08d}.safetensors").exists()
 
+    stands = f"stopped at step {len(begun)} of 25 and saved; Run goes on from there"
+    assert seen.texts[-1] == ("4", stands)
+
     # A training right after a cancel, before the cancelled one is taken up.
     comfy.run(training(comfy, "after-cancel", train_seed=3))
-    comfy.run(prompt)
+    with Listener(comfy) as seen:
+        comfy.run(prompt)
+        seen.catch_up()
+    assert seen.texts[0] == ("4", f"resumes from step {len(begun)}\nencoding (5 pictures)")
+    assert any(f"resumes from step {len(begun)}\nstep " in text for _, text in seen.texts)
     assert read_metrics(folder / "metrics.jsonl")[: len(begun)] == begun  # seconds and all: not trained again
     assert steps_of(folder) == list(range(1, 26))
     assert not run_folder(comfy, "cancelled-2").exists()
+
+
+def test_a_changed_setting_that_begins_another_run_is_told(comfy: ComfyServer):
+    with Listener(comfy) as seen:
+        comfy.run(training(comfy, "renewed", steps=3))
+        comfy.run(training(comfy, "renewed", steps=2))
+        changed = {"embedding_lr": 0.001, "prior_weight": 0.5, "weight_decay": 0.1}
+        comfy.run(training(comfy, "renewed", steps=4, train_seed=1, options=changed))
+        seen.catch_up()
+    first, second, third = [text for _, text in seen.texts if "encoding" in text]
+    assert first == "encoding (5 pictures)"
+    assert second == (
+        "changed: steps (3 then, 2 now); a new run, renewed-2, begins at step 1, and renewed is kept\n"
+        "encoding (5 pictures)"
+    )
+    assert "and 2 more; a new run, renewed-3, begins at step 1, and renewed-2 is kept" in third
+    assert all("renewed-2, begins" in text for _, text in seen.texts if "of 2, loss" in text)
 
 
 def test_another_seed_trains_anew_beside_the_first(comfy: ComfyServer):

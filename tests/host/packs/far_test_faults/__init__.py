@@ -61,11 +61,11 @@ def full_disk() -> None:
 
 
 def broken_previews() -> None:
-    training = far("nodes.training")
-    replace(training, "PREVIEW_SECONDS", 0.0)
-    replace(training, "FIRST_PREVIEW", 0.0)
-    replace(training, "picture_grid", None)
-    fail(training, "loss_curves", lambda: ValueError("a preview that fails"), times=3)
+    live_view = far("nodes.live_view")
+    replace(live_view, "PREVIEW_SECONDS", 0.0)
+    replace(live_view, "FIRST_PREVIEW", 0.0)
+    replace(live_view, "picture_grid", None)
+    fail(live_view, "loss_curves", lambda: ValueError("a preview that fails"), times=3)
 
 
 FAULTS: dict[str, Callable[[], None]] = {

@@ -235,6 +235,25 @@ class SaveMask(io.ComfyNode):
         return io.NodeOutput()
 
 
+def box_sender(io_type: str, node_id: str) -> type[io.ComfyNode]:
+    """A node that sends a box as one of the types that are in use."""
+
+    class Box(io.ComfyNode):
+        @classmethod
+        def define_schema(cls) -> io.Schema:
+            sides = [io.Int.Input(name, default=0, max=4096) for name in ("x", "y", "width", "height")]
+            frames = io.String.Input("frames", default="", optional=True, tooltip="How many boxes for each photo.")
+            outputs = [io.Custom(io_type).Output()]
+            return io.Schema(node_id=node_id, category="FaR/test", inputs=[*sides, frames], outputs=outputs)
+
+        @classmethod
+        def execute(cls, frames: str = "", **box: int) -> io.NodeOutput:
+            scored = [{**box, "score": 0.9 - 0.1 * i} for i in range(9)]
+            return io.NodeOutput([scored[: int(n)] for n in frames.split(",")] if frames else box)
+
+    return Box
+
+
 class ImagePrompt:
     """What an image-prompt pack puts into a cross-attention slot: it attends to tokens of its own and adds the result.
 
@@ -374,4 +393,6 @@ NODES: list[type[io.ComfyNode]] = [
     ImagePromptNode,
     TinyClipVision,
     TinyControlNet,
+    box_sender("BOUNDING_BOX", "FaRTest_BoundingBox"),
+    box_sender("BBOX", "FaRTest_BBox"),
 ]
