@@ -132,7 +132,7 @@ def test_prediction_type_is_measured_on_full_size_files():
     assert _measured_prediction_type({V_STATISTIC: 0.3 * spread}) == "v_prediction"
     assert _measured_prediction_type({V_STATISTIC: 0.1 * spread}) == "epsilon"
     assert _measured_prediction_type({}) is None
-    with pytest.raises(BaseModelError, match="look like epsilon"):
+    with pytest.raises(BaseModelError, match="looks like epsilon"):
         _check_prediction_type("v_prediction", "epsilon", "file")
 
 
