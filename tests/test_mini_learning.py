@@ -486,6 +486,10 @@ def test_the_command_line_trains_stops_and_reports(tmp_path, capsys):
     short = ["--batch-size", "2", "--warmup", "1", "--log-every", "1"]
     assert learn.main(["autoencoder", *flags, *short, "--steps", "1", "--crop", "32"]) == 0
     assert learn.main(["autoencoder", *flags, *short, "--steps", "9", "--crop", "32", "--pause-after", "0"]) == 130
+    more = ["--out", str(tmp_path), "--count", "8", *flags[4:]]  # other processes render what is missing meanwhile
+    assert learn.main(["diffusion", *more, *short, "--steps", "1", "--workers", "1"]) == 0
+    assert load_base(tmp_path / "diffusion" / "base").native_size == 64
+    assert len(list((tmp_path / "pool").glob("scenes-*.safetensors"))) == 2
     assert learn.main(["diffusion", "--out", str(tmp_path / "empty"), *flags[2:], *short, "--steps", "1"]) == 2
     assert "train it first" in capsys.readouterr().err
     assert learn.main(["export", "--out", str(tmp_path)]) == 2

@@ -141,6 +141,8 @@ def fit(
     descend = partial(_descend, parameters, average, optimizer, config.grad_clip, device, dtype)
     captured = None
     if captured_loss is not None and device.type == "cuda":
+        if device.index is not None:
+            torch.cuda.set_device(device)  # captures and default generators are the current device's
         torch.cuda.manual_seed(derive_seed(config.learn_seed, "captured", first))
         captured = CapturedStep(partial(descend, captured_loss), optimizer, device)
 
