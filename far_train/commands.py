@@ -35,7 +35,7 @@ from .runs import METRICS_FILE, read_metrics
 from .sampling import draw_pictures, plain_vocabulary
 from .subjects import Prompt, SubjectExtractor, extract_folder
 from .terminal import progress_bars, stop_on_interrupt
-from .weights import FarWeights, describe
+from .weights import FarWeights, describe, file_stem
 
 log = logging.getLogger(__name__)
 
@@ -268,8 +268,12 @@ def export(inputs: Inputs, _config: None) -> None:
     if Path(name).name != name or name.startswith("."):
         raise ConfigError(f"name: {name!r} is no plain file name")
     lora = out / "loras" / f"{name}.safetensors"
+    files = [lora, *(out / "embeddings" / f"{file_stem(t)}.safetensors" for t in weights.embeddings)]
+    before = {path: path.stat().st_mtime_ns for path in files if path.exists()}
     weights.export_lora(lora, rank)
     embeddings = weights.export_embeddings(out / "embeddings")
+    if over := [str(path) for path, time in before.items() if path.stat().st_mtime_ns != time]:
+        log.warning("Written over other files of these names: %s", ", ".join(over))
     print(f"changes of the model → {lora}")
     for token, embedding in zip(weights.embeddings, embeddings):
         print(f"{token} → {embedding}; write it as embedding:{embedding.stem}")

@@ -29,6 +29,7 @@ from .folders import mask_path
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 MAX_PIXELS = 178_000_000
 MIN_SIDE = 16
+INTEROPERABILITY = 0xA005  # EXIF's block that names the colour space
 MIN_BACKGROUND = 0.05  # of the frame: an alpha channel that hides less is a flaw or a rim, and no mask
 
 
@@ -221,6 +222,8 @@ def _in_srgb(
     """As :func:`_to_8bit`, with the colours that ``profile`` means; alpha stays as it is."""
     grey = picture.mode in ("1", "L", "LA", "La", "I") or picture.mode.startswith("I;16")
     plain = picture if picture.mode == "CMYK" and profile else _to_8bit(path, picture, tags)
+    if not profile and _means_adobe_rgb(picture):
+        notes.append(f"{path}: says that its colours are Adobe RGB but has no profile; export it as sRGB")
     if profile:
         colours = plain if plain.mode == "CMYK" else plain.convert("L" if grey else "RGB")
         try:
@@ -232,6 +235,14 @@ def _in_srgb(
                 colours.putalpha(plain.getchannel("A"))
             plain = colours
     return plain.convert("RGB") if plain.mode == "CMYK" else plain
+
+
+def _means_adobe_rgb(picture: Image.Image) -> bool:
+    """Whether a camera wrote so by the rule of file systems (DCF), which knows no profiles."""
+    try:
+        return picture.getexif().get_ifd(INTEROPERABILITY).get(1) == "R03"
+    except Exception:  # damaged EXIF blocks raise almost anything, and say nothing then
+        return False
 
 
 def _to_8bit(path: Path, picture: Image.Image, tags: Mapping[int, Any]) -> Image.Image:

@@ -254,11 +254,14 @@ def extract_folder(
     report: list[Extracted] = []
     notes: list[str] = []
     stale: list[Path] = []
+    replaced: list[str] = []
     for path in paths:
         subject = _subject_or_reason(path, extractor, _prompt_for(path, prompts), config, notes)
         target = out / f"{names[path]}.png"
         if isinstance(subject, Subject):
+            before = _bytes(mask_path(target))
             save_pair(target, subject.image, subject.mask)
+            replaced += [target.name] if before not in (None, _bytes(mask_path(target))) else []
             report.append(Extracted(path.name, "ok", "own mask" if subject.score is None else subject.score))
         else:
             stale += [target] if target.exists() else []
@@ -270,9 +273,15 @@ def extract_folder(
     if all(line.status == "skipped" for line in report):
         reasons = "\n".join(f"  {line.detail}" for line in report[:5])
         raise SubjectError(f"{folder}: none of its {len(report)} photos shows a usable subject:\n{reasons}")
+    if replaced:
+        log.warning("%s: other masks took the place of those of an earlier run: %s", out, ", ".join(replaced))
     for picture in stale:
         _set_aside(picture)
     return report
+
+
+def _bytes(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None
 
 
 def _refuse_others(folder: Path, out: Path, own: set[Path]) -> None:

@@ -68,6 +68,15 @@ def _(place: Place) -> Found:
     )
 
 
+@odd("a photo in Adobe RGB without a profile")
+def _(place: Place) -> Found:
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0xA005] = {1: "R03"}
+    Image.new("RGB", (32, 32)).save(place / "a.jpg", exif=exif)
+    notes = [place.plain(n) for n in load_photo(place / "a.jpg").notes]
+    return notes, ["PLACE/a.jpg: says that its colours are Adobe RGB but has no profile; export it as sRGB"]
+
+
 @odd("a mask with a colour profile")
 def _(place: Place) -> Found:
     photo(place / "a.png")
@@ -157,6 +166,16 @@ def _(place: Place) -> Found:
         ],
         ["a.mask.png", "a.png", "leftovers/b.mask.png", "leftovers/b.png"],
     )
+
+
+@odd("masks that were mended by hand where subjects are extracted anew")
+def _(place: Place) -> Found:
+    for name in "ab":
+        photo(place / f"photos/{name}.jpg", mask())
+    argv = ["extract", "--photos", place / "photos", "--out", place / "out"]
+    place.run(*argv)
+    mask((20, 20, 50, 50)).save(place / "out/b.mask.png")
+    return place.run(*argv)[0], "PLACE/out: other masks took the place of those of an earlier run: b.png"
 
 
 @odd("a photo of 99 megapixels")
@@ -388,6 +407,17 @@ def _(place: Place) -> Found:
     return (len(names), {n.partition(".")[2] for n in names}), (
         3 * len(layers),
         {"lora_down.weight", "lora_up.weight", "alpha"},
+    )
+
+
+@odd("an export over another one")
+def _(place: Place) -> Found:
+    make_low_rank(load_base(place.base)).save(place / "w.safetensors")
+    argv = ["export", "--weights", place / "w.safetensors", "--out", place / "out"]
+    place.run(*argv)
+    return (place.run(*argv)[0], place.run(*argv, "--rank", 1)[0]), (
+        "changes of the model → PLACE/out/loras/w.safetensors",
+        "Written over other files of these names: PLACE/out/loras/w.safetensors",
     )
 
 
