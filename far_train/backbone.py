@@ -71,11 +71,18 @@ class BaseModel:
 
     @property
     def fingerprint(self) -> str:
-        """Identifies all weights by content. Computed anew only where a tensor was replaced or written to."""
-        states = {part: getattr(self, part).state_dict() for part in PARTS}
-        seen = [(name, t.data_ptr(), t._version) for state in states.values() for name, t in state.items()]
-        if self._fingerprint.get("seen") != seen:
-            self._fingerprint.update(seen=seen, value=base_fingerprint(states))
+        """Identifies all weights by content. Computed anew only where a tensor was replaced or written to.
+
+        Writes through ``.data`` are seen by samples of each tensor alone.
+        """
+        states = {part: getattr(self, part).state_dict(keep_vars=True) for part in PARTS}
+        tensors = [tensor for state in states.values() for tensor in state.values()]
+        # The objects themselves, since the memory of one that was replaced is given to another.
+        known = self._fingerprint.get("tensors", [])
+        seen = [(t.data_ptr(), t._version, *_samples(t)) for t in tensors]
+        same = len(known) == len(tensors) and all(a is b for a, b in zip(known, tensors))
+        if not same or self._fingerprint["seen"] != seen:
+            self._fingerprint.update(tensors=tensors, seen=seen, value=base_fingerprint(states))
         return self._fingerprint["value"]
 
     @cached_property
@@ -123,6 +130,12 @@ class BaseModel:
                 parameter.data = data
             for module, name, buffer in buffers:
                 setattr(module, name, buffer)
+
+
+def _samples(tensor: Tensor) -> list[float]:
+    """About sixteen values from all over a tensor."""
+    values = tensor.detach().reshape(-1)
+    return values[:: max(len(values) // 16, 1)].tolist()
 
 
 def set_checkpointing(unet: nn.Module, on: bool) -> None:

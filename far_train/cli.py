@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import logging
+import os
 import sys
 import types
 import typing
@@ -22,7 +23,7 @@ from . import __version__
 from .bench.settings import BenchConfig
 from .config import Config, ExtractConfig, FusionConfig, SampleConfig, SpeedConfig, TrainConfig, read_settings
 from .errors import ConfigError, FarError, Interrupted
-from .terminal import make_output_steady
+from .terminal import replace_unknown_characters
 
 
 @dataclass(frozen=True)
@@ -394,9 +395,10 @@ def _parse(argv: Sequence[str] | None) -> tuple[Command, dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status.
 
-    0: done. 1: it failed on the host that it was queued on. 2: an input has to be changed. 130: interrupted.
+    0: done. 1: it failed on the host that it was queued on, or nobody reads its output. 2: an input has to be changed.
+    130: interrupted.
     """
-    make_output_steady()
+    replace_unknown_characters()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
     for noisy in ("httpx", "diffusers", "transformers", "PIL", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -406,6 +408,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from . import commands
 
         getattr(commands, command.function)(inputs, settings)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Interrupted as e:
         print(f"far_train: {e}", file=sys.stderr)
         return e.exit_status

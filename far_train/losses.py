@@ -56,7 +56,8 @@ def denoising_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = N
     """Squared error [B] of a prediction [B, C, h, w], as a mean over cells weighted by ``weight`` [B, 1, h, w].
 
     The weights are normalised within each sample, whatever share of the canvas its subjects take. Within a sample
-    cells count, not subjects: of two, the larger one has the larger part of the error.
+    cells count, not subjects: of two, the larger one has the larger part of the error, unless ``weight`` evens them
+    out.
     """
     error = (prediction.float() - target.float()).square().mean(1, keepdim=True)
     if weight is None:

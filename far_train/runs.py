@@ -166,6 +166,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _differences(begun: Any, now: Any, name: str = "") -> list[str]:
     """What differs between two run identities, in words."""
+    if name == "base" and isinstance(begun, dict) and "digest" in begun:
+        return ["base (that run is of an earlier version of FaR, which identified a base by part of its weights)"]
     if isinstance(begun, dict) and isinstance(now, dict):
         return [d for k in {**begun, **now} for d in _differences(begun.get(k), now.get(k), f"{name}.{k}".lstrip("."))]
     if begun == now:

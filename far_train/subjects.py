@@ -292,8 +292,8 @@ def _refuse_others(folder: Path, out: Path, own: set[Path]) -> None:
         return
     if others := [p.name for p in others if _is_masked(p)]:
         raise OutputError(
-            f"{out}: holds {', '.join(others)} of no photo in {folder}; delete them with their masks, choose another "
-            "folder, or give --keep-others if they are to be learned as well"
+            f"{out}: holds {', '.join(others)}, which come from no photo in {folder}; delete them with their masks, "
+            "choose another folder, or give --keep-others to learn them as well"
         )
 
 

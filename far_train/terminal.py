@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import signal
 import sys
 import threading
@@ -13,41 +12,11 @@ from typing import Any
 from tqdm import tqdm
 
 
-def make_output_steady() -> None:
-    """Let nothing that is only said fail a command whose work is done: neither a character that the terminal's or the
-    log's encoding lacks, nor a pipe that its reader has closed, nor a full disk below a log."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        buffer = getattr(stream, "buffer", None)
-        raw = getattr(buffer, "raw", buffer)
-        if isinstance(raw, io.RawIOBase) and not isinstance(raw, _Steady):
-            steady = io.TextIOWrapper(_Steady(raw), stream.encoding, "replace", write_through=True)
-            setattr(sys, name, steady)
-
-
-class _Steady(io.RawIOBase):
-    """A stream of bytes that drops what can't be written."""
-
-    def __init__(self, raw: io.RawIOBase):
-        self._raw = raw
-
-    def writable(self) -> bool:
-        return True
-
-    def isatty(self) -> bool:
-        return self._raw.isatty()
-
-    def fileno(self) -> int:
-        return self._raw.fileno()
-
-    def write(self, data: bytes) -> int:
-        rest = memoryview(data)
-        try:
-            while rest:
-                rest = rest[self._raw.write(rest) or 0 :]
-        except (OSError, ValueError):  # the reader is gone, the disk full, the stream closed
-            pass
-        return len(data)
+def replace_unknown_characters() -> None:
+    """Let no character that the terminal's or a log's encoding lacks fail a command whose work is done."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a host's or a test's own stream may lack it
+            stream.reconfigure(errors="replace")
 
 
 class ProgressBars:

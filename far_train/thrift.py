@@ -81,7 +81,7 @@ def in_batches(compute: Callable[[range], list[T]], count: int, size: int, what:
                 "smaller size"
             )
         size = len(batch) // 2
-        log.warning("Memory ran out (%s): going on with %d %s at once.", reason, size, what)
+        log.warning("Memory ran out (%s): continuing with %s in batches of %d.", reason, what, size)
     return done
 
 
@@ -95,7 +95,7 @@ def with_less_memory(vae: nn.Module, compute: Callable[[], T]) -> T:
         reason = _reason(e)
     nn.Module.to(vae, device="cpu")
     give_back()
-    log.warning("Memory ran out (%s): the VAE goes on on the CPU, which takes longer.", reason)
+    log.warning("Memory ran out (%s): the VAE continues on the CPU, which is slower.", reason)
     return compute()
 
 

@@ -78,9 +78,9 @@ class LiveView:
         """Say where the run stands, which is saved."""
         step = self.metrics[-1]["step"] if self.metrics else self.saved
         if step:
-            host_ui.tell(f"stopped at step {step} of {self.steps} and saved; Run goes on from there", self.node_id)
+            host_ui.tell(f"stopped at step {step} of {self.steps} and saved; press Run to resume", self.node_id)
         else:
-            host_ui.tell("stopped before the first step; Run begins again", self.node_id)
+            host_ui.tell("stopped before the first step; press Run to start over", self.node_id)
 
     def _tell(self, line: str) -> None:
         host_ui.tell(f"{self.note}\n{line}" if self.note else line, self.node_id)

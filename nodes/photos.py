@@ -208,7 +208,7 @@ class ExtractSubject(io.ComfyNode):
                     [io.BBOX, BoundingBox],
                     optional=True,
                     tooltip="A box around the subject in pixels of the photo: one for all photos, or a list with one "
-                    "for each. Of a detector's boxes the one with the best score.",
+                    "for each. If a detector sends several, the one with the best score is used.",
                 ),
                 io.String.Input(
                     "names",
@@ -299,7 +299,7 @@ class ExtractSubject(io.ComfyNode):
         warnings = [line for line in report if line.startswith("left out")]
         guessed = [label for label, p, m in zip(labels, prompts, given) if m is None and p == Prompt()]
         if guessed and len(box):
-            warnings.append(f"{some_of(guessed)}: no box came for it; SAM looked in the middle")
+            warnings.append(f"{some_of(guessed)}: no box was given; SAM looked in the middle of the photo")
         warnings += doubts(found, cut, [s.name for s in subjects])
         return io.NodeOutput(
             [i[None] for i in found],

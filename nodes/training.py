@@ -279,7 +279,7 @@ def new_run_note(folder: Path, name: str, identity: dict[str, Any]) -> str:
     previous, changes = found
     more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
     return (
-        f"changed: {', '.join(changes[:3])}{more}; a new run, {folder.name}, begins at step 1, and {previous} is kept"
+        f"changed: {', '.join(changes[:3])}{more}; this starts a new run, {folder.name}, at step 1; {previous} is kept"
     )
 
 

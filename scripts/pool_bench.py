@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Print contrasts and claims over several benches together, from their results.csv.
 
-    python scripts/pool_bench.py docs/bench-*.csv
+    python scripts/pool_bench.py benchmarks/reports/2026-11-26/bench-*.csv
 
 Each pair is compared within its own bench, so the benches may have had different settings. A pair may be in one alone.
 """

@@ -51,6 +51,24 @@ def test_a_captured_step_computes_what_the_eager_one_does():
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(weights, others))
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none")
+def test_each_replay_draws_anew_and_reads_what_has_grown():
+    device = torch.device("cuda")
+    ready = torch.ones((), dtype=torch.int64, device=device)
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1, device=device))], capturable=True)
+
+    def take(stay: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"drawn": torch.rand((), device=device), "ready": ready * 1}
+
+    step, figures = CapturedStep(take, optimizer, device), []
+    for number in range(WARM_UP + 4):
+        ready.fill_(number)
+        figures.append(step(1e-3, 0.5))
+    assert len({float(f["drawn"]) for f in figures}) == len(figures)
+    assert [int(f["ready"]) for f in figures] == list(range(len(figures)))
+
+
 @pytest.mark.parametrize("stay", [0.25, torch.tensor(0.25)])
 def test_a_step_moves_weights_and_their_average(stay):
     module = nn.Linear(2, 1, bias=False)

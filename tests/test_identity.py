@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -70,9 +71,25 @@ def test_a_fingerprint_is_computed_anew_only_for_other_weights(base: BaseModel, 
     with monkeypatch.context() as patched:
         patched.setattr("far_train.backbone.base_fingerprint", lambda states: pytest.fail("computed again"))
         assert base.fingerprint == before
+    seen = {before}
     with torch.no_grad():
         base.vae.decoder.conv_out.bias.add_(1)
-    assert base.fingerprint not in (before, "")
+    seen.add(base.fingerprint)
+    base.unet.conv_in.weight.data.mul_(2)  # which leaves no trace in the tensor's version
+    seen.add(base.fingerprint)
+    for factor in (2, 3):  # the memory of what was replaced may be given to what replaces it
+        base.unet.conv_in.weight = torch.nn.Parameter(base.unet.conv_in.weight.detach() * factor)
+        seen.add(base.fingerprint)
+    assert len(seen) == 5
+
+
+def test_a_run_of_an_earlier_version_is_called_so(base: BaseModel, fusion, tmp_path: Path):
+    train(base, fusion, QUICK, tmp_path)
+    begun = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    begun["base"] = {"digest": "ab" * 32, "prediction_type": "v_prediction"}
+    (tmp_path / "run.json").write_text(json.dumps(begun), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"differs in base \(that run is of an earlier version of FaR"):
+        train(base, fusion, QUICK, tmp_path, resume=True)
 
 
 def test_every_layout_of_a_base_has_one_fingerprint_and_a_rounded_one_another(base: BaseModel, tiny_folder: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -183,12 +184,13 @@ def test_filling_goes_on_where_it_stopped_also_on_other_processes(tmp_path):
 # ---- the loop
 
 
-def toy(folder: Path, config: LearnConfig, **options) -> nn.Module:
-    """Fit a line by the shared loop."""
+def toy(folder: Path, config: LearnConfig, in_step: Callable[[int], None] = lambda step: None, **options) -> nn.Module:
+    """Fit a line by the shared loop; ``in_step(step)`` is called within each step."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
 
     def step_loss(step: int):
+        in_step(step)
         x = torch.randn(config.batch_size, 3, generator=torch.Generator().manual_seed(step))
         error = (module(x) - x.sum(1, keepdim=True)).square().mean()
         return error, {"error": error}
@@ -229,26 +231,60 @@ def test_a_pause_ends_a_session_and_a_loss_that_is_not_finite_ends_a_run(tmp_pat
         fit(module, lambda step: (module.weight.sum() * torch.inf, {}), quick(), tmp_path / "inf", {})
 
 
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    """A stop between two lines of metrics must look at the steps since, too."""
+    module, calls = nn.Linear(1, 1), iter([False, False, True])
+    with pytest.raises(TrainingDiverged, match="up to step 2"):
+        fit(
+            module,
+            lambda step: (module.weight.sum() * torch.nan, {}),
+            quick(log_every=50),
+            tmp_path,
+            {},
+            should_stop=lambda: next(calls),
+        )
+    assert not list(tmp_path.rglob("checkpoint-*"))
+
+
+def test_an_error_between_steps_loses_none_of_them(tmp_path):
+    """As when the disk is full for scenes that are still being rendered."""
+    calls = iter([None, None, None, OSError("the disk is full")])
+
+    def before_step() -> None:
+        if error := next(calls):
+            raise error
+
+    with pytest.raises(OSError, match="disk is full"):
+        toy(tmp_path, quick(log_every=50), before_step=before_step)
+    assert [p.name for p in tmp_path.rglob("checkpoint-*")] == ["checkpoint-00000003.safetensors"]
+    assert len(losses(tmp_path)) == 1
+
+
 def test_minutes_end_a_run_by_the_clock_which_a_resumed_one_reads_on(tmp_path, monkeypatch):
     now = 100.0
 
     def tick() -> float:
         return now
 
-    def pass_time() -> None:
+    def pass_time(step: int) -> None:
         nonlocal now
         now += 10.0  # a step takes ten seconds
+
+    def wait_for_data() -> None:
+        nonlocal now
+        now += 500.0 * (now in (100.0, 1620.0))  # before the first step of each session
 
     monkeypatch.setattr(learning.time, "monotonic", tick)
     config = quick(steps=1, warmup=2, lr=1.0, minutes=1.0, save_every=2)
     calls = iter([False, False, True])
     with pytest.raises(Interrupted, match="step 2"):
-        toy(tmp_path, config, before_step=pass_time, should_stop=lambda: next(calls))
-    now += 1000.0  # between two sessions no time counts
-    toy(tmp_path, config, before_step=pass_time)
+        toy(tmp_path, config, in_step=pass_time, before_step=wait_for_data, should_stop=lambda: next(calls))
+    now += 1000.0  # between two sessions no time counts, nor does waiting for data
+    assert now == 1620.0
+    toy(tmp_path, config, in_step=pass_time, before_step=wait_for_data)
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["seconds"] for row in rows] == [10, 20, 30, 40, 50, 60]
-    expected = [0.5 * (1 + np.cos(np.pi * k / 6)) * min(k / 2, 1) for k in range(1, 7)]
+    expected = [0.5 * (1 + np.cos(np.pi * k / 6)) * min(k / 2, 1) for k in range(1, 7)]  # at the end of each step
     assert [row["lr"] for row in rows] == pytest.approx(expected)
 
 

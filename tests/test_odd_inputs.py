@@ -142,8 +142,8 @@ def _(place: Place) -> Found:
     (place / "photos/c.mask.png").unlink()
     return (place.run(*argv), place.run(*argv, "--keep-others")), (
         [
-            "far_train: error: PLACE/out: holds c.png of no photo in PLACE/photos; delete them with their masks, "
-            "choose another folder, or give --keep-others if they are to be learned as well"
+            "far_train: error: PLACE/out: holds c.png, which come from no photo in PLACE/photos; delete them with "
+            "their masks, choose another folder, or give --keep-others to learn them as well"
         ],
         ["2 of 2 photos → PLACE/out; look at PLACE/out.preview.jpg"],
     )
@@ -438,7 +438,7 @@ def _(place: Place) -> Found:
     os.close(writing)
     found.append((ended.returncode, "", ended.stderr))
     said = (0, "changes of the model ? PLACE/out/loras/w.safetensors", b"")
-    return found, [said] * 4 + [(0, "", b"")]
+    return found, [said] * 4 + [(1, "", b"")]  # as a shell's own commands end
 
 
 # ---- bases

@@ -70,7 +70,7 @@ def test_batches_shrink_where_memory_runs_out(caplog):
         assert in_batches(compute, 7, 5, "pictures") == list(range(7))
     assert sizes == [5, 2, 2, 2, 1]
     assert [r.message for r in caplog.records] == [
-        "Memory ran out (CUDA out of memory): going on with 2 pictures at once."
+        "Memory ran out (CUDA out of memory): continuing with pictures in batches of 2."
     ]
 
 
@@ -100,7 +100,7 @@ def test_pictures_are_the_same_from_smaller_batches(base: BaseModel, monkeypatch
     with caplog.at_level(logging.WARNING):
         drawn = draw_pictures(base, words, prompts, QUICK, on_progress=lambda *a: progress.append(a))
     assert torch.allclose(drawn, expected, atol=1e-4) and seen == [6] + [2] * 6
-    assert "going on with 1 pictures at once" in caplog.text
+    assert "continuing with pictures in batches of 1" in caplog.text
     assert all(done <= total for done, total in progress)
 
 
@@ -124,7 +124,7 @@ def test_a_vae_goes_on_on_the_cpu(caplog):
 
     with caplog.at_level(logging.WARNING):
         assert with_less_memory(vae, compute) == "done"
-    assert "the VAE goes on on the CPU" in caplog.text
+    assert "the VAE continues on the CPU" in caplog.text
     with pytest.raises(MemoryError):  # there is nowhere else to go
         with_less_memory(vae, lambda: (_ for _ in ()).throw(MemoryError()))
 

@@ -75,3 +75,8 @@ def test_a_link_leads_somewhere(page: Path, link: str):
     assert target.exists()
     if anchor:
         assert anchor in anchors(target)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_placeholder_is_left(page: Path):
+    assert not re.search(r"@[A-Za-z_]+@", page.read_text(encoding="utf-8"))

@@ -6,13 +6,14 @@ the time. Captured once, they are replayed by a single launch.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 WARM_UP = 3  # steps before the capture: libraries set up their workspaces in them
-AHEAD = 4  # steps that Python may be ahead of the device, which what follows a clock should not be by much
+AHEAD = 4  # steps that Python may run ahead of the device; a rate that follows the clock allows only a few
 
 
 class CapturedStep:
@@ -27,6 +28,7 @@ class CapturedStep:
         self, take: Callable[[Tensor], dict[str, Tensor]], optimizer: torch.optim.Optimizer, device: torch.device
     ):
         self._take, self._device = take, device
+        self._aside = torch.cuda.Stream(device)  # one for all: cached memory belongs to a stream
         self._rate, self._stay = torch.zeros((), device=device), torch.zeros((), device=device)
         for group in optimizer.param_groups:
             group["lr"] = self._rate
@@ -43,7 +45,7 @@ class CapturedStep:
             return self._run_eagerly()
         if self._graph is None:
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            with torch.cuda.graph(self._graph, stream=self._aside):
                 self._figures = self._take(self._stay)
         self._graph.replay()
         if self._taken % AHEAD == 0:
@@ -51,10 +53,11 @@ class CapturedStep:
         return {name: value.clone() for name, value in self._figures.items()}
 
     def _run_eagerly(self) -> dict[str, Tensor]:
-        """On a stream of its own, as a capture will be."""
-        current, aside = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
-        aside.wait_stream(current)
-        with torch.cuda.stream(aside):
+        """On a stream of its own, as the capture will be."""
+        current = torch.cuda.current_stream(self._device)
+        self._aside.wait_stream(current)
+        with torch.cuda.stream(self._aside), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*capturable=True.*")  # that it isn't captured yet
             figures = self._take(self._stay)
-        current.wait_stream(aside)
+        current.wait_stream(self._aside)
         return figures

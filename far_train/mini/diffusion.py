@@ -29,7 +29,7 @@ from .autoencoder import load_autoencoder
 from .content import ContentReadout, content_loss
 from .encoded_scenes import EncodedScenes, token_table
 from .learning import LearnConfig, Loss, OnStep, fit, load_first_weights, seeded, step_generator, weights_digest
-from .scene_pool import CAPTIONS, ScenePool
+from .scene_pool import CAPTIONS, ScenePool, describe_pool
 from .tiny import write_folder
 from .words import vocabulary, write_tokenizer
 
@@ -137,15 +137,14 @@ def learn_diffusion(
     enough = min(FIRST_SCENES, pool.config.count) if device.type == "cuda" else pool.config.count
 
     def take_in_scenes() -> None:
-        took = scenes.take_in()
+        scenes.take_in()
         while len(scenes) < enough:
             if should_stop():
                 raise Interrupted("stopped before the first step; rendered scenes are saved, start again to resume")
-            if took:
+            if scenes.take_in():
                 on_scenes(len(scenes), enough)
             else:
                 time.sleep(0.2)
-            took = scenes.take_in()
 
     def loss_of(generator: torch.Generator | None) -> Loss:
         def random(draw: Callable[..., Tensor], *size: Any) -> Tensor:
@@ -169,7 +168,7 @@ def learn_diffusion(
 
     about = {"model": "diffusion", **sizes, "blocks": list(blocks), "autoencoder": digest}
     about |= {"content_weight": CONTENT_WEIGHT}
-    about |= {"pool_seed": pool.config.pool_seed, "start": weights_digest(start)}
+    about |= {"pool": describe_pool(pool.config), "start": weights_digest(start)}
     model = fit(
         model,
         lambda step: loss_of(step_generator(config.learn_seed, step, device)),

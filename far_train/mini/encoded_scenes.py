@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..files import write_tensors
+from ..fingerprint import fingerprint
 from .autoencoder import encode_means
 from .content import FIELDS, content_codes
 from .scene_pool import CAPTIONS, ScenePool
@@ -67,7 +67,7 @@ class EncodedScenes:
         if self.latents.device.type != "cpu":
             return encode_means(self.vae, images)
         path = self.folder / f"latents-{self.taken:05d}.safetensors"
-        about = {"far_latents": json.dumps({"autoencoder": self.digest, **self.pool.config.result_shaping()})}
+        about = {"far_latents": f"{self.digest} {fingerprint({'images': images})}"}
         try:
             with safe_open(path, "pt") as file:
                 if file.metadata() == about:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import numpy as np
 import torch
@@ -121,8 +121,9 @@ def fit(
 
     ``about`` names what else decides the result (architecture, data), in JSON types; a run of another kind in the
     same ``folder`` is refused. ``captured_loss``: the same loss, drawing from the device's default generator; with it
-    the whole step is one CUDA graph where there is CUDA. ``before_step()`` is called before each step,
-    ``on_step(step, metrics)`` at each line of metrics.
+    the whole step is one CUDA graph where there is CUDA. ``before_step()`` is called before each step; the first call
+    may wait for data, which is no part of the training's time. ``on_step(step, metrics)`` is called at each line of
+    metrics.
     Returns a copy with the averaged weights, in eval mode. Raises Interrupted after saving, when ``should_stop`` says
     so or ``pause_after`` is over, TrainingDiverged, CheckpointError, OutputError.
     """
@@ -131,7 +132,8 @@ def fit(
     module.to(device).train()
     parameters = {k: p for k, p in module.named_parameters() if p.requires_grad}
     average = {k: nn.Parameter(p.detach().clone(), requires_grad=False) for k, p in parameters.items()}
-    optimizer = _optimizer(module, parameters, config, capturable=device.type == "cuda")
+    captures = captured_loss is not None and device.type == "cuda"
+    optimizer = _optimizer(module, parameters, config, capturable=captures)
     saved = {f"model/{k}": p for k, p in parameters.items()} | {f"average/{k}": p for k, p in average.items()}
     first = step = load_checkpoint(folder / "checkpoints", saved, optimizer)
     cut_metrics(folder / METRICS_FILE, step)
@@ -140,7 +142,7 @@ def fit(
     window, since = [], started
     descend = partial(_descend, parameters, average, optimizer, config.grad_clip, device, dtype)
     captured = None
-    if captured_loss is not None and device.type == "cuda":
+    if captures:
         if device.index is not None:
             torch.cuda.set_device(device)  # captures and default generators are the current device's
         torch.cuda.manual_seed(derive_seed(config.learn_seed, "captured", first))
@@ -161,38 +163,50 @@ def fit(
             group["lr"] = rate
         return descend(lambda: step_loss(step), stay)
 
-    def save() -> None:
+    def report(metrics_file: TextIO) -> None:
+        """A line of metrics of the steps since the last; waits for the device, and refuses what isn't finite."""
+        nonlocal window, since
+        if window:
+            figures, now = _mean_figures(window, step), time.monotonic()
+            speed = len(window) * config.batch_size / max(now - since, 1e-9)
+            window, since = [], now
+            metrics = {**figures, "lr": learning_rate(config, step - 1, seconds())}
+            metrics |= {"samples_per_second": round(speed, 1), "seconds": round(seconds(), 1)}
+            metrics_file.write(json.dumps({"step": step, **metrics}) + "\n")
+            metrics_file.flush()
+            on_step(step, metrics)
+
+    def save(metrics_file: TextIO) -> None:
         nonlocal kept
+        report(metrics_file)
         if step != kept:
             save_checkpoint(folder / "checkpoints", step, saved, optimizer, config.keep_checkpoints)
             kept = step
 
     try:
         with open(folder / METRICS_FILE, "a", encoding="utf-8") as metrics_file:
-            done = finished()
+            if not (done := finished()):
+                before_step()  # which may wait long for data: no part of the training's time
+                started = since = time.monotonic()
             while not done:
                 late = config.pause_after is not None and time.monotonic() - started > 60 * config.pause_after
                 if late or should_stop():
-                    save()
+                    save(metrics_file)
                     of = f" of {config.steps}" if config.minutes is None else ""
                     raise Interrupted(f"stopped at step {step}{of}, which is saved; start again to resume")
-                before_step()
                 window.append(take_step())
                 step += 1
                 done = finished()
-                saves = done or step % config.save_every == 0
-                if saves or step % config.log_every == 0:
-                    figures = _mean_figures(window, step)  # waits for the device, and refuses what isn't finite
-                    now = time.monotonic()
-                    speed = len(window) * config.batch_size / max(now - since, 1e-9)
-                    window, since = [], now
-                    metrics = {**figures, "lr": learning_rate(config, step - 1, seconds())}
-                    metrics |= {"samples_per_second": round(speed, 1), "seconds": round(seconds(), 1)}
-                    metrics_file.write(json.dumps({"step": step, **metrics}) + "\n")
-                    metrics_file.flush()
-                    on_step(step, metrics)
-                if saves:
-                    save()
+                if done or step % config.save_every == 0:
+                    save(metrics_file)
+                elif step % config.log_every == 0:
+                    report(metrics_file)
+                if not done:
+                    try:
+                        before_step()
+                    except BaseException:
+                        save(metrics_file)
+                        raise
     finally:
         _note_session(folder, config, device, first, kept, time.monotonic() - started)
     return _averaged(module, average)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -119,6 +122,11 @@ def _chunk_path(folder: Path, number: int) -> Path:
     return folder / f"scenes-{number:05d}.safetensors"
 
 
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asked for the scenes
+    torch.set_num_threads(1)
+
+
 @contextmanager
 def rendering(folder: Path, config: PoolConfig, workers: int) -> Iterator[dict[int, Future[None]]]:
     """Render what is missing of a pool on ``workers`` processes, in the background: chunk number → its job.
@@ -127,7 +135,7 @@ def rendering(folder: Path, config: PoolConfig, workers: int) -> Iterator[dict[i
     """
     missing = _missing_chunks(folder, config)
     context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads and an open accelerator
-    executor = ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,))
+    executor = ProcessPoolExecutor(workers, context, _start_worker)
     try:
         yield {number: executor.submit(render_chunk, folder, number, config) for number in missing}
     finally:
@@ -164,16 +172,27 @@ def fill_pool(
     elif missing:
         with rendering(folder, config, workers) as jobs:
             for job in as_completed(jobs.values()):
-                job.result()
+                _wait_for(job)
                 count()
     return ScenePool(folder, config)
 
 
+def _wait_for(job: Future[None]) -> None:
+    """Raises what the rendering of a chunk raised, DatasetError where its process is gone."""
+    try:
+        job.result()
+    except BrokenProcessPool as e:
+        raise DatasetError("rendering stopped: a process was killed, perhaps for want of memory; start again") from e
+
+
+def describe_pool(config: PoolConfig) -> dict[str, Any]:
+    """All that decides which scenes a pool holds, but for their number, in JSON types."""
+    return {**config.result_shaping(), "captions": CAPTIONS, "count_shares": list(COUNT_SHARES)}
+
+
 def _missing_chunks(folder: Path, config: PoolConfig) -> list[int]:
     """Numbers of the chunks that aren't rendered yet. Raises DatasetError if the folder holds other scenes."""
-    path = folder / "pool.json"
-    wanted = {**config.to_dict(), "captions": CAPTIONS, "count_shares": list(COUNT_SHARES)}
-    wanted.pop("count")
+    path, wanted = folder / "pool.json", describe_pool(config)
     if not path.exists():
         write_json(path, wanted)
     elif json.loads(path.read_text(encoding="utf-8")) != wanted:
@@ -209,7 +228,7 @@ class ScenePool:
         if number == self.config.chunks or (job and not job.done()):
             return False
         if job:
-            job.result()
+            _wait_for(job)
         path = _chunk_path(self.folder, number)
         try:
             with safe_open(path, "pt") as file:  # the tensors stay on disk until they are read

@@ -31,4 +31,4 @@ def test_a_photo_in_which_a_detector_found_nothing_is_named(comfy: ComfyServer):
     prompt = extraction("detected", 0.0, box=["8", 0])
     prompt["8"] = node("FaRTest_BoundingBox", x=40, y=20, width=50, height=60, frames="1, 2, 0")
     told = comfy.run(prompt)["3"]["text"][0].splitlines()
-    assert "photo 3 (c): no box came for it; SAM looked in the middle" in told[:-1]
+    assert "photo 3 (c): no box was given; SAM looked in the middle of the photo" in told[:-1]

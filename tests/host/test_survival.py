@@ -92,8 +92,8 @@ def test_a_cancel_in_every_phase(frail: ComfyServer, learned: FarWeights, phase:
     done = {"step": 1, "save": 2, "sampling": 3}.get(phase, 0)
     saved = sorted(p.name for p in folder.glob("checkpoints/*"))
     assert saved[-1:] == ([f"checkpoint-{done:08d}.safetensors"] if done else [])
-    stands = f"stopped at step {done} of 4 and saved; Run goes on from there"
-    assert seen.texts[-1] == ("4", stands if done else "stopped before the first step; Run begins again")
+    stands = f"stopped at step {done} of 4 and saved; press Run to resume"
+    assert seen.texts[-1] == ("4", stands if done else "stopped before the first step; press Run to start over")
     assert not (folder / "weights.safetensors").exists()
     again = finished(frail, prompt, name)
     if phase == "priors":  # with class pictures of its own it learns something else than ``learned``

@@ -251,7 +251,7 @@ def test_a_cancelled_training_goes_on_when_queued_again(comfy: ComfyServer):
     # Saved at the step where it stopped, and not only at a multiple of save_every.
     assert (folder / "checkpoints" / f"checkpoint-{len(begun):08d}.safetensors").exists()
 
-    stands = f"stopped at step {len(begun)} of 25 and saved; Run goes on from there"
+    stands = f"stopped at step {len(begun)} of 25 and saved; press Run to resume"
     assert seen.texts[-1] == ("4", stands)
 
     # A training right after a cancel, before the cancelled one is taken up.
@@ -276,10 +276,10 @@ def test_a_changed_setting_that_begins_another_run_is_told(comfy: ComfyServer):
     first, second, third = [text for _, text in seen.texts if "encoding" in text]
     assert first == "encoding (5 pictures)"
     assert second == (
-        "changed: steps (3 then, 2 now); a new run, renewed-2, begins at step 1, and renewed is kept\n"
+        "changed: steps (3 then, 2 now); this starts a new run, renewed-2, at step 1; renewed is kept\n"
         "encoding (5 pictures)"
     )
-    assert "and 2 more; a new run, renewed-3, begins at step 1, and renewed-2 is kept" in third
+    assert "and 2 more; this starts a new run, renewed-3, at step 1; renewed-2 is kept" in third
     assert all("renewed-2, begins" in text for _, text in seen.texts if "of 2, loss" in text)
 
 
