@@ -145,8 +145,9 @@ class TrainingRun:
         check_space(self.folder, checkpoint_bytes(self.trainables.named_parameters()))
         self.scaler_state = nn.Parameter(torch.tensor([self.first_scale, 0.0]), requires_grad=False)
         self.step = load_checkpoint(self.folder / "checkpoints", self._saved(), self.optimizer)
-        scale, growth = self.scaler_state.tolist()
-        self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": scale, "_growth_tracker": int(growth)})
+        if self.dtype == torch.float16:
+            scale, growth = self.scaler_state.tolist()
+            self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": scale, "_growth_tracker": int(growth)})
         if self.world.writes:
             cut_metrics(self.folder / METRICS_FILE, self.step)
         self.thrift = self._plan_memory(-(-samples_per_step // self.world.size))

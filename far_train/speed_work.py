@@ -94,7 +94,9 @@ def random_base(configs: dict[str, Any], device: str = "cpu", dtype: torch.dtype
 
 
 class _Built(BaseModel):
-    """Is where and what it was built as; fake weights can't be moved."""
+    """Is where and what it was built as; fake weights can't be moved, and have no values to be identified by."""
+
+    fingerprint = "random"
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> BaseModel:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from far_train.mini.tiny import random_states, tiny_configs, write_folder
 from .host.tally import HostTally
 
 torch.set_num_threads(1)  # more only wait for each other on models this small
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # in the processes that tests start, too
 
 
 def pytest_configure(config: pytest.Config) -> None:

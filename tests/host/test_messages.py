@@ -163,5 +163,8 @@ def test_masks_of_whole_pictures_and_masks_for_photos_are_told(comfy: ComfyServe
     labels = {"1": ("b", "d"), "2": ("photo 2", "photo 4"), "4": ("photo 2 (b)", "photo 4 (d)")}
     for node_id, (whole, drawn) in (labels | {"5": labels["2"]}).items():
         first, second, _ = outputs[node_id]["text"][0].splitlines()
-        assert first == f"{whole}: the mask covers more than 95% of the picture; all of it counts as the subject"
+        if node_id == "4":  # which leaves out what can't be a subject's mask
+            assert first == f"left out: {whole}: the mask covers 100.00% of the frame, more than max_area (95.00%)"
+        else:
+            assert first == f"{whole}: the mask covers more than 95% of the picture; all of it counts as the subject"
         assert second == f"{drawn}: has only two grey values; is it a mask and not a photo?"
