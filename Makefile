@@ -31,7 +31,7 @@ test-oldest:  ## the library's tests on the oldest diffusers and transformers th
 	python=$(PYTHON_OF) && path=$$(scripts/other_versions.sh "transformers==4.50.3" "diffusers==0.35.0") && PYTHONPATH="$$path" "$$python" -m pytest --ignore tests/host
 
 test-peft:  ## diffusers' own loader on the LoRA files that FaR exports; it needs peft, which the project doesn't
-	python=$(PYTHON_OF) && path=$$(scripts/other_versions.sh peft) && PYTHONPATH="$$path" "$$python" -m pytest tests/test_lora_files.py
+	python=$(PYTHON_OF) && path=$$(scripts/other_versions.sh --no-deps peft accelerate) && PYTHONPATH="$$path" "$$python" -m pytest tests/test_lora_files.py
 
 torture:  ## the long forms: 1,000 mutated files and workflows, 200 kills, 50 runs in one host (an hour on two cores)
 	python=$(PYTHON_OF) && "$$python" -m pytest -m torture -s tests
