@@ -15,8 +15,8 @@ from far_train.runs import read_metrics
 
 # Loss of each step; the tiny base has random weights. Kernels of other machines and releases differ in the last digits.
 GOLDEN = {
-    "attention": [1.122927, 1.021877, 0.597771, 0.599428, 0.485958, 0.716529],
-    "kv": [1.122927, 1.021158, 0.596335, 0.602994, 0.482663, 0.718222],
+    "attention": [1.122934, 1.021930, 0.597775, 0.599806, 0.486074, 0.716527],
+    "kv": [1.122934, 1.021223, 0.596346, 0.603378, 0.482773, 0.718195],
 }
 
 
@@ -29,4 +29,4 @@ def test_a_seeded_training_has_the_losses_that_it_always_had(tiny_folder: Path, 
     command += ["--precision", "fp32", "--device", "cpu", "--refinement-weight", "0.1"]
     assert main(command) == 0
     losses = [m["loss"] for m in read_metrics(tmp_path / "run" / "metrics.jsonl")]
-    assert losses == pytest.approx(GOLDEN[trainable], rel=1e-3)
+    assert losses == pytest.approx(GOLDEN[trainable], rel=2e-4)

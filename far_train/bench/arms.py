@@ -117,7 +117,10 @@ FURTHER = (
         training=KV,
     ),
     Arm(
-        "far-per-mention", "FaR, per mention", "in the losses each subject counts alike", training={"per_mention": True}
+        "far-per-cell",
+        "FaR, per cell",
+        "in the losses each cell of a subject counts alike, and not each subject",
+        training={"per_mention": False},
     ),
     Arm("far-no-competition", "FaR − competition", "no competition term", training={"competition_weight": 0.0}),
     Arm("far-min-snr", "FaR + Min-SNR", "timesteps weighted as for SD 2.1, γ = 5", training={"min_snr_gamma": 5.0}),
