@@ -3,7 +3,7 @@ PYTHON_OF = $$(scripts/python.sh)
 
 # Files whose tests train nothing, or next to nothing.
 FAST = $(addprefix tests/test_,$(addsuffix .py,captions cli config content fusion golden help keys locales losses metrics \
-	muon out_of_memory pages placement sam scenery state strangers subjects tokens weights workflows))
+	muon out_of_memory pages placement sam scenery state subjects tokens weights workflows))
 
 .PHONY: help demo test test-fast test-full-size test-transformers-4 test-oldest test-peft torture lint format
 

@@ -34,7 +34,7 @@ def test_the_command_writes_tables_and_json(small_is_tiny, tmp_path: Path, capsy
         "1",
         "2",
         "--repeats",
-        "2",
+        "1",
         "--sweep",
     ]
     assert main([*argv, "--warmup", "1"]) == 0

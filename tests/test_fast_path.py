@@ -18,7 +18,7 @@ from far_train.pool import slice_batch
 from far_train.recipe import FP16_SCALE, TrainingRun
 from far_train.sampling import draw_pictures, encode_prompts
 
-STEPS = 100
+STEPS = 60
 QUICK = TrainConfig(steps=STEPS, batch_size=1, prior_batch_size=1, sample_every=0, device="cpu")
 
 

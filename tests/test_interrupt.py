@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from far_train.dataset import write_dataset
 
 ROOT = Path(__file__).parents[1]
-STEPS = 30
+STEPS = 16
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,7 @@ def check(outcomes: dict) -> None:
 
 
 def test_mutated_files_load_or_are_named(tmp_path: Path):
-    check(fuzz(tmp_path, 0, 200))
+    check(fuzz(tmp_path, 0, 120))
 
 
 @pytest.mark.torture
