@@ -15,9 +15,9 @@ from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from .errors import OutputError, UnreadableFile
+from .errors import BaseModelError, OutputError, UnreadableFile
 
 MAX_HEADER = 16 * 2**20  # bytes of a safetensors file's header; that of a whole Stable Diffusion is below a megabyte
 SPARE_BYTES = 16 * 2**20  # of free space that a write leaves to everybody else
@@ -171,3 +171,11 @@ def _sync_folder(folder: Path) -> None:
         pass
     finally:
         os.close(descriptor)
+
+
+def load_state(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Load a module's weights, read from ``path``, in fp32. Raises BaseModelError if they are of another model."""
+    try:
+        module.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    except RuntimeError as e:
+        raise BaseModelError(f"{path}: these weights are of another model ({str(e)[:200]})") from e

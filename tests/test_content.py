@@ -13,8 +13,8 @@ from far_train.backbone import build_parts
 from far_train.mini.autoencoder import autoencoder_config, build_autoencoder, encode_means
 from far_train.mini.content import FIELDS, NONE, ContentReadout, content_codes, content_loss
 from far_train.mini.encoded_scenes import EncodedScenes, token_table
-from far_train.mini.identity import NOUNS
-from far_train.mini.scene_pool import PoolConfig, ScenePool, fill_pool, identity_codes, render_chunk
+from far_train.mini.identity import NOUNS, identity_codes
+from far_train.mini.scene_pool import PoolConfig, ScenePool, fill_pool, render_chunk
 from far_train.mini.scenery import BACKGROUNDS
 from far_train.mini.tiny import tiny_configs
 from far_train.mini.words import write_tokenizer

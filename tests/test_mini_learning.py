@@ -24,9 +24,10 @@ from far_train.mini.diffusion import diffusion_configs, learn_diffusion
 from far_train.mini.encoded_scenes import token_table
 from far_train.mini.gates import BASE_GATES, PROMPT_KINDS, base_prompts, judge, measure_base, measure_oracle
 from far_train.mini.held_out import all_identities, held_out_identities
-from far_train.mini.identity import Identity, vary
-from far_train.mini.oracle import Detection, Oracle, Reading, learn_oracle, load_oracle, read_pictures
-from far_train.mini.scene_pool import PoolConfig, ScenePool, fill_pool, identity_codes, identity_from_codes
+from far_train.mini.identity import Identity, identity_codes, identity_from_codes, vary
+from far_train.mini.oracle import Detection, Oracle, Reading, load_oracle, read_pictures
+from far_train.mini.oracle_training import learn_oracle
+from far_train.mini.scene_pool import PoolConfig, ScenePool, fill_pool
 from far_train.mini.small_sam import SPEC, learn_sam, measure_sam
 from far_train.mini.words import known_words, vocabulary, write_tokenizer
 from far_train.mini.world import render_scene, world_words
@@ -282,7 +283,8 @@ def test_the_oracle_returns_structures(runs):
 
 def test_perfect_maps_are_read_back_exactly():
     """The decoding alone: maps made from the truth give the truth."""
-    from far_train.mini.oracle import HEADS, _read_one, cell_targets, shape_logit
+    from far_train.mini.oracle import HEADS, _read_one
+    from far_train.mini.oracle_training import cell_targets, shape_logit
     from far_train.mini.scene_pool import label_map
 
     for index in range(20):

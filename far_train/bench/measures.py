@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..mini.gates import ENOUGH_ATTRIBUTES, agreed_fields, match_identities
 from ..mini.identity import ATTRIBUTES, Identity
 from ..mini.oracle import Detection, Reading
-from ..mini.verdicts import differing, judge_subjects
+from ..mini.verdicts import ENOUGH_ATTRIBUTES, agreed_fields, differing, judge_subjects, match_identities
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..concepts import Concept
-from ..mini.gates import match_identities
 from ..mini.identity import Identity
 from ..mini.oracle import Oracle, Reading, read_pictures
-from ..mini.scene_pool import MOST_SPRITES
-from ..mini.world import render_scene
+from ..mini.verdicts import match_identities
+from ..mini.world import MOST_SPRITES, render_scene
 from ..placement import bounding_box
 
 SIDE = 32  # pixels to which cut-outs are brought

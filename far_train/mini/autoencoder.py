@@ -19,13 +19,12 @@ from torch.nn import functional as F
 
 from ..backbone import packaged_configs
 from ..errors import BaseModelError
-from ..files import write_json
+from ..files import load_state, write_json
 from .learning import (
     LearnConfig,
     OnStep,
     draw_rows,
     fit,
-    load_first_weights,
     seeded,
     step_generator,
     weights_digest,
@@ -118,7 +117,7 @@ def learn_autoencoder(
     shape = autoencoder_config(size, blocks)
     vae = seeded(config.learn_seed, lambda: build_autoencoder(shape))
     if start:
-        load_first_weights(vae, load_file(start / "diffusion_pytorch_model.safetensors"), start)
+        load_state(vae, load_file(start / "diffusion_pytorch_model.safetensors"), start)
     colours = seeded(config.learn_seed, lambda: nn.Conv2d(shape["latent_channels"], 3, 1))
     if decoder_only:
         for part in (vae.encoder, vae.quant_conv, colours):
@@ -174,7 +173,7 @@ def load_autoencoder(folder: Path, device: torch.device | str = "cpu") -> tuple[
     except (OSError, ValueError) as e:
         raise BaseModelError(f"{folder}: holds no finished autoencoder ({e}); train it first") from e
     vae = build_autoencoder(shape)
-    load_first_weights(vae, state, folder)
+    load_state(vae, state, folder)
     return vae.eval().requires_grad_(False).to(device), shape
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .oracle import HEADS, shape_logit
-from .scene_pool import MOST_SPRITES
+from .oracle import HEADS
+from .oracle_training import shape_logit
 from .scenery import BACKGROUNDS
+from .world import MOST_SPRITES
 
 # Logits per field: those of the oracle, and the place; "subject" tells the cells of sprites from the others.
 FIELDS = {"subject": 2, **HEADS, "place": len(BACKGROUNDS)}

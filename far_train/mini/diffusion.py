@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from ..backbone import build_parts, packaged_configs
 from ..devices import choose_device
 from ..errors import Interrupted
+from ..files import load_state
 from ..fingerprint import fingerprint
 from ..keys import strip_text_model
 from ..losses import add_noise, denoising_loss
 from .autoencoder import load_autoencoder
 from .content import ContentReadout, content_loss
 from .encoded_scenes import EncodedScenes, token_table
-from .learning import LearnConfig, Loss, OnStep, fit, load_first_weights, seeded, step_generator, weights_digest
+from .learning import LearnConfig, Loss, OnStep, fit, seeded, step_generator, weights_digest
 from .scene_pool import CAPTIONS, ScenePool, describe_pool
 from .tiny import write_folder
 from .words import vocabulary, write_tokenizer
@@ -201,8 +202,8 @@ def write_base(
 
 
 def _start_from(model: nn.ModuleDict, base: Path) -> None:
-    load_first_weights(model["unet"], load_file(base / "unet" / "diffusion_pytorch_model.safetensors"), base)
+    load_state(model["unet"], load_file(base / "unet" / "diffusion_pytorch_model.safetensors"), base)
     text = load_file(base / "text_encoder" / "model.safetensors")
     if any(k.startswith("text_model.") for k in model["text_encoder"].state_dict()):  # transformers before 5.6
         text = {f"text_model.{k}": v for k, v in text.items()}
-    load_first_weights(model["text_encoder"], text, base)
+    load_state(model["text_encoder"], text, base)

@@ -20,12 +20,13 @@ from ..photos import save_picture, to_pil
 from ..report import contact_sheet
 from ..sampling import draw_pictures, plain_vocabulary
 from .autoencoder import EVAL_SEED, round_trip
-from .identity import ATTRIBUTES, NOUNS, Identity, article, describe, sample_identity, vary
+from .identity import ATTRIBUTES, FIELDS, NOUNS, Identity, article, describe, sample_identity, vary
 from .learning import write_figures
 from .oracle import Detection, Oracle, Reading, read_pictures
-from .scene_pool import FIELDS, label_map
+from .scene_pool import label_map
 from .scenery import BACKGROUNDS, PLACES
 from .small_sam import mask_iou
+from .verdicts import ENOUGH_ATTRIBUTES, matching_fields
 from .world import render_scene
 
 ORACLE_GATE = 0.99
@@ -37,7 +38,6 @@ BASE_GATES = {
     "two_same_class_all_attributes": 0.65,
     "background": 0.99,
 }
-ENOUGH_ATTRIBUTES = 4  # of five: a subject described in full counts as right from here on
 LEAST_IOU = 0.3  # a detection that covers less of a sprite isn't a detection of it
 SHOWN = 48
 
@@ -121,30 +121,6 @@ def measure_oracle(
 
 
 # ---- the base
-
-
-def agreed_fields(wanted: Identity, found: Identity) -> set[str]:
-    """The fields in which two identities agree. A shape agrees only within its class."""
-    return {
-        f for f in FIELDS if getattr(wanted, f) == getattr(found, f) and (f != "shape" or wanted.noun == found.noun)
-    }
-
-
-def match_identities(wanted: Sequence[Identity], found: Sequence[Identity]) -> list[int | None]:
-    """For each wanted subject the index of its counterpart, chosen for the most agreement in all, classes first."""
-    out: list[int | None] = [None] * len(wanted)
-    if found:
-        agreed = [[agreed_fields(w, f) for f in found] for w in wanted]
-        score = np.array([[len(s) + 10 * ("noun" in s) for s in row] for row in agreed])
-        for i, j in zip(*linear_sum_assignment(-score)):
-            out[i] = int(j)
-    return out
-
-
-def matching_fields(wanted: Sequence[Identity], found: Sequence[Identity]) -> list[set[str]]:
-    """For each wanted subject the fields in which its counterpart agrees; empty for a subject without one."""
-    matches = match_identities(wanted, found)
-    return [set() if j is None else agreed_fields(w, found[j]) for w, j in zip(wanted, matches)]
 
 
 def base_prompts(kind: str, count: int, seed: int = 0) -> list[tuple[str, tuple[Identity, ...], str]]:

@@ -36,6 +36,7 @@ SHAPES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 NOUNS: tuple[str, ...] = tuple(SHAPES)
 PLURALS: dict[str, str] = {noun: noun if noun == "fish" else noun + "s" for noun in NOUNS}
+FIELDS = ("noun", "body", "second", "pattern", "accessory", "shape")
 ATTRIBUTES: tuple[str, ...] = ("body", "second", "pattern", "accessory", "shape")
 
 
@@ -152,3 +153,18 @@ def describe(identity: Identity, names: tuple[str, ...] = ATTRIBUTES) -> str:
     head = f"{identity.body} {identity.noun}" if "body" in names else identity.noun
     tail = extras(identity, names)
     return f"{article(head)} {head}" + (" with " + " and ".join(tail) if tail else "")
+
+
+def identity_codes(identity: Identity) -> list[int]:
+    """The six fields as indices into the world's tables; the shape's is within its class."""
+    tables = (NOUNS, list(COLOURS), list(COLOURS), PATTERNS, ACCESSORIES, SHAPES[identity.noun][1])
+    return [table.index(getattr(identity, name)) for name, table in zip(FIELDS, tables)]
+
+
+def identity_from_codes(codes: list[int]) -> Identity:
+    """The inverse of :func:`identity_codes`."""
+    noun, colours = NOUNS[codes[0]], list(COLOURS)
+    _, body, second, pattern, accessory, shape = codes
+    return Identity(
+        noun, colours[body], colours[second], PATTERNS[pattern], ACCESSORIES[accessory], SHAPES[noun][1][shape]
+    )

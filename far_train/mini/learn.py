@@ -33,8 +33,9 @@ from .autoencoder import learn_autoencoder, load_autoencoder, measure_autoencode
 from .diffusion import learn_diffusion, write_base
 from .gates import measure_base, measure_oracle
 from .learning import SESSIONS_FILE, LearnConfig
-from .oracle import CONFUSION_FILE, learn_oracle, load_oracle, write_oracle
+from .oracle import CONFUSION_FILE, load_oracle
 from .oracle import FILE as ORACLE_FILE
+from .oracle_training import learn_oracle, write_oracle
 from .scene_pool import PoolConfig, ScenePool, fill_pool, rendering
 from .shipped import DRAWING
 from .small_sam import FILE as SAM_FILE

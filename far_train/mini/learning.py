@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ..config import Config, setting
 from ..devices import choose_device
-from ..errors import BaseModelError, CheckpointError, Interrupted, TrainingDiverged
+from ..errors import CheckpointError, Interrupted, TrainingDiverged
 from ..files import make_folder, write_json, write_tensors
 from ..pool import derive_seed
 from ..runs import METRICS_FILE, cut_metrics, open_run, read_metrics
@@ -283,15 +283,6 @@ def load_averaged(module: M, folder: Path) -> tuple[M, int]:
     if not step:
         raise CheckpointError(f"{folder}: holds no checkpoint; train this model first")
     return _averaged(module, average), step
-
-
-def load_first_weights(module: nn.Module, state: Mapping[str, Tensor], where: Path) -> None:
-    """Start from the weights of an earlier, exported model instead of random ones. Raises BaseModelError."""
-    state = {k: v.float() for k, v in state.items()}
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as e:
-        raise BaseModelError(f"{where}: these weights are of another model ({str(e)[:200]})") from e
 
 
 def weights_digest(start: Path | None) -> str | None:

@@ -27,14 +27,12 @@ from ..config import Config, setting
 from ..errors import DatasetError, Interrupted
 from ..files import write_json, write_tensors
 from .held_out import held_out_identities
-from .identity import ACCESSORIES, COLOURS, NOUNS, PATTERNS, SHAPES, Identity
+from .identity import FIELDS, identity_codes
 from .scenery import BACKGROUNDS, PLACES
-from .world import COUNT_SHARES, Scene, caption_for, render_scene
+from .world import COUNT_SHARES, MOST_SPRITES, Scene, caption_for, render_scene
 
 CAPTIONS = 6  # drawn per scene, so that a picture isn't tied to one wording
-MOST_SPRITES = 3
 ABSENT = -1
-FIELDS = ("noun", "body", "second", "pattern", "accessory", "shape")
 
 
 @dataclass(frozen=True)
@@ -51,21 +49,6 @@ class PoolConfig(Config):
     def chunks(self) -> int:
         """How many files the pool has."""
         return -(-self.count // self.chunk)
-
-
-def identity_codes(identity: Identity) -> list[int]:
-    """The six fields as indices into the world's tables; the shape's is within its class."""
-    tables = (NOUNS, list(COLOURS), list(COLOURS), PATTERNS, ACCESSORIES, SHAPES[identity.noun][1])
-    return [table.index(getattr(identity, name)) for name, table in zip(FIELDS, tables)]
-
-
-def identity_from_codes(codes: list[int]) -> Identity:
-    """The inverse of :func:`identity_codes`."""
-    noun, colours = NOUNS[codes[0]], list(COLOURS)
-    _, body, second, pattern, accessory, shape = codes
-    return Identity(
-        noun, colours[body], colours[second], PATTERNS[pattern], ACCESSORIES[accessory], SHAPES[noun][1][shape]
-    )
 
 
 def label_map(scene: Scene) -> Tensor:

@@ -16,12 +16,11 @@ from ..sam import load_sam
 from .identity import Identity
 from .oracle import FILE as ORACLE_FILE
 from .oracle import Oracle, load_oracle
-from .small_sam import FILE as SAM_FILE
 from .world import reference_photos
 
 WEIGHTS = Path(__file__).parent / "weights"
 BASE = WEIGHTS / "base"
-SAM = WEIGHTS / "sam" / SAM_FILE
+SAM = WEIGHTS / "sam" / "sam.safetensors"
 ORACLE = WEIGHTS / "oracle" / ORACLE_FILE
 SIZE = 128  # pixels, the small base's native side
 DRAWING = SampleConfig(sampling_steps=25, guidance=5.0, sample_batch=8)  # what suits the small base

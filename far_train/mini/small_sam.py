@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..files import load_state
 from ..sam import build_sam
 from .autoencoder import EVAL_SEED
 from .learning import (
@@ -24,7 +25,6 @@ from .learning import (
     OnStep,
     draw_rows,
     fit,
-    load_first_weights,
     seeded,
     step_generator,
     weights_digest,
@@ -171,7 +171,7 @@ def learn_sam(
     """
     sam = seeded(config.learn_seed, lambda: build_sam(spec))
     if start:
-        load_first_weights(sam, load_file(start), start)
+        load_state(sam, load_file(start), start)
 
     def step_loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         rows = draw_rows(config.learn_seed, step, config.batch_size, len(pool))

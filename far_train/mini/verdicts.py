@@ -10,9 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from .gates import ENOUGH_ATTRIBUTES, agreed_fields, match_identities
-from .identity import ATTRIBUTES, Identity
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from .identity import ATTRIBUTES, FIELDS, Identity
 from .oracle import Reading
+
+ENOUGH_ATTRIBUTES = 4  # of five: a subject described in full counts as right from here on
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,30 @@ class Verdict:
         if self.subjects_right:
             said.append("other place")
         return ", ".join(said) or "other looks"
+
+
+def agreed_fields(wanted: Identity, found: Identity) -> set[str]:
+    """The fields in which two identities agree. A shape agrees only within its class."""
+    return {
+        f for f in FIELDS if getattr(wanted, f) == getattr(found, f) and (f != "shape" or wanted.noun == found.noun)
+    }
+
+
+def match_identities(wanted: Sequence[Identity], found: Sequence[Identity]) -> list[int | None]:
+    """For each wanted subject the index of its counterpart, chosen for the most agreement in all, classes first."""
+    out: list[int | None] = [None] * len(wanted)
+    if found:
+        agreed = [[agreed_fields(w, f) for f in found] for w in wanted]
+        score = np.array([[len(s) + 10 * ("noun" in s) for s in row] for row in agreed])
+        for i, j in zip(*linear_sum_assignment(-score)):
+            out[i] = int(j)
+    return out
+
+
+def matching_fields(wanted: Sequence[Identity], found: Sequence[Identity]) -> list[set[str]]:
+    """For each wanted subject the fields in which its counterpart agrees; empty for a subject without one."""
+    matches = match_identities(wanted, found)
+    return [set() if j is None else agreed_fields(w, found[j]) for w, j in zip(wanted, matches)]
 
 
 def differing(wanted: Sequence[Identity]) -> set[str]:

@@ -62,6 +62,7 @@ __all__ = [
     "world_words",
 ]
 
+MOST_SPRITES = 3
 # How often a random scene holds no, one, two or three subjects.
 COUNT_SHARES = (0.04, 0.36, 0.46, 0.14)
 
