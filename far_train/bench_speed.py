@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .backbone import BaseModel, packaged_configs, read_configs
-from .config import SpeedConfig, TrainConfig
+from .config import TrainConfig
 from .counting import Counts
 from .devices import choose_device
 from .files import write_json, write_text
@@ -27,6 +27,7 @@ from .mini.shipped import BASE as SMALL_BASE
 from .mini.shipped import small_base
 from .sampling import check_size
 from .speed_phases import Phase, measure_phases
+from .speed_settings import SpeedConfig
 from .speed_work import RandomPictures, count_steps, our_run, random_base, reference_run, work_config
 
 log = logging.getLogger(__name__)

@@ -14,16 +14,17 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
-from .bench.settings import BenchConfig
-from .config import Config, ExtractConfig, FusionConfig, SampleConfig, SpeedConfig, TrainConfig, read_settings
+from .config import Config, ExtractConfig, FusionConfig, SampleConfig, TrainConfig, read_settings
 from .errors import ConfigError, FarError, Interrupted
 from .terminal import replace_unknown_characters
+
+Inputs = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -239,25 +240,9 @@ COMMANDS = (
         ),
     ),
     Command(
-        "bench-speed",
-        "measure the training step beside Custom Diffusion's, and the phases of a whole run",
-        (Argument("out", "folder for speed.md and speed.json (default: outputs/bench-speed)"), DEVICE),
-        SpeedConfig,
-    ),
-    Command(
         "demo",
         "the whole line on sample subjects that the project draws itself",
         (Argument("out", "folder for the results (default: outputs/demo)"), DEVICE),
-    ),
-    Command(
-        "bench",
-        "measure FaR and its rivals in the small world (docs/benchmark.md); goes on where it stopped",
-        (
-            Argument("out", "folder for the runs and the report (default: outputs/bench)"),
-            Argument("weights", "folder of small models, as mini.learn exports it (default: the shipped ones)"),
-            DEVICE,
-        ),
-        BenchConfig,
     ),
 )
 
@@ -270,31 +255,34 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
-        sub = subparsers.add_parser(
-            command.name,
-            help=command.help,
-            description=command.help[0].upper() + command.help[1:] + ".",
-            argument_default=argparse.SUPPRESS,
-            allow_abbrev=False,
-        )
-        sub.add_argument("--config", metavar="FILE", help="JSON or YAML file of settings; flags override it")
-        for argument in command.arguments:
-            options = {"metavar": argument.name.upper(), **dict(argument.options)}
-            if options.get("action") == "store_true":
-                options.pop("metavar")
-            text = argument.help + (" [required]" if argument.required else "")
-            sub.add_argument(argument.flag, help=_escape(text), **options)
-            if argument.bare:
-                sub.add_argument(argument.name, nargs="?", help=argparse.SUPPRESS)
-        if command.settings:
-            group = sub.add_argument_group("settings")
-            hints = typing.get_type_hints(command.settings)
-            for field in fields(command.settings):
-                if any(a.name == field.name for a in command.arguments):
-                    continue
-                text = _escape(f"{field.metadata['help']} (default: {_show(field.default)})")
-                group.add_argument(_flag(field.name), help=text, **_flag_options(field, hints[field.name]))
+        sub = subparsers.add_parser(command.name, help=command.help, **_parser_options(command))
+        _add_arguments(sub, command)
     return parser
+
+
+def _parser_options(command: Command) -> dict[str, Any]:
+    description = command.help[0].upper() + command.help[1:] + "."
+    return {"description": description, "argument_default": argparse.SUPPRESS, "allow_abbrev": False}
+
+
+def _add_arguments(sub: argparse.ArgumentParser, command: Command) -> None:
+    sub.add_argument("--config", metavar="FILE", help="JSON or YAML file of settings; flags override it")
+    for argument in command.arguments:
+        options = {"metavar": argument.name.upper(), **dict(argument.options)}
+        if options.get("action") == "store_true":
+            options.pop("metavar")
+        text = argument.help + (" [required]" if argument.required else "")
+        sub.add_argument(argument.flag, help=_escape(text), **options)
+        if argument.bare:
+            sub.add_argument(argument.name, nargs="?", help=argparse.SUPPRESS)
+    if command.settings:
+        group = sub.add_argument_group("settings")
+        hints = typing.get_type_hints(command.settings)
+        for field in fields(command.settings):
+            if any(a.name == field.name for a in command.arguments):
+                continue
+            text = _escape(f"{field.metadata['help']} (default: {_show(field.default)})")
+            group.add_argument(_flag(field.name), help=text, **_flag_options(field, hints[field.name]))
 
 
 def _escape(text: str) -> str:
@@ -385,11 +373,15 @@ def _read_file(command: Command, path: Path) -> dict[str, Any]:
 def _parse(argv: Sequence[str] | None) -> tuple[Command, dict[str, Any]]:
     flags, unknown = build_parser().parse_known_args(argv)
     command = next(c for c in COMMANDS if c.name == flags.command)
+    _refuse_unknown(unknown, command, f"far_train {command.name}")
+    return command, {k: v for k, v in vars(flags).items() if k != "command"}
+
+
+def _refuse_unknown(unknown: Sequence[str], command: Command, call: str) -> None:
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], [_flag(n) for n in ("config", *command.known)], n=1)
-        hint = f"did you mean {near[0]}?" if near else f"see 'far_train {command.name} --help'"
+        hint = f"did you mean {near[0]}?" if near else f"see '{call} --help'"
         raise ConfigError(f"{unknown[0]}: unknown argument of '{command.name}'; {hint}")
-    return command, {k: v for k, v in vars(flags).items() if k != "command"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -398,27 +390,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done. 1: it failed on the host that it was queued on, or nobody reads its output. 2: an input has to be changed.
     130: interrupted.
     """
-    replace_unknown_characters()
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "diffusers", "transformers", "PIL", "matplotlib"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    try:
+
+    def run() -> None:
         command, flags = _parse(argv)
         inputs, settings = collect(command, flags)
         from . import commands
 
         getattr(commands, command.function)(inputs, settings)
+
+    return run_as_program(run, "far_train")
+
+
+def run_single(command: Command, function: Callable[[Inputs, Any], None], program: str) -> int:
+    """Run the one command of a program such as ``python -m benchmarks.quality``; returns the exit status."""
+
+    def run() -> None:
+        parser = _Parser(prog=program, **_parser_options(command))
+        _add_arguments(parser, command)
+        flags, unknown = parser.parse_known_args()
+        _refuse_unknown(unknown, command, program)
+        function(*collect(command, vars(flags)))
+
+    return run_as_program(run, program)
+
+
+def run_as_program(run: Callable[[], None], program: str) -> int:
+    """Call ``run`` with logging set up and every error said in one line; returns the exit status."""
+    replace_unknown_characters()
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "diffusers", "transformers", "PIL", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        run()
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Interrupted as e:
-        print(f"far_train: {e}", file=sys.stderr)
+        print(f"{program}: {e}", file=sys.stderr)
         return e.exit_status
     except FarError as e:
-        print(f"far_train: error: {e}", file=sys.stderr)
+        print(f"{program}: error: {e}", file=sys.stderr)
         return e.exit_status
     except KeyboardInterrupt:
-        print("far_train: interrupted", file=sys.stderr)
+        print(f"{program}: interrupted", file=sys.stderr)
         return 130
     return 0

@@ -11,9 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from .backbone import BaseModel, load_base
-from .bench.settings import BenchConfig
 from .concepts import ClassPicture
-from .config import ExtractConfig, FusionConfig, SampleConfig, SpeedConfig, TrainConfig, read_settings
+from .config import ExtractConfig, FusionConfig, SampleConfig, TrainConfig, read_settings
 from .cost import measure_cost
 from .dataset import DatasetFolder, write_dataset
 from .devices import choose_device
@@ -342,39 +341,3 @@ def demo(inputs: Inputs, _config: None) -> None:
     with progress_bars() as bars:
         page = run_demo(Path(inputs.get("out") or "outputs/demo"), str(inputs.get("device") or "auto"), bars)
     print(f"Every stage's pictures → {page}")
-
-
-def bench(inputs: Inputs, config: BenchConfig) -> None:
-    from .bench.plans import build_plan
-    from .bench.run import Bench
-    from .bench.tables import write_report
-    from .mini import shipped
-    from .mini.oracle import load_oracle, read_confusion
-    from .sam import load_sam
-
-    out, weights = Path(inputs.get("out") or "outputs/bench"), Path(inputs.get("weights") or shipped.WEIGHTS)
-    device, _ = choose_device(str(inputs.get("device") or "auto"))
-    plan, oracle = build_plan(config), weights / shipped.ORACLE.relative_to(shipped.WEIGHTS)
-    with progress_bars() as bars, stop_on_interrupt() as should_stop:
-        rows = Bench(
-            out,
-            plan,
-            weights / shipped.BASE.relative_to(shipped.WEIGHTS),
-            load_sam(weights / shipped.SAM.relative_to(shipped.WEIGHTS), device),
-            load_oracle(oracle, device),
-            read_confusion(oracle.parent),
-            changes=config.training_changes(),
-            device=device,
-            on_progress=bars,
-            should_stop=should_stop,
-        ).run()
-    print(f"Tables and plots → {write_report(rows, out, f'Bench: {config.plan}')}")
-
-
-def bench_speed(inputs: Inputs, config: SpeedConfig) -> None:
-    from .bench_speed import run_bench_speed
-
-    with progress_bars() as bars:
-        page = run_bench_speed(Path(inputs.get("out") or "outputs/bench-speed"), config, bars)
-    print(page.read_text(encoding="utf-8"))
-    print(f"The same as JSON → {page.with_suffix('.json')}")

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import EncoderError
+from .geometry import bounding_box
 from .photos import to_pil
-from .placement import bounding_box
 
 # Of models with a text side only the pictures' side is loaded.
 PICTURE_SIDE = {

@@ -12,6 +12,8 @@ from PIL import Image, ImageFilter
 from scipy import ndimage
 from torch import Tensor
 
+from .geometry import bounding_box
+
 TRIES = 50
 ROW_PITCH, ROW_SHAKE = 0.82, 0.04  # in shares of what an even row would give each
 SHADOW_WIDTH, SHADOW_HEIGHT = 0.85, 0.15  # in shares of the subject's width
@@ -204,14 +206,6 @@ def cast_shadows(canvas: Image.Image, placed: Sequence[Placed], depth: float) ->
         along = (y - item.y - bottom) / (SHADOW_HEIGHT * width / 2)
         ground = ground * (1 - depth * np.clip(1 - across**2 - along**2, 0, 1))[..., None]
     return Image.fromarray(ground.round().astype(np.uint8))
-
-
-def bounding_box(region: np.ndarray) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom, the last two past the end, of a region bool [H, W]; all of it if that is empty."""
-    rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
-    if not len(rows):
-        return 0, 0, region.shape[1], region.shape[0]
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 def _grow(region: np.ndarray, margin: int) -> np.ndarray:

@@ -20,6 +20,7 @@ from .concepts import Composite, TrainingSet
 from .dataset import DatasetFolder
 from .errors import CaptionError
 from .parallel import World
+from .seeding import derive_seed
 from .thrift import with_less_memory
 from .tokens import TokenizedPrompt, Vocabulary
 
@@ -215,9 +216,3 @@ def _shuffled(size: int, number: int, seed: int, stream: str) -> int:
 @lru_cache(maxsize=8)
 def _order(size: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(size)
-
-
-def derive_seed(seed: int, stream: str, index: int) -> int:
-    """A 63-bit seed for one use at one place, the same in every process."""
-    words = [seed, *stream.encode(), index]
-    return int(np.random.SeedSequence(words).generate_state(2, np.uint32).view(np.uint64)[0] >> 1)

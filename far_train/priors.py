@@ -19,8 +19,8 @@ from .config import SampleConfig, TrainConfig
 from .errors import ConfigError
 from .parallel import World
 from .photos import load_photo, save_picture
-from .pool import derive_seed
 from .sampling import draw_pictures, plain_vocabulary
+from .seeding import derive_seed
 
 log = logging.getLogger(__name__)
 

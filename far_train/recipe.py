@@ -27,6 +27,7 @@ from .errors import BaseModelError, ConfigError, DatasetError, Interrupted
 from .files import check_space
 from .memory import plan_memory
 from .metrics import Readback, StepReports
+from .oom_fallback import OomFallback
 from .parallel import World
 from .photos import save_picture
 from .pool import Batch, draw_batch, encode_pool, slice_batch
@@ -34,7 +35,7 @@ from .priors import with_class_pictures
 from .runs import METRICS_FILE, WEIGHTS_FILE, MetricsLog, cut_metrics, open_run, run_identity
 from .sampling import TextCache, check_size, draw_pictures, encode_prompts
 from .state import checkpoint_bytes, load_checkpoint, save_checkpoint
-from .thrift import Thrift, skip_without_memory
+from .thrift import skip_without_memory
 from .tokens import ModifierEmbedding, Vocabulary
 from .trainable import Trainables, put_trainables, set_learning_rates
 from .weights import FarWeights, Provenance
@@ -154,7 +155,7 @@ class TrainingRun:
         if config.compile:  # after the trial, whose one sample is a size of its own
             set_compiled(base.unet, True)
 
-    def _plan_memory(self, samples: int) -> Thrift:
+    def _plan_memory(self, samples: int) -> OomFallback:
         """Choose how many of this process's samples run at once, and whether the UNet is checkpointed."""
 
         def one_sample(checkpointing: bool) -> None:
@@ -163,7 +164,7 @@ class TrainingRun:
             self.optimizer.zero_grad(set_to_none=True)
 
         plan = plan_memory(self.config, samples, self.device, one_sample)
-        return Thrift(self.base.unet, plan.micro_batch, plan.checkpointing)
+        return OomFallback(self.base.unet, plan.micro_batch, plan.checkpointing)
 
     def _reporter(self, phase: str) -> Callable[[int, int], None]:
         def report(done: int, total: int) -> None:

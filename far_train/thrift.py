@@ -1,4 +1,4 @@
-"""Computing less of a step at once where memory runs out: the same step, in more passes."""
+"""Memory that ran out: recognized, given back, and worked around with smaller batches or on the CPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from .backbone import set_checkpointing
 from .errors import OutOfMemory
 
 log = logging.getLogger(__name__)
@@ -37,7 +36,8 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in MEMORY_RAN_OUT)
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
+    """What an exception says, in one line."""
     return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
 
 
@@ -56,7 +56,7 @@ def skip_without_memory(what: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as e:
         if not out_of_memory(e):
             raise
-        log.warning("Memory ran out (%s): %s are left out.", _reason(e), what)
+        log.warning("Memory ran out (%s): %s are left out.", reason_of(e), what)
 
 
 def in_batches(compute: Callable[[range], list[T]], count: int, size: int, what: str) -> list[T]:
@@ -73,7 +73,7 @@ def in_batches(compute: Callable[[range], list[T]], count: int, size: int, what:
         except (MemoryError, RuntimeError) as e:
             if not out_of_memory(e):
                 raise
-            reason = _reason(e)
+            reason = reason_of(e)
         give_back()  # here, since the traceback of an exception holds the tensors of what failed
         if len(batch) == 1:
             raise OutOfMemory(
@@ -92,53 +92,8 @@ def with_less_memory(vae: nn.Module, compute: Callable[[], T]) -> T:
     except (MemoryError, RuntimeError) as e:
         if not out_of_memory(e) or vae.device.type == "cpu":
             raise
-        reason = _reason(e)
+        reason = reason_of(e)
     nn.Module.to(vae, device="cpu")
     give_back()
     log.warning("Memory ran out (%s): the VAE continues on the CPU, which is slower.", reason)
     return compute()
-
-
-class Thrift:
-    """How much of a step is computed at once: ``micro_batch`` samples (None: all), ``checkpointing`` in the UNet.
-
-    Starts as the settings say and becomes thriftier, for the rest of the run, whenever memory runs out: first by
-    gradient checkpointing, then by halving the samples at once. The step stays the same but for rounding.
-    """
-
-    def __init__(self, unet: nn.Module, micro_batch: int | None, checkpointing: bool):
-        self._unet = unet
-        self.micro_batch = micro_batch
-        self.checkpointing = checkpointing
-        set_checkpointing(unet, checkpointing)
-
-    def run(self, compute: Callable[[int], T], samples: int) -> T:
-        """``compute(samples at once)``, from the start again with less at once where memory runs out.
-
-        Raises OutOfMemory when not even one sample at a time fits.
-        """
-        while True:
-            size = min(self.micro_batch or samples, samples)
-            try:
-                return compute(size)
-            except (MemoryError, RuntimeError) as e:
-                if not out_of_memory(e):
-                    raise
-                reason = _reason(e)
-            # Only here, since an exception's traceback holds the tensors of the step that failed.
-            self._spend_less(size, reason)
-
-    def _spend_less(self, size: int, reason: str) -> None:
-        give_back()
-        if not self.checkpointing:
-            self.checkpointing = True
-            set_checkpointing(self._unet, True)
-            log.warning("Memory ran out (%s): going on with gradient checkpointing, which takes longer.", reason)
-        elif size > 1:
-            self.micro_batch = size // 2
-            log.warning("Memory ran out (%s): going on with %d samples at once.", reason, self.micro_batch)
-        else:
-            raise OutOfMemory(
-                f"a training step doesn't fit into memory, even one sample at a time ({reason}); what is done is kept "
-                "in the last checkpoint. Close other programs, or train at a smaller size"
-            )

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .backbone import BaseModel, attention_projections, kv_layers
 from .config import TrainConfig
-from .pool import derive_seed
+from .seeding import derive_seed
 from .tokens import ModifierEmbedding, Vocabulary, initial_rows, norm_limits
 from .weights import FarWeights, Product
 

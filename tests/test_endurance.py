@@ -18,9 +18,9 @@ from far_train.config import FusionConfig, TrainConfig
 from far_train.errors import Interrupted, OutOfMemory, OutputError, TrainingDiverged
 from far_train.fusion import ConceptFusion
 from far_train.mini.tiny import random_states, tiny_configs, write_folder
+from far_train.oom_fallback import OomFallback
 from far_train.recipe import Callbacks, TrainingRun, train
 from far_train.runs import read_metrics
-from far_train.thrift import Thrift
 
 from .conftest import disc
 from .test_recipe import same_weights, state_of, stop_at
@@ -200,7 +200,7 @@ def test_sample_pictures_that_do_not_fit_are_left_out(small, balls, tmp_path: Pa
 
 def test_other_errors_are_not_taken_for_memory(small: BaseModel):
     with pytest.raises(RuntimeError, match="shapes"):
-        Thrift(small.unet, None, False).run(Failing(None, RuntimeError("shapes differ"), 1), 4)
+        OomFallback(small.unet, None, False).run(Failing(None, RuntimeError("shapes differ"), 1), 4)
     assert not small.unet.is_gradient_checkpointing
 
 

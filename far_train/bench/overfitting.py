@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..concepts import Concept
+from ..geometry import bounding_box
 from ..mini.identity import Identity
 from ..mini.oracle import Oracle, Reading, read_pictures
 from ..mini.verdicts import match_identities
 from ..mini.world import MOST_SPRITES, render_scene
-from ..placement import bounding_box
 
 SIDE = 32  # pixels to which cut-outs are brought
 TRUE_PICTURES, TRUE_SEED = 192, 92_000

@@ -31,8 +31,8 @@ from ..config import Config, setting
 from ..devices import choose_device
 from ..errors import CheckpointError, Interrupted, TrainingDiverged
 from ..files import make_folder, write_json, write_tensors
-from ..pool import derive_seed
 from ..runs import METRICS_FILE, cut_metrics, open_run, read_metrics
+from ..seeding import derive_seed
 from ..state import load_checkpoint, save_checkpoint
 from .captured import CapturedStep
 from .muon import Muon
