@@ -10,10 +10,10 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..far_train.errors import CaptionError, ConfigError, SubjectError
-from ..far_train.photos import to_pil
-from ..far_train.probe import Focus, focus, heat_over, stretched
-from ..far_train.report import contact_sheet
+from ..far_train.data.images import to_pil
+from ..far_train.evaluation.attention_focus import Focus, focus, heat_over, stretched
+from ..far_train.evaluation.sheets import contact_sheet
+from ..far_train.utils.errors import CaptionError, ConfigError, SubjectError
 from . import host, host_attention, host_ui
 from .pictures import counted, unroll_images, unroll_masks
 from .previews import MAX_SHOWN, shown

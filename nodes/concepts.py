@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..far_train.captions import check_token
-from ..far_train.concepts import Concept
-from ..far_train.errors import SubjectError, TokenError
+from ..far_train.data.captions import check_token
+from ..far_train.data.concepts import Concept
+from ..far_train.utils.errors import SubjectError, TokenError
 from . import priors
 from .pictures import (
     HOW_TO_GET_MASKS,

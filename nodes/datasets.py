@@ -10,11 +10,11 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..far_train.concepts import Composite, TrainingSet
-from ..far_train.dataset import DatasetFolder, plain_name, write_dataset
-from ..far_train.files import parse_json
-from ..far_train.photos import from_pil
-from ..far_train.report import dataset_sheet, overlay, save_sheet
+from ..far_train.data.concepts import Composite, TrainingSet
+from ..far_train.data.dataset import DatasetFolder, plain_name, write_dataset
+from ..far_train.data.images import from_pil
+from ..far_train.evaluation.sheets import dataset_sheet, overlay, save_sheet
+from ..far_train.utils.files import parse_json
 from . import host, host_ui
 from .naming import file_name
 from .photos import files_fingerprint

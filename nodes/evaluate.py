@@ -10,13 +10,19 @@ from comfy_api.latest import io
 from scipy import ndimage
 from torch import Tensor
 
-from ..far_train.concepts import Concept
-from ..far_train.encoders import HOW_TO_GET_ONE, Encoder, FolderEncoder
-from ..far_train.errors import EncoderError, SubjectError
-from ..far_train.evaluate import Comparison, Evaluation, compare_picture, propose_masks, read_references
-from ..far_train.photos import from_pil
-from ..far_train.report import contact_sheet, evaluation_plot, tinted
-from ..far_train.subjects import SubjectExtractor
+from ..far_train.data.concepts import Concept
+from ..far_train.data.images import from_pil
+from ..far_train.data.subjects import SubjectExtractor
+from ..far_train.evaluation.detect_and_compare import (
+    Comparison,
+    Evaluation,
+    compare_picture,
+    propose_masks,
+    read_references,
+)
+from ..far_train.evaluation.image_encoders import HOW_TO_GET_ONE, Encoder, FolderEncoder
+from ..far_train.evaluation.sheets import contact_sheet, evaluation_plot, tinted
+from ..far_train.utils.errors import EncoderError, SubjectError
 from . import host, host_ui, host_vision
 from .pictures import counted, unroll_images, unroll_masks
 from .previews import MAX_SHOWN, as_image, shown

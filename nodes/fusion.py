@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..far_train.concepts import Background, ClassPicture, Concept
-from ..far_train.config import MANY_CONCEPTS, RECIPE_SHARES, RECIPES, FusionConfig
-from ..far_train.errors import ConfigError
-from ..far_train.fusion import ConceptFusion
-from ..far_train.report import dataset_sheet
+from ..far_train.data.concepts import Background, ClassPicture, Concept
+from ..far_train.data.fusion import ConceptFusion
+from ..far_train.evaluation.sheets import dataset_sheet
+from ..far_train.utils.config import MANY_CONCEPTS, RECIPE_SHARES, RECIPES, FusionConfig
+from ..far_train.utils.errors import ConfigError
 from .datasets import NODES as DATASET_NODES
 from .datasets import build_previews, describe, overlays
 from .pictures import unroll_images

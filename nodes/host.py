@@ -26,12 +26,12 @@ import folder_paths
 import torch
 from torch import Tensor
 
-from ..far_train.backbone import FAMILIES, BaseModel, load_base
-from ..far_train.errors import BaseModelError, WeightsError
-from ..far_train.fingerprint import base_fingerprint, kv_digest
-from ..far_train.keys import ldm_to_diffusers
-from ..far_train.tokens import unknown_tokens
-from ..far_train.weights import FarWeights
+from ..far_train.models.base import FAMILIES, BaseModel, load_base
+from ..far_train.models.fingerprint import base_fingerprint, kv_digest
+from ..far_train.models.keys import ldm_to_diffusers
+from ..far_train.models.tokens import unknown_tokens
+from ..far_train.models.weights import FarWeights
+from ..far_train.utils.errors import BaseModelError, WeightsError
 from . import layout
 from .host_state import read_weights
 
@@ -262,7 +262,7 @@ def kv_weights(model: Any, patched: bool = True) -> dict[str, Tensor]:
 
 
 def noun_embedding(clip: Any, noun: str) -> Tensor:
-    """Mean embedding [width] of a class noun's tokens in CLIP, as :func:`far_train.tokens.noun_embedding` has it."""
+    """Mean embedding [width] of a class noun's tokens in CLIP; see :func:`far_train.models.tokens.noun_embedding`."""
     tokenizer = inner_tokenizer(clip)
     key = f"{tokenizer.embedding_key}.transformer.text_model.embeddings.token_embedding.weight"
     table = read_weights(clip.patcher, key)[key]

@@ -14,8 +14,8 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
-from ..far_train.attention import attention_columns, supervised_side
-from ..far_train.errors import CaptionError
+from ..far_train.models.attention_maps import attention_columns, supervised_side
+from ..far_train.utils.errors import CaptionError
 from .host import check_family, inner_tokenizer
 
 _LAYER = re.compile(r"(input|middle|output)_blocks?\.(?:(\d+)\.)?\d+\.transformer_blocks\.(\d+)\.attn2")
@@ -50,8 +50,8 @@ def attention_maps(
 
     ``latents`` [pictures, 4, H, W], as LATENT has them, are noised to each of ``sigmas`` (picture i with the seed
     ``noise_seed`` + i), and the maps of these passes are averaged. They come from the layers that
-    :func:`far_train.attention.supervised_side` chooses. Raises CaptionError for a phrase that isn't in the text,
-    BaseModelError for another family.
+    :func:`far_train.models.attention_maps.supervised_side` chooses. Raises CaptionError for a phrase that isn't in the
+    text, BaseModelError for another family.
     """
     check_family(model, clip)
     select = _token_rows(clip, text, phrases)

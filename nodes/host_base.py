@@ -24,9 +24,9 @@ import torch
 from comfy.ldm.models.autoencoder import AutoencoderKL
 from comfy.ldm.modules.diffusionmodules import model as vae_parts
 
-from ..far_train.backbone import FAMILIES, BaseModel
-from ..far_train.errors import BaseModelError
-from ..far_train.keys import UNET_PREFIX, VAE_PREFIX, diffusers_to_ldm, strip_text_model
+from ..far_train.models.base import FAMILIES, BaseModel
+from ..far_train.models.keys import UNET_PREFIX, VAE_PREFIX, diffusers_to_ldm, strip_text_model
+from ..far_train.utils.errors import BaseModelError
 from .layout import CLIP_VOCABULARY, NATIVE_SIZE
 
 PREDICTIONS = {

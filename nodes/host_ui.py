@@ -18,8 +18,8 @@ from comfy_execution.utils import get_executing_context
 from PIL import Image
 from server import PromptServer
 
-from ..far_train import errors
-from ..far_train.errors import FarError
+from ..far_train.utils import errors
+from ..far_train.utils.errors import FarError
 
 log = logging.getLogger(__name__)
 

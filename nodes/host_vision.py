@@ -9,7 +9,7 @@ import torch
 from comfy.image_encoders.dino2 import Dinov2Model
 from torch import Tensor
 
-from ..far_train.encoders import crop_subject
+from ..far_train.evaluation.image_encoders import crop_subject
 
 
 class ClipVisionEncoder:
@@ -19,7 +19,10 @@ class ClipVisionEncoder:
         self.clip_vision = clip_vision
 
     def features(self, image: Tensor, masks: Sequence[Tensor]) -> Tensor:
-        """See :class:`far_train.encoders.Encoder`. DINOv2: the mean of its tokens; others: the projected embedding."""
+        """See :class:`far_train.evaluation.image_encoders.Encoder`.
+
+        DINOv2: the mean of its tokens; others: the projected embedding.
+        """
         rows = []
         for mask in masks:
             out = self.clip_vision.encode_image(crop_subject(image, mask)[None], crop=False)

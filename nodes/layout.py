@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..far_train.backbone import FOREIGN, packaged_configs
-from ..far_train.errors import BaseModelError
+from ..far_train.models.base import FOREIGN, packaged_configs
+from ..far_train.utils.errors import BaseModelError
 
 NATIVE_SIZE = "far_native_size"  # side in pixels: an entry of unet_config in the MODELs that the pack makes itself
 CLIP_VOCABULARY = 49408  # entries of CLIP's vocabulary, and rows of the host's token table whatever the vocabulary
@@ -32,7 +32,7 @@ def component_configs(
     text_layers: int,
     scaling_factor: float,
 ) -> dict[str, Any]:
-    """Configs for :func:`far_train.backbone.load_base`: Stable Diffusion 2.1's, with this base's sizes.
+    """Configs for :func:`far_train.models.base.load_base`: Stable Diffusion 2.1's, with this base's sizes.
 
     ``unet`` is the host's own unet_config; ``text`` and ``vae`` are state dicts, text names without ``text_model.``;
     ``text_layers`` counts the layers that are run. Raises BaseModelError.

@@ -11,10 +11,10 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from ..far_train.report import loss_curves, picture_grid
-from ..far_train.runs import METRICS_FILE, read_metrics
-from ..far_train.state import newest_step
-from ..far_train.wording import duration, rate, size_in_words
+from ..far_train.evaluation.sheets import loss_curves, picture_grid
+from ..far_train.training.checkpoints import newest_step
+from ..far_train.training.run_folder import METRICS_FILE, read_metrics
+from ..far_train.utils.wording import duration, rate, size_in_words
 from . import host, host_ui
 
 log = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from ..far_train.files import replacing
-from ..far_train.weights import RESERVED
+from ..far_train.models.weights import RESERVED
+from ..far_train.utils.files import replacing
 
 LONGEST = 80  # characters; some file systems end at 255 bytes, and a counter and a suffix follow
 

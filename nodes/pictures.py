@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..far_train.captions import check_noun
-from ..far_train.errors import SubjectError
-from ..far_train.masks import describe_faint, looks_inverted
+from ..far_train.data.captions import check_noun
+from ..far_train.data.masks import describe_faint, looks_inverted
+from ..far_train.utils.errors import SubjectError
 
 FAINT_SHARE = 0.01  # of the photo: a mask that is dark everywhere but not black on this much was meant to mark it
 # A mask that marks more than this hardly is one of a subject.

@@ -11,8 +11,8 @@ from comfy_api.latest import io, ui
 from PIL import Image
 from torch import Tensor
 
-from ..far_train.photos import from_pil, to_pil
-from ..far_train.report import checkerboard, contact_sheet
+from ..far_train.data.images import from_pil, to_pil
+from ..far_train.evaluation.sheets import checkerboard, contact_sheet
 from . import host_ui
 
 MAX_SHOWN = 24  # pictures on a sheet

@@ -12,15 +12,12 @@ from typing import Any, TypeVar
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..far_train.backbone import BaseModel
-from ..far_train.concepts import ClassPicture, Concept
-from ..far_train.config import ExtractConfig, SampleConfig
-from ..far_train.devices import choose_device
-from ..far_train.errors import FarError
-from ..far_train.files import make_folder, write_json
-from ..far_train.folders import mask_path
-from ..far_train.photos import load_mask, load_photo, save_mask, to_pil
-from ..far_train.priors import (
+from ..far_train.data.concepts import ClassPicture, Concept
+from ..far_train.data.folders import mask_path
+from ..far_train.data.images import load_mask, load_photo, save_mask, to_pil
+from ..far_train.data.subjects import Prompt, SubjectExtractor
+from ..far_train.models.base import BaseModel
+from ..far_train.training.class_images import (
     EVERYDAY_SCENES,
     draw_class_pictures,
     draw_empty_scenes,
@@ -28,7 +25,10 @@ from ..far_train.priors import (
     picture_path,
     scene_path,
 )
-from ..far_train.subjects import Prompt, SubjectExtractor
+from ..far_train.utils.config import ExtractConfig, SampleConfig
+from ..far_train.utils.devices import choose_device
+from ..far_train.utils.errors import FarError
+from ..far_train.utils.files import make_folder, write_json
 from . import host, host_ui
 from .photos import find_subjects
 from .pictures import INVERT_TOOLTIP, counted, doubts, match_masks, photo_labels, tidy_noun, unroll_images, unroll_masks

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
-from ..far_train.errors import ConfigError
-from ..far_train.subjects import Prompt
+from ..far_train.data.subjects import Prompt
+from ..far_train.utils.errors import ConfigError
 
 BOX_FORMATS = ("x0, y0, x1, y1", "x, y, width, height")
 

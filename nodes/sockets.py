@@ -10,8 +10,8 @@ import torch
 from comfy_api.latest import io
 from PIL import Image
 
-from ..far_train.errors import ConfigError
-from ..far_train.weights import FarWeights
+from ..far_train.models.weights import FarWeights
+from ..far_train.utils.errors import ConfigError
 
 CATEGORY = "FaR"
 
@@ -19,9 +19,9 @@ Model = io.Model
 Clip = getattr(io, "Clip", None) or io.CLIP
 Vae = getattr(io, "Vae", None) or io.VAE
 
-FarConcepts = io.Custom("FAR_CONCEPTS")  # Carried(far_train.concepts.Concept, …)
-FarPrior = io.Custom("FAR_PRIOR")  # Carried(far_train.concepts.ClassPicture, …)
-FarDataset = io.Custom("FAR_DATASET")  # a far_train.concepts.TrainingSet
+FarConcepts = io.Custom("FAR_CONCEPTS")  # Carried(far_train.data.concepts.Concept, …)
+FarPrior = io.Custom("FAR_PRIOR")  # Carried(far_train.data.concepts.ClassPicture, …)
+FarDataset = io.Custom("FAR_DATASET")  # a far_train.data.concepts.TrainingSet
 FarOptions = io.Custom("FAR_OPTIONS")  # nodes.training.Options
 FarWeightsSocket = io.Custom("FAR_WEIGHTS")  # CarriedWeights
 BoundingBox = io.Custom("BOUNDING_BOX")  # boxes of the host's newer nodes; other packs send BBOX

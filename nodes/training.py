@@ -14,18 +14,18 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..far_train.backbone import BaseModel
-from ..far_train.concepts import TrainingSet
-from ..far_train.config import TrainConfig
-from ..far_train.cost import measure_cost
-from ..far_train.errors import ConfigError, Interrupted
-from ..far_train.photos import from_pil, load_photo
-from ..far_train.pool import check_captions
-from ..far_train.recipe import Callbacks, train
-from ..far_train.report import loss_curves
-from ..far_train.runs import WEIGHTS_FILE, find_run, run_identity, what_changed
-from ..far_train.tokens import unknown_tokens
-from ..far_train.weights import FarWeights
+from ..far_train.data.concepts import TrainingSet
+from ..far_train.data.images import from_pil, load_photo
+from ..far_train.evaluation.sheets import loss_curves
+from ..far_train.models.base import BaseModel
+from ..far_train.models.tokens import unknown_tokens
+from ..far_train.models.weights import FarWeights
+from ..far_train.training.estimate import measure_cost
+from ..far_train.training.latent_cache import check_captions
+from ..far_train.training.recipe import Callbacks, train
+from ..far_train.training.run_folder import WEIGHTS_FILE, find_run, run_identity, what_changed
+from ..far_train.utils.config import TrainConfig
+from ..far_train.utils.errors import ConfigError, Interrupted
 from . import host, host_ui, sockets
 from .live_view import LiveView, metrics_of
 from .naming import file_name

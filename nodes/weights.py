@@ -13,10 +13,10 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..far_train.errors import ConfigError, WeightsError
-from ..far_train.files import parse_json
-from ..far_train.fingerprint import kv_digest
-from ..far_train.weights import FarWeights, describe
+from ..far_train.models.fingerprint import kv_digest
+from ..far_train.models.weights import FarWeights, describe
+from ..far_train.utils.errors import ConfigError, WeightsError
+from ..far_train.utils.files import parse_json
 from . import host, host_ui, sockets
 from .naming import file_name, place
 from .previews import refusal_shown

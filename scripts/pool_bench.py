@@ -15,9 +15,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from far_train.bench.claims import claims_table  # noqa: E402
-from far_train.bench.summary import COLUMNS  # noqa: E402
-from far_train.bench.tables import contrast_table  # noqa: E402
+from benchmarks.quality.claims import claims_table  # noqa: E402
+from benchmarks.quality.summary import COLUMNS  # noqa: E402
+from benchmarks.quality.tables import contrast_table  # noqa: E402
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -25,7 +25,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     with path.open(encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
     if not lines or not {"arm", "group", "kind", "seed", "success"} <= lines[0].keys():
-        sys.exit(f"{path}: is no results.csv of a bench; give the file that 'python -m far_train bench' wrote")
+        sys.exit(f"{path}: is no results.csv of a bench; give the file that 'python -m benchmarks.quality' wrote")
     return [
         {key: line[key] for key in ("arm", "group", "kind", "seed")}
         | {"figures": {name: float(line[name]) for name in COLUMNS if line.get(name)}}

@@ -21,22 +21,22 @@ from torch import Tensor
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from far_train.captions import join_phrases  # noqa: E402
-from far_train.concepts import Background, ClassPicture, Concept  # noqa: E402
-from far_train.config import FusionConfig  # noqa: E402
-from far_train.evaluate import compare_picture, read_references  # noqa: E402
-from far_train.folders import list_photos  # noqa: E402
-from far_train.fusion import ConceptFusion  # noqa: E402
+from far_train.data.captions import join_phrases  # noqa: E402
+from far_train.data.concepts import Background, ClassPicture, Concept  # noqa: E402
+from far_train.data.folders import list_photos  # noqa: E402
+from far_train.data.fusion import ConceptFusion  # noqa: E402
+from far_train.data.images import load_photo, to_pil  # noqa: E402
+from far_train.evaluation.attention_focus import attention_maps, heat_over  # noqa: E402
+from far_train.evaluation.detect_and_compare import compare_picture, read_references  # noqa: E402
+from far_train.evaluation.sheets import COLOURS, checkerboard, contact_sheet, dataset_sheet, overlay, tinted  # noqa: E402
 from far_train.mini.identity import Identity  # noqa: E402
 from far_train.mini.likeness import OracleEncoder  # noqa: E402
 from far_train.mini.scenery import PLACES  # noqa: E402
 from far_train.mini.shipped import DRAWING, SIZE, SUBJECTS, small_base, small_oracle  # noqa: E402
 from far_train.mini.world import empty_scene, reference_photos, render_scene  # noqa: E402
-from far_train.photos import load_photo, to_pil  # noqa: E402
-from far_train.probe import attention_maps, heat_over  # noqa: E402
-from far_train.report import COLOURS, checkerboard, contact_sheet, dataset_sheet, overlay, tinted  # noqa: E402
-from far_train.sampling import draw_pictures, plain_vocabulary  # noqa: E402
-from far_train.weights import FarWeights  # noqa: E402
+from far_train.models.sampling import draw_pictures, plain_vocabulary  # noqa: E402
+from far_train.models.weights import FarWeights  # noqa: E402
+from far_train.utils.config import FusionConfig  # noqa: E402
 
 WORKFLOWS = REPOSITORY / "workflows"
 CELL, GAP = 256, 12

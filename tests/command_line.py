@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from far_train.cli import main
+from far_train.cli.main import main
 
 
 def refused(capsys, argv: list, *words: str) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from far_train.mini.learning import LearnConfig
-from far_train.runs import read_metrics
+from benchmarks.small_models.learning import LearnConfig
+from far_train.training.run_folder import read_metrics
 
 
 def quick(**changes) -> LearnConfig:

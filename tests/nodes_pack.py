@@ -12,7 +12,7 @@ REPO = Path(__file__).resolve().parents[1]
 
 
 def pack_module(name: str) -> ModuleType:
-    """A module such as "nodes.pictures". The pack has a far_train of its own, as in the host: "far_train.errors"."""
+    """A module such as "nodes.pictures". The pack has a far_train of its own, as in the host."""
     for package, folder in (("far_pack", REPO), ("far_pack.nodes", REPO / "nodes")):
         if package not in sys.modules:
             sys.modules[package] = types.ModuleType(package)

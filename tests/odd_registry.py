@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from far_train.cli import main
-from far_train.errors import FarError
+from far_train.cli.main import main
+from far_train.utils.errors import FarError
 
 Found = tuple[Any, Any]  # what came out, what is right
 SIDE, SUBJECT = 64, (16, 12, 48, 52)  # a photo's side, and its subject's box

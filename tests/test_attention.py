@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from far_train.attention import AttentionRecorder, cross_attention_layers, layer_stride, supervised_layers
-from far_train.backbone import packaged_configs
+from far_train.models.attention_maps import AttentionRecorder, cross_attention_layers, layer_stride, supervised_layers
+from far_train.models.base import packaged_configs
 
 
 def full_unet():

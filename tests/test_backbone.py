@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from far_train.backbone import kv_weights, load_base, packaged_configs
-from far_train.errors import BaseModelError
-from far_train.fingerprint import kv_digest
 from far_train.mini.tiny import random_states, single_file_state, tiny_configs, write_folder
+from far_train.models.base import kv_weights, load_base, packaged_configs
+from far_train.models.fingerprint import kv_digest
+from far_train.utils.errors import BaseModelError
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_prediction_type_must_agree(tiny_folder: Path, ldm_state, configs):
 
 def test_prediction_type_is_measured_on_full_size_files():
     """The statistic is read off the layer that only the full size has; a contradiction stops."""
-    from far_train.backbone import V_STATISTIC, _check_prediction_type, _measured_prediction_type
+    from far_train.models.base import V_STATISTIC, _check_prediction_type, _measured_prediction_type
 
     spread = torch.linspace(-1, 1, 320)
     assert _measured_prediction_type({V_STATISTIC: 0.3 * spread}) == "v_prediction"

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from far_train.bench import run as bench_run
-from far_train.bench.arms import ALL, CORE, FUSION, find_arms
-from far_train.bench.claims import Claim, claims_table, weigh
-from far_train.bench.groups import (
+from benchmarks.quality import run as bench_run
+from benchmarks.quality.arms import ALL, CORE, FUSION, find_arms
+from benchmarks.quality.claims import Claim, claims_table, weigh
+from benchmarks.quality.groups import (
     core_groups,
     dev_groups,
     dev_singles,
@@ -20,20 +20,20 @@ from far_train.bench.groups import (
     single_groups,
     test_groups,
 )
-from far_train.bench.plans import Plan, build_plan
-from far_train.bench.rivals import ResizedPhotos, SegMix, ShuffledMasks, TruePairs, TrueScenes, degrade, outline
-from far_train.bench.run import concepts, prompts, reference_places
-from far_train.bench.settings import BenchConfig
-from far_train.bench.summary import contrasts, per_group, summarise
-from far_train.bench.tables import write_report
-from far_train.captions import Name
-from far_train.errors import CheckpointError, ConfigError, Interrupted
-from far_train.fusion import ConceptFusion
+from benchmarks.quality.plans import Plan, build_plan
+from benchmarks.quality.rivals import ResizedPhotos, SegMix, ShuffledMasks, TruePairs, TrueScenes, degrade, outline
+from benchmarks.quality.run import concepts, prompts, reference_places
+from benchmarks.quality.settings import BenchConfig
+from benchmarks.quality.summary import contrasts, per_group, summarise
+from benchmarks.quality.tables import write_report
+from benchmarks.small_models.held_out import held_out_identities
+from benchmarks.small_models.small_sam import mask_iou
+from far_train.data.captions import Name
+from far_train.data.fusion import ConceptFusion
+from far_train.data.images import load_photo
 from far_train.mini import shipped
-from far_train.mini.held_out import held_out_identities
 from far_train.mini.identity import describe
-from far_train.mini.small_sam import mask_iou
-from far_train.photos import load_photo
+from far_train.utils.errors import CheckpointError, ConfigError, Interrupted
 
 PAIR = dev_groups()[0]
 
@@ -224,7 +224,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(bench_run, "EMPTY_SCENES", 1)
     monkeypatch.setattr(bench_run, "PROBES", 1)
     monkeypatch.setattr(bench_run, "FUSION", bench_run.FUSION.replace(count=8))
-    for place in ("far_train.bench.run.DRAWING", "far_train.mini.materials.EMPTY_PLACES"):
+    for place in ("benchmarks.quality.run.DRAWING", "far_train.mini.materials.EMPTY_PLACES"):
         monkeypatch.setattr(place, shipped.DRAWING.replace(sampling_steps=1))
     monkeypatch.setattr(bench_run, "corrected_leakage", lambda *_: 0.0)
 

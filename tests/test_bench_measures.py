@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from far_train.bench.measures import (
+from benchmarks.quality.measures import (
     Seen,
     attribute_distance,
     binding_figures,
@@ -15,7 +15,7 @@ from far_train.bench.measures import (
     prior_figures,
     solo_figures,
 )
-from far_train.bench.statistics import bootstrap_interval, holm, sign_flip_test
+from benchmarks.quality.statistics import bootstrap_interval, holm, sign_flip_test
 from far_train.mini.identity import Identity
 
 REX = Identity("dog", "white", "green", "banded", "scarf", "floppy")

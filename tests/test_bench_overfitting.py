@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from far_train.bench.groups import dev_groups, larger_groups
-from far_train.bench.overfitting import cut_out, kernel_distance, overfitting_figures, subject_rulers
-from far_train.bench.run import concepts
+from benchmarks.quality.groups import dev_groups, larger_groups
+from benchmarks.quality.overfitting import cut_out, kernel_distance, overfitting_figures, subject_rulers
+from benchmarks.quality.run import concepts
 from far_train.mini.oracle import picture_features, read_pictures
 from far_train.mini.shipped import SIZE, small_oracle
 from far_train.mini.world import render_scene

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from far_train import bench_speed
-from far_train.backbone import load_base, read_configs
-from far_train.cli import main
+from benchmarks.speed import bench_speed
+from benchmarks.speed.__main__ import main
+from benchmarks.speed.speed_work import CONCEPTS, RandomPictures, our_run, random_base, reference_run, work_config
 from far_train.mini.tiny import tiny_configs
-from far_train.speed_work import CONCEPTS, RandomPictures, our_run, random_base, reference_run, work_config
+from far_train.models.base import load_base, read_configs
 
 from .command_line import refused
 
@@ -25,7 +25,6 @@ def small_is_tiny(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_command_writes_tables_and_json(small_is_tiny, tmp_path: Path, capsys):
     argv = [
-        "bench-speed",
         "--out",
         str(tmp_path),
         "--device",
@@ -54,7 +53,7 @@ def test_the_command_writes_tables_and_json(small_is_tiny, tmp_path: Path, capsy
 
 
 def test_bad_sizes(capsys, small_is_tiny, tmp_path: Path):
-    argv = ["bench-speed", "--out", tmp_path / "out", "--device", "cpu"]
+    argv = ["--out", tmp_path / "out", "--device", "cpu"]
     refused(capsys, [*argv, "--sizes", "100"], "100 px does not fit", "multiple of")
     refused(capsys, [*argv, "--sizes", "big"], "sizes: expected int")
     refused(capsys, [*argv, "--batches", "0"], "batches: 0 is out of range")

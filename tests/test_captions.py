@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from far_train.captions import (
+from far_train.data.captions import (
     COLLAGE_TEMPLATES,
     TEMPLATES,
     MentionSpans,
@@ -19,7 +19,7 @@ from far_train.captions import (
     with_article,
     write_caption,
 )
-from far_train.errors import CaptionError, TokenError
+from far_train.utils.errors import CaptionError, TokenError
 
 CORGI, CHOW, CAT, DOG = Name("dog", "<corgi-dog>"), Name("dog", "<chow>"), Name("cat", "<cat>"), Name("dog")
 BEAR = Name("teddy bear", "<my-bear>")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from far_train.mini.captured import WARM_UP, CapturedStep
-from far_train.mini.learning import LearnConfig, _descend, _optimizer
+from benchmarks.small_models.captured import WARM_UP, CapturedStep
+from benchmarks.small_models.learning import LearnConfig, _descend, _optimizer
 
 RATES = [1e-3, 2e-3, 3e-3, 2e-3, 1e-3, 5e-4]
 STAYS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]

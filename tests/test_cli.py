@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from far_train import cli, commands
-from far_train.cli import COMMANDS, main
-from far_train.config import FusionConfig, SampleConfig, TrainConfig
+from far_train.cli import commands
+from far_train.cli import main as cli_main
+from far_train.cli.main import COMMANDS, main
+from far_train.utils.config import FusionConfig, SampleConfig, TrainConfig
 
 from .command_line import refused
 
@@ -33,7 +34,7 @@ def test_help_names_every_input_and_setting(command, capsys):
 
 
 def test_help_and_version_of_the_whole(capsys):
-    for argv, words in ((["--help"], [c.name for c in COMMANDS]), (["--version"], [cli.__version__])):
+    for argv, words in ((["--help"], [c.name for c in COMMANDS]), (["--version"], [cli_main.__version__])):
         with pytest.raises(SystemExit) as end:
             main(argv)
         text = capsys.readouterr().out
@@ -196,7 +197,7 @@ def test_a_missing_settings_file(capsys):
 # ---- interruptions
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), cli.Interrupted("stopped at step 3")])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), cli_main.Interrupted("stopped at step 3")])
 def test_an_interruption_is_no_error(monkeypatch, capsys, error):
     def stop(inputs, settings):
         raise error
@@ -208,7 +209,7 @@ def test_an_interruption_is_no_error(monkeypatch, capsys, error):
 
 
 def test_the_module_runs_from_a_shell(tmp_path):
-    root = Path(cli.__file__).parents[1]
+    root = Path(cli_main.__file__).parents[2]
     argv = [sys.executable, "-m", "far_train", "inspect", "--weights", str(tmp_path / "none")]
     ended = subprocess.run(argv, cwd=root, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 2 and ended.stdout == ""

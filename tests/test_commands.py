@@ -14,13 +14,13 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from far_train.backbone import kv_weights, load_base
-from far_train.cli import main
-from far_train.commands import read_backgrounds
-from far_train.config import FusionConfig
+from far_train.cli.commands import read_backgrounds
+from far_train.cli.main import main
+from far_train.data.images import save_pair
 from far_train.mini.tiny import WIDTH
-from far_train.photos import save_pair
-from far_train.weights import FarWeights, Provenance
+from far_train.models.base import kv_weights, load_base
+from far_train.models.weights import FarWeights, Provenance
+from far_train.utils.config import FusionConfig
 
 from .command_line import files, refused
 

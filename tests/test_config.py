@@ -7,9 +7,9 @@ import json
 
 import pytest
 
-from far_train import config as config_module
-from far_train.config import Config, ExtractConfig, FusionConfig, SampleConfig, TrainConfig, read_settings
-from far_train.errors import ConfigError
+from far_train.utils import config as config_module
+from far_train.utils.config import Config, ExtractConfig, FusionConfig, SampleConfig, TrainConfig, read_settings
+from far_train.utils.errors import ConfigError
 
 SHARED = ("min_area", "max_area")  # the same masks are judged when they are extracted and when they are fused
 ALL = (ExtractConfig, FusionConfig, TrainConfig, SampleConfig)

@@ -9,16 +9,16 @@ import torch
 from torch import nn
 from transformers import CLIPTokenizerFast
 
-from far_train.backbone import build_parts
-from far_train.mini.autoencoder import autoencoder_config, build_autoencoder, encode_means
-from far_train.mini.content import FIELDS, NONE, ContentReadout, content_codes, content_loss
-from far_train.mini.encoded_scenes import EncodedScenes, token_table
+from benchmarks.small_models.autoencoder import autoencoder_config, build_autoencoder, encode_means
+from benchmarks.small_models.content import FIELDS, NONE, ContentReadout, content_codes, content_loss
+from benchmarks.small_models.encoded_scenes import EncodedScenes, token_table
+from benchmarks.small_models.scene_pool import PoolConfig, ScenePool, fill_pool, render_chunk
+from benchmarks.small_models.words import write_tokenizer
 from far_train.mini.identity import NOUNS, identity_codes
-from far_train.mini.scene_pool import PoolConfig, ScenePool, fill_pool, render_chunk
 from far_train.mini.scenery import BACKGROUNDS
 from far_train.mini.tiny import tiny_configs
-from far_train.mini.words import write_tokenizer
 from far_train.mini.world import render_scene
+from far_train.models.base import build_parts
 
 CELLS = 16
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from far_train.concepts import Concept
-from far_train.config import FusionConfig, TrainConfig
-from far_train.errors import CheckpointError, WeightsError
-from far_train.fusion import ConceptFusion
-from far_train.recipe import TrainingRun, train
-from far_train.runs import find_run, run_identity
-from far_train.weights import FarWeights
+from far_train.data.concepts import Concept
+from far_train.data.fusion import ConceptFusion
+from far_train.models.weights import FarWeights
+from far_train.training.recipe import TrainingRun, train
+from far_train.training.run_folder import find_run, run_identity
+from far_train.utils.config import FusionConfig, TrainConfig
+from far_train.utils.errors import CheckpointError, WeightsError
 
 QUICK = TrainConfig(steps=2, batch_size=1, prior_batch_size=1, sample_every=0, device="cpu")
 

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from far_train.concepts import ClassPicture
-from far_train.config import FusionConfig, TrainConfig
-from far_train.cost import Cost, LiveBytes, measure_cost
-from far_train.errors import Interrupted
-from far_train.fusion import ConceptFusion
-from far_train.wording import duration, rate, size_in_words
+from far_train.data.concepts import ClassPicture
+from far_train.data.fusion import ConceptFusion
+from far_train.training.estimate import Cost, LiveBytes, measure_cost
+from far_train.utils.config import FusionConfig, TrainConfig
+from far_train.utils.errors import Interrupted
+from far_train.utils.wording import duration, rate, size_in_words
 
 CONFIG = TrainConfig(steps=40, sample_every=10, sample_steps=2, prior_pictures=7, device="cpu")
 

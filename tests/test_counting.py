@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from far_train.config import TrainConfig
-from far_train.counting import counting
+from benchmarks.speed.counting import counting
+from benchmarks.speed.speed_work import RandomPictures, count_steps, our_run, random_base, work_config
 from far_train.mini.tiny import tiny_configs
-from far_train.speed_work import RandomPictures, count_steps, our_run, random_base, work_config
+from far_train.utils.config import TrainConfig
 
 
 @pytest.fixture(scope="module")

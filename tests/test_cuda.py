@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from far_train.backbone import load_base
-from far_train.config import SampleConfig, TrainConfig
-from far_train.metrics import Readback
-from far_train.recipe import TrainingRun, train
-from far_train.sampling import draw_pictures
-from far_train.thrift import out_of_memory
+from far_train.models.base import load_base
+from far_train.models.sampling import draw_pictures
+from far_train.training.metrics import Readback
+from far_train.training.recipe import TrainingRun, train
+from far_train.utils.config import SampleConfig, TrainConfig
+from far_train.utils.out_of_memory import out_of_memory
 
 pytestmark = [
     pytest.mark.cuda,

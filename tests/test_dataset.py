@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from far_train.concepts import ClassPicture, Concept
-from far_train.config import FusionConfig
-from far_train.dataset import DatasetFolder, write_dataset
-from far_train.errors import CaptionError, DatasetError, OutputError, PhotoError, TokenError
-from far_train.fusion import ConceptFusion
+from far_train.data.concepts import ClassPicture, Concept
+from far_train.data.dataset import DatasetFolder, write_dataset
+from far_train.data.fusion import ConceptFusion
+from far_train.utils.config import FusionConfig
+from far_train.utils.errors import CaptionError, DatasetError, OutputError, PhotoError, TokenError
 
 SIZE = 64
 

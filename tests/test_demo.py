@@ -6,12 +6,12 @@ import re
 
 import pytest
 
-from far_train.errors import OutputError
+from far_train.data.images import load_photo
 from far_train.mini import demo
 from far_train.mini.shipped import SIZE
-from far_train.photos import load_photo
-from far_train.runs import read_metrics
-from far_train.weights import FarWeights
+from far_train.models.weights import FarWeights
+from far_train.training.run_folder import read_metrics
+from far_train.utils.errors import OutputError
 
 
 @pytest.fixture

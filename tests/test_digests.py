@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from far_train.config import TrainConfig
-from far_train.recipe import train
+from far_train.training.recipe import train
+from far_train.utils.config import TrainConfig
 
 RECORDED_ON = ("2.14.1", "AVX512")
 COMPOSITE = "038075c547b14c87"

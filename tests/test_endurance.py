@@ -11,16 +11,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from far_train import files, recipe
-from far_train.backbone import BaseModel, load_base
-from far_train.concepts import ClassPicture, Concept
-from far_train.config import FusionConfig, TrainConfig
-from far_train.errors import Interrupted, OutOfMemory, OutputError, TrainingDiverged
-from far_train.fusion import ConceptFusion
+from far_train.data.concepts import ClassPicture, Concept
+from far_train.data.fusion import ConceptFusion
 from far_train.mini.tiny import random_states, tiny_configs, write_folder
-from far_train.oom_fallback import OomFallback
-from far_train.recipe import Callbacks, TrainingRun, train
-from far_train.runs import read_metrics
+from far_train.models.base import BaseModel, load_base
+from far_train.training import recipe
+from far_train.training.oom_fallback import OomFallback
+from far_train.training.recipe import Callbacks, TrainingRun, train
+from far_train.training.run_folder import read_metrics
+from far_train.utils import files
+from far_train.utils.config import FusionConfig, TrainConfig
+from far_train.utils.errors import Interrupted, OutOfMemory, OutputError, TrainingDiverged
 
 from .conftest import disc
 from .test_recipe import same_weights, state_of, stop_at

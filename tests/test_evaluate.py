@@ -8,15 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-from far_train.captions import Name
-from far_train.concepts import Concept
-from far_train.encoders import FolderEncoder, crop_subject
-from far_train.errors import EncoderError, SubjectError
-from far_train.evaluate import Evaluation, References, compare_picture, propose_masks, read_references
+from far_train.data.captions import Name
+from far_train.data.concepts import Concept
+from far_train.evaluation.detect_and_compare import (
+    Evaluation,
+    References,
+    compare_picture,
+    propose_masks,
+    read_references,
+)
+from far_train.evaluation.image_encoders import FolderEncoder, crop_subject
+from far_train.evaluation.sheets import evaluation_plot
 from far_train.mini.likeness import OracleEncoder
 from far_train.mini.shipped import SUBJECTS, small_oracle, small_sam
 from far_train.mini.world import reference_photos
-from far_train.report import evaluation_plot
+from far_train.utils.errors import EncoderError, SubjectError
 
 from .tiny_encoders import write_encoder
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from far_train.counting import counting
-from far_train.frozen import FrozenLayers
+from benchmarks.speed.counting import counting
+from far_train.models.memory_efficient import FrozenLayers
 
 CONTEXT = torch.randn(2, 77, 32, generator=torch.Generator().manual_seed(1))
 

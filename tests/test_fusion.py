@@ -9,13 +9,13 @@ from collections import Counter
 import pytest
 import torch
 
-from far_train import fusion as fusion_module
-from far_train.captions import Name
-from far_train.concepts import Background, ClassPicture, Concept
-from far_train.config import FusionConfig
-from far_train.errors import CaptionError, ConfigError, SubjectError, TokenError
-from far_train.fusion import ConceptFusion
-from far_train.scenery import infill
+from far_train.data import fusion as fusion_module
+from far_train.data.backgrounds import infill
+from far_train.data.captions import Name
+from far_train.data.concepts import Background, ClassPicture, Concept
+from far_train.data.fusion import ConceptFusion
+from far_train.utils.config import FusionConfig
+from far_train.utils.errors import CaptionError, ConfigError, SubjectError, TokenError
 
 from .coloured import (
     CONCEPTS,

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from far_train.cli import main
-from far_train.dataset import write_dataset
-from far_train.runs import read_metrics
+from far_train.cli.main import main
+from far_train.data.dataset import write_dataset
+from far_train.training.run_folder import read_metrics
 
 # Loss of each step; the tiny base has random weights. Kernels of other machines and releases differ in the last digits.
 GOLDEN = {

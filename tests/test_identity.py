@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from far_train import fusion as fusion_module
-from far_train.backbone import PARTS, BaseModel, load_base
-from far_train.config import TrainConfig
-from far_train.errors import BaseModelError, CheckpointError, WeightsError
-from far_train.fingerprint import base_fingerprint, fingerprint
-from far_train.recipe import train
-from far_train.runs import find_run, run_identity
-from far_train.weights import FarWeights
+from far_train.data import fusion as fusion_module
+from far_train.models.base import PARTS, BaseModel, load_base
+from far_train.models.fingerprint import base_fingerprint, fingerprint
+from far_train.models.weights import FarWeights
+from far_train.training.recipe import train
+from far_train.training.run_folder import find_run, run_identity
+from far_train.utils.config import TrainConfig
+from far_train.utils.errors import BaseModelError, CheckpointError, WeightsError
 
 QUICK = TrainConfig(steps=2, sample_every=0, save_every=1, device="cpu")
 
@@ -69,7 +69,7 @@ def test_any_changed_weight_is_another_base(base: BaseModel, fusion, learned, pa
 def test_a_fingerprint_is_computed_anew_only_for_other_weights(base: BaseModel, monkeypatch):
     before = base.fingerprint
     with monkeypatch.context() as patched:
-        patched.setattr("far_train.backbone.base_fingerprint", lambda states: pytest.fail("computed again"))
+        patched.setattr("far_train.models.base.base_fingerprint", lambda states: pytest.fail("computed again"))
         assert base.fingerprint == before
     seen = {before}
     with torch.no_grad():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from far_train.dataset import write_dataset
+from far_train.data.dataset import write_dataset
 
 ROOT = Path(__file__).parents[1]
 STEPS = 16

@@ -18,8 +18,8 @@ from diffusers.loaders.single_file_utils import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
 import far_train
-from far_train import keys
-from far_train.errors import BaseModelError
+from far_train.models import keys
+from far_train.utils.errors import BaseModelError
 
 SD21 = Path(far_train.__file__).parent / "configs" / "sd21"
 PREFIX = {"unet": keys.UNET_PREFIX, "vae": keys.VAE_PREFIX, "text_encoder": keys.OPENCLIP_PREFIX}

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from far_train.errors import CheckpointError, Interrupted, TrainingDiverged
-from far_train.mini import learning
-from far_train.mini.learning import LearnConfig, draw_rows, fit, learning_rate, load_averaged
-from far_train.runs import read_metrics
+from benchmarks.small_models import learning
+from benchmarks.small_models.learning import LearnConfig, draw_rows, fit, learning_rate, load_averaged
+from far_train.training.run_folder import read_metrics
+from far_train.utils.errors import CheckpointError, Interrupted, TrainingDiverged
 
 from .learning_runs import losses, quick
 

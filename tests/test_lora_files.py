@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from far_train.backbone import BaseModel, attention_projections, build_parts, packaged_configs
-from far_train.errors import WeightsError
-from far_train.lora_files import kohya_names
 from far_train.mini.shipped import small_base
-from far_train.weights import FarWeights
+from far_train.models.base import BaseModel, attention_projections, build_parts, packaged_configs
+from far_train.models.lora_files import kohya_names
+from far_train.models.weights import FarWeights
+from far_train.utils.errors import WeightsError
 
 from .test_weights import make_low_rank, make_weights
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from far_train import losses
+from far_train.training import losses
 
 
 def test_min_snr_weight_by_hand():

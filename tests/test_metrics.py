@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 
-from far_train.errors import TrainingDiverged
-from far_train.metrics import DEPTH, NAMES, Readback, StepReports
-from far_train.report import loss_curves
-from far_train.runs import MetricsLog, read_metrics
+from far_train.evaluation.sheets import loss_curves
+from far_train.training.metrics import DEPTH, NAMES, Readback, StepReports
+from far_train.training.run_folder import MetricsLog, read_metrics
+from far_train.utils.errors import TrainingDiverged
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # the latter decides only how far the host may be ahead
 

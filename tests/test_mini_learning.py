@@ -9,32 +9,32 @@ import pytest
 import torch
 from torch import nn
 
-from far_train.backbone import BaseModel, build_parts, load_base
-from far_train.config import SampleConfig
-from far_train.errors import BaseModelError, CheckpointError, DatasetError, Interrupted, OutputError
-from far_train.mini import learn, small_sam
-from far_train.mini.autoencoder import (
+from benchmarks.small_models import learn, small_sam
+from benchmarks.small_models.autoencoder import (
     autoencoder_config,
     build_autoencoder,
     learn_autoencoder,
     load_autoencoder,
     measure_autoencoder,
 )
-from far_train.mini.diffusion import diffusion_configs, learn_diffusion
-from far_train.mini.encoded_scenes import token_table
-from far_train.mini.gates import BASE_GATES, PROMPT_KINDS, base_prompts, judge, measure_base, measure_oracle
-from far_train.mini.held_out import all_identities, held_out_identities
+from benchmarks.small_models.diffusion import diffusion_configs, learn_diffusion
+from benchmarks.small_models.encoded_scenes import token_table
+from benchmarks.small_models.gates import BASE_GATES, PROMPT_KINDS, base_prompts, judge, measure_base, measure_oracle
+from benchmarks.small_models.held_out import all_identities, held_out_identities
+from benchmarks.small_models.oracle_training import learn_oracle
+from benchmarks.small_models.scene_pool import PoolConfig, ScenePool, fill_pool
+from benchmarks.small_models.small_sam import SPEC, learn_sam, measure_sam
+from benchmarks.small_models.words import known_words, vocabulary, write_tokenizer
+from far_train.data.sam import build_sam, load_sam
+from far_train.data.subjects import Prompt, SubjectExtractor
 from far_train.mini.identity import Identity, identity_codes, identity_from_codes, vary
 from far_train.mini.oracle import Detection, Oracle, Reading, load_oracle, read_pictures
-from far_train.mini.oracle_training import learn_oracle
-from far_train.mini.scene_pool import PoolConfig, ScenePool, fill_pool
-from far_train.mini.small_sam import SPEC, learn_sam, measure_sam
-from far_train.mini.words import known_words, vocabulary, write_tokenizer
 from far_train.mini.world import render_scene, world_words
-from far_train.sam import build_sam, load_sam
-from far_train.sampling import draw_pictures, encode_prompts
-from far_train.subjects import Prompt, SubjectExtractor
-from far_train.tokens import Vocabulary
+from far_train.models.base import BaseModel, build_parts, load_base
+from far_train.models.sampling import draw_pictures, encode_prompts
+from far_train.models.tokens import Vocabulary
+from far_train.utils.config import SampleConfig
+from far_train.utils.errors import BaseModelError, CheckpointError, DatasetError, Interrupted, OutputError
 
 from .learning_runs import losses, quick
 
@@ -283,9 +283,9 @@ def test_the_oracle_returns_structures(runs):
 
 def test_perfect_maps_are_read_back_exactly():
     """The decoding alone: maps made from the truth give the truth."""
+    from benchmarks.small_models.oracle_training import cell_targets, shape_logit
+    from benchmarks.small_models.scene_pool import label_map
     from far_train.mini.oracle import HEADS, _read_one
-    from far_train.mini.oracle_training import cell_targets, shape_logit
-    from far_train.mini.scene_pool import label_map
 
     for index in range(20):
         scene = render_scene(6, index, 128)
@@ -361,7 +361,7 @@ def test_export_halves_and_loads(runs, monkeypatch):
     load_oracle(target / "oracle" / "oracle.safetensors")
     for part in ("base", "sam", "oracle"):
         card = (target / part / "card.md").read_text(encoding="utf-8")
-        assert "Seed 0" in card and "minutes" in card and "MIT" in card and "far_train.mini.learn" in card
+        assert "Seed 0" in card and "minutes" in card and "MIT" in card and "benchmarks.small_models.learn" in card
     monkeypatch.setattr(learn, "MOST_BYTES", 1000)
     with pytest.raises(OutputError, match="30 MB"):
         learn.export(runs)

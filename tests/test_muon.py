@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from far_train.mini.autoencoder import crop_to_sprites
-from far_train.mini.muon import UPDATE_RMS, Muon, orthogonal
+from benchmarks.small_models.autoencoder import crop_to_sprites
+from benchmarks.small_models.muon import UPDATE_RMS, Muon, orthogonal
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (16, 16)])

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from far_train.files import write_tensors
 from far_train.mini.tiny import random_states, tiny_configs
+from far_train.utils.files import write_tensors
 
 from .nodes_pack import pack_module
 
 naming = pack_module("nodes.naming")
 layout = pack_module("nodes.layout")
-errors = pack_module("far_train.errors")
-runs = pack_module("far_train.runs")
+errors = pack_module("far_train.utils.errors")
+runs = pack_module("far_train.training.run_folder")
 
 
 @pytest.mark.parametrize(

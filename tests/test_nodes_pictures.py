@@ -8,8 +8,8 @@ import torch
 from .nodes_pack import pack_module
 
 pictures = pack_module("nodes.pictures")
-masks = pack_module("far_train.masks")
-errors = pack_module("far_train.errors")
+masks = pack_module("far_train.data.masks")
+errors = pack_module("far_train.utils.errors")
 SubjectError = errors.SubjectError
 
 

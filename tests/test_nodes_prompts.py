@@ -9,7 +9,7 @@ import torch
 from .nodes_pack import pack_module
 
 prompts = pack_module("nodes.prompts")
-errors = pack_module("far_train.errors")
+errors = pack_module("far_train.utils.errors")
 Prompt, ConfigError, SubjectError = prompts.Prompt, errors.ConfigError, errors.SubjectError
 CORNERS, SIZED = prompts.BOX_FORMATS
 BOX = (10.0, 20.0, 40.0, 60.0)

@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from far_train.backbone import load_base
+from far_train.data.images import load_photo
 from far_train.mini.tiny import random_states, single_file_state, tiny_configs
-from far_train.photos import load_photo
-from far_train.weights import FarWeights
+from far_train.models.base import load_base
+from far_train.models.weights import FarWeights
 
 from .icc import grey_profile, rgb_profile
 from .odd_registry import CASES, SIDE, Found, Place, mask, odd, photo

@@ -9,15 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from far_train import pool, sampling
-from far_train.attention import layer_stride, supervised_layers
-from far_train.backbone import BaseModel
-from far_train.config import SampleConfig, TrainConfig
-from far_train.errors import OutOfMemory
-from far_train.memory import MARGIN, MemoryPlan, choose_plan
-from far_train.sampling import draw_pictures, plain_vocabulary
-from far_train.thrift import in_batches, out_of_memory, skip_without_memory, with_less_memory
-from far_train.tokens import Vocabulary
+from far_train.models import sampling
+from far_train.models.attention_maps import layer_stride, supervised_layers
+from far_train.models.base import BaseModel
+from far_train.models.sampling import draw_pictures, plain_vocabulary
+from far_train.models.tokens import Vocabulary
+from far_train.training import latent_cache
+from far_train.training.memory_plan import MARGIN, MemoryPlan, choose_plan
+from far_train.utils.config import SampleConfig, TrainConfig
+from far_train.utils.errors import OutOfMemory
+from far_train.utils.out_of_memory import in_batches, out_of_memory, skip_without_memory, with_less_memory
 
 QUICK = SampleConfig(sampling_steps=2, sample_batch=4)
 
@@ -129,7 +130,7 @@ def test_a_vae_goes_on_on_the_cpu(caplog):
         with_less_memory(vae, lambda: (_ for _ in ()).throw(MemoryError()))
 
 
-@pytest.mark.parametrize(("module", "method"), [(pool, "encode"), (sampling, "decode")])
+@pytest.mark.parametrize(("module", "method"), [(latent_cache, "encode"), (sampling, "decode")])
 def test_encoding_and_decoding_have_that_way_out(base: BaseModel, fusion, monkeypatch, module, method: str):
     calls = []
 
@@ -144,7 +145,7 @@ def test_encoding_and_decoding_have_that_way_out(base: BaseModel, fusion, monkey
         layers = supervised_layers(base.unet, 16, 16)
         stride = layer_stride(layers[0], len(base.unet.config.block_out_channels))
         words = Vocabulary(base.tokenizer, fusion.names, base.tokenizer_size)
-        pool.encode_pool(fusion, base, words, stride, seed=0)
+        latent_cache.encode_pool(fusion, base, words, stride, seed=0)
     assert calls and all(vae is base.vae for vae in calls)
 
 

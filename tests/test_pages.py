@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from far_train.cli import _parse, collect
-from far_train.mini import learn
+from benchmarks.quality import __main__ as quality
+from benchmarks.small_models import learn
+from benchmarks.speed import __main__ as speed
+from far_train.cli.main import _parse, collect, parse_single
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/reports/*/*.md")])
-LEARN = "python -m far_train.mini.learn"
+LEARN = "python -m benchmarks.small_models.learn"
 FAR = "python -m far_train"
+BENCHMARKS = {"benchmarks.quality": quality.COMMAND, "benchmarks.speed": speed.COMMAND}
+PROGRAM = r"python -m (far_train|benchmarks\.)"
 ALIASES = {"far": FAR, "learn": f"{LEARN}"}
 
 
@@ -26,7 +30,7 @@ def commands(page: Path) -> list[str]:
             for part in re.sub(r"(^|\s)#.*", "", line).split("; "):
                 words = part.strip().split(" ", 1)
                 lines.append(" ".join([ALIASES.get(words[0], words[0]), *words[1:]]))
-    return [line for line in lines if FAR in line and '"$@"' not in line]
+    return [line for line in lines if re.search(PROGRAM, line) and '"$@"' not in line]
 
 
 def is_archived(page: Path) -> bool:
@@ -43,10 +47,12 @@ def test_there_are_commands_to_check():
 
 @pytest.mark.parametrize(("page", "line"), SHOWN, ids=lambda v: v.name if isinstance(v, Path) else v[:60])
 def test_a_command_is_understood(page: Path, line: str):
-    words = shlex.split(line[line.index(FAR) :])
+    words = shlex.split(line[re.search(PROGRAM, line).start() :])
     start = words.index("-m") + 1
-    if words[start] == "far_train.mini.learn":
+    if words[start] == "benchmarks.small_models.learn":
         learn._parser().parse_args([*words[start + 1 :], "--out", "anywhere"])
+    elif words[start] in BENCHMARKS:
+        parse_single(BENCHMARKS[words[start]], words[start], words[start + 1 :])
     elif words[start + 1] != "--help":
         collect(*_parse(words[start + 1 :]))
 

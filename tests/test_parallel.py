@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file
 from torch import distributed
 
-from far_train.backbone import kv_weights, load_base
-from far_train.config import TrainConfig
-from far_train.dataset import write_dataset
-from far_train.errors import ConfigError
-from far_train.parallel import World, joined
-from far_train.recipe import TrainingRun
-from far_train.runs import read_metrics
-from far_train.weights import FarWeights
+from far_train.data.dataset import write_dataset
+from far_train.models.base import kv_weights, load_base
+from far_train.models.weights import FarWeights
+from far_train.training.distributed import World, joined
+from far_train.training.recipe import TrainingRun
+from far_train.training.run_folder import read_metrics
+from far_train.utils.config import TrainConfig
+from far_train.utils.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 STEPS = 5
@@ -89,13 +89,13 @@ def test_a_batch_smaller_than_the_number_of_processes(base, fusion, tmp_path: Pa
 FAILING = """
 import sys
 from pathlib import Path
-from far_train.backbone import load_base
-from far_train.callbacks import Callbacks
-from far_train.config import TrainConfig
-from far_train.dataset import DatasetFolder
-from far_train.errors import FarError
-from far_train.parallel import joined
-from far_train.recipe import train
+from far_train.models.base import load_base
+from far_train.training.callbacks import Callbacks
+from far_train.utils.config import TrainConfig
+from far_train.data.dataset import DatasetFolder
+from far_train.utils.errors import FarError
+from far_train.training.distributed import joined
+from far_train.training.recipe import train
 
 base, dataset, out = map(Path, sys.argv[1:])
 with joined("cpu") as world:

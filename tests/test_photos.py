@@ -15,10 +15,10 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from far_train import photos
-from far_train.errors import OutputError, PhotoError
-from far_train.folders import list_photos
-from far_train.photos import load_mask, load_photo, save_mask, save_pair, save_picture
+from far_train.data import images
+from far_train.data.folders import list_photos
+from far_train.data.images import load_mask, load_photo, save_mask, save_pair, save_picture
+from far_train.utils.errors import OutputError, PhotoError
 
 HEIGHT, WIDTH = 20, 36
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "two_dogs"
@@ -35,7 +35,7 @@ def noise(height: int, width: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def difference(photo: photos.Photo, expected: np.ndarray) -> float:
+def difference(photo: images.Photo, expected: np.ndarray) -> float:
     assert photo.image.shape == expected.shape and photo.image.dtype == torch.float32
     return float((photo.image * 255 - torch.tensor(expected).float()).abs().max())
 

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from far_train.concepts import Concept
-from far_train.config import RECIPES, FusionConfig
-from far_train.fusion import ConceptFusion
-from far_train.photos import mask_to_pil
-from far_train.placement import Cutout, Placed, paste, place
+from far_train.data.concepts import Concept
+from far_train.data.fusion import ConceptFusion
+from far_train.data.images import mask_to_pil
+from far_train.data.placement import Cutout, Placed, paste, place
+from far_train.utils.config import RECIPES, FusionConfig
 
 from .coloured import COLOURS, NO_CHANGES, centre, colour_of, fuse, mention_box, only, photo, region, shows
 

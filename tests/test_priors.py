@@ -7,15 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from far_train import priors
-from far_train.backbone import BaseModel, load_base
-from far_train.config import FusionConfig, SampleConfig, TrainConfig
-from far_train.errors import ConfigError
-from far_train.fusion import ConceptFusion
-from far_train.priors import EVERYDAY_SCENES, EmptyScene, parse_scenes, prior_key, prior_sampling, scene_path
-from far_train.recipe import train
-from far_train.runs import read_metrics
-from far_train.weights import FarWeights
+from far_train.data.fusion import ConceptFusion
+from far_train.models.base import BaseModel, load_base
+from far_train.models.weights import FarWeights
+from far_train.training import class_images
+from far_train.training.class_images import (
+    EVERYDAY_SCENES,
+    EmptyScene,
+    parse_scenes,
+    prior_key,
+    prior_sampling,
+    scene_path,
+)
+from far_train.training.recipe import train
+from far_train.training.run_folder import read_metrics
+from far_train.utils.config import FusionConfig, SampleConfig, TrainConfig
+from far_train.utils.errors import ConfigError
 
 CONFIG = TrainConfig(steps=1, prior_pictures=2, prior_steps=1, sample_every=0, device="cpu")
 
@@ -31,7 +38,7 @@ def test_runs_with_the_same_inputs_share_them(tiny_folder, concepts, tmp_path: P
     def refuse(*_args, **_kwargs):
         raise AssertionError("drawn again")
 
-    monkeypatch.setattr(priors, "draw_pictures", refuse)
+    monkeypatch.setattr(class_images, "draw_pictures", refuse)
     train(load_base(tiny_folder), bare, config.replace(steps=2), tmp_path / "two")
     assert read_metrics(tmp_path / "two" / "metrics.jsonl")[0]["prior"] > 0
     with pytest.raises(AssertionError, match="drawn again"):
@@ -67,7 +74,9 @@ def test_few_steps_are_the_default():
 
 def test_both_samplers_draw_and_differ(base: BaseModel, tmp_path: Path):
     drawn = [
-        priors.draw_class_pictures(base, ["ball"], 1, tmp_path / s, SampleConfig(sampler=s, sampling_steps=3), size=128)
+        class_images.draw_class_pictures(
+            base, ["ball"], 1, tmp_path / s, SampleConfig(sampler=s, sampling_steps=3), size=128
+        )
         for s in ("ddim", "dpm++")
     ]
     assert all(p[0].image.shape == (128, 128, 3) and p[0].image.std() > 0 for p in drawn)
@@ -105,7 +114,7 @@ def test_scenes_are_drawn_once_with_the_words_of_each(base: BaseModel, tmp_path:
     config = SampleConfig(sampling_steps=1)
     scenes = [EmptyScene("a beach", "by the sea"), EmptyScene("a wall"), EmptyScene("a beach", "on sand")]
     counts = []
-    drawn = priors.draw_empty_scenes(
+    drawn = class_images.draw_empty_scenes(
         base, scenes, 2, tmp_path, config, size=64, on_progress=lambda *count: counts.append(count)
     )
     assert [b.phrase for b in drawn] == ["by the sea", "by the sea", "", "", "on sand", "on sand"]
@@ -113,6 +122,6 @@ def test_scenes_are_drawn_once_with_the_words_of_each(base: BaseModel, tmp_path:
     assert torch.equal(drawn[0].image, drawn[4].image)
     assert not torch.equal(drawn[0].image, drawn[1].image) and not torch.equal(drawn[0].image, drawn[2].image)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
-    more = priors.draw_empty_scenes(base, scenes[:1], 3, tmp_path, config, size=64)
+    more = class_images.draw_empty_scenes(base, scenes[:1], 3, tmp_path, config, size=64)
     assert len(more) == 3 and all(torch.equal(a.image, b.image) for a, b in zip(more, drawn[:2]))
     assert all(p.stat().st_mtime_ns == time for p, time in before.items())

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from far_train.backbone import BaseModel, load_base
-from far_train.captions import Name
-from far_train.errors import CaptionError
+from far_train.data.captions import Name
+from far_train.evaluation.attention_focus import attention_maps, focus, heat_over
 from far_train.mini.tiny import random_states, tiny_configs, write_folder
-from far_train.probe import attention_maps, focus, heat_over
-from far_train.tokens import Vocabulary
+from far_train.models.base import BaseModel, load_base
+from far_train.models.tokens import Vocabulary
+from far_train.utils.errors import CaptionError
 
 NAMES = (Name("dog", "<rex-dog>"), Name("cat"))
 CAPTION = "a photo of a <rex-dog> dog and a cat"
@@ -25,7 +25,7 @@ def base(tmp_path_factory) -> BaseModel:
 
 @pytest.fixture(scope="module")
 def vocabulary(base) -> Vocabulary:
-    from far_train.tokens import ModifierEmbedding, initial_rows
+    from far_train.models.tokens import ModifierEmbedding, initial_rows
 
     table = base.text_encoder.get_input_embeddings()
     words = Vocabulary(base.tokenizer, NAMES[:1], base.tokenizer_size)

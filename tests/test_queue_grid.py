@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from far_train import queue_grid, queueing
-from far_train.cli import main
-from far_train.errors import Interrupted, QueueError
-from far_train.queue_grid import GridRunner, collect, finished, plan, read_axis
-from far_train.queueing import RunningHost
+from far_train.cli import comfy_client, comfy_grid
+from far_train.cli.comfy_client import RunningHost
+from far_train.cli.comfy_grid import GridRunner, collect, finished, plan, read_axis
+from far_train.cli.main import main
+from far_train.utils.errors import Interrupted, QueueError
 
 from .command_line import refused
 
@@ -110,8 +110,8 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def farms(monkeypatch) -> Iterator[Callable[[], Farm]]:
-    monkeypatch.setattr(queueing, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(queueing, "PATIENCE", 0.05)
+    monkeypatch.setattr(comfy_client, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(comfy_client, "PATIENCE", 0.05)
     made: list[Farm] = []
 
     def make() -> Farm:
@@ -137,7 +137,7 @@ def file(tmp_path) -> Path:
     return path
 
 
-def grid(*assignments: str) -> list[queue_grid.Run]:
+def grid(*assignments: str) -> list[comfy_grid.Run]:
     return plan(WORKFLOW, [read_axis(WORKFLOW, text) for text in assignments])
 
 
@@ -227,7 +227,7 @@ def test_a_grid_leaves_pictures_a_table_and_a_sheet(farm, tmp_path):
     assert [(r["Draw.seed"], r["Draw.cfg"], r["state"]) for r in rows] == [(s, c, "done") for s in "12" for c in "56"]
     for i, (run, row) in enumerate(zip(runs, rows)):
         assert (tmp_path / row["folder"] / row["files"]).is_file() and row["host"] == farm.url
-        cell = queue_grid.CELL
+        cell = comfy_grid.CELL
         text_height = (Image.open(sheet).height - 8) // 2 - cell - 8
         x, y = 8 + i % 2 * (cell + 8) + cell // 2, 8 + i // 2 * (cell + text_height + 8) + cell // 2
         red, green, _ = Image.open(sheet).getpixel((x, y))

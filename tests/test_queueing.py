@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from far_train import queueing
-from far_train.cli import main
-from far_train.errors import Interrupted, QueueError
-from far_train.queueing import RunningHost, read_workflow, run_workflow, save, set_inputs
+from far_train.cli import comfy_client
+from far_train.cli.comfy_client import RunningHost, read_workflow, run_workflow, save, set_inputs
+from far_train.cli.main import main
+from far_train.utils.errors import Interrupted, QueueError
 
 
 def node(kind: str, title: str, **inputs) -> dict:
@@ -89,7 +89,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def fake(monkeypatch) -> Iterator[FakeHost]:
-    monkeypatch.setattr(queueing, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(comfy_client, "POLL_SECONDS", 0.01)
     host = FakeHost()
     threading.Thread(target=host.serve_forever, daemon=True).start()
     yield host

@@ -13,10 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from far_train.captions import Name
-from far_train.concepts import Composite
-from far_train.errors import OutputError
-from far_train.report import (
+from far_train.data.captions import Name
+from far_train.data.concepts import Composite
+from far_train.evaluation.sheets import (
     CLASS_COLOUR,
     COLOURS,
     Page,
@@ -29,6 +28,7 @@ from far_train.report import (
     running_mean,
     save_sheet,
 )
+from far_train.utils.errors import OutputError
 
 NAMES = (Name("dog", "<a>"), Name("dog", "<b>"))
 

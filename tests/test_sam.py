@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from far_train.errors import SubjectError
-from far_train.sam import build_sam, load_sam, sam_spec
-from far_train.subjects import Prompt, SubjectExtractor
+from far_train.data.sam import build_sam, load_sam, sam_spec
+from far_train.data.subjects import Prompt, SubjectExtractor
+from far_train.utils.errors import SubjectError
 
 from .tiny_sam import TINY, save_tiny, tiny_sam
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from far_train.callbacks import Callbacks
-from far_train.captions import Name
-from far_train.config import SampleConfig, TrainConfig
-from far_train.errors import ConfigError
-from far_train.recipe import train
-from far_train.sampling import TextCache, draw_pictures, encode_prompts
-from far_train.sampling import plain_vocabulary as plain
-from far_train.tokens import Vocabulary
-from far_train.trainable import KeysAndValues
-from far_train.weights import FarWeights
+from far_train.data.captions import Name
+from far_train.models.adapters import KeysAndValues
+from far_train.models.sampling import TextCache, draw_pictures, encode_prompts
+from far_train.models.sampling import plain_vocabulary as plain
+from far_train.models.tokens import Vocabulary
+from far_train.models.weights import FarWeights
+from far_train.training.callbacks import Callbacks
+from far_train.training.recipe import train
+from far_train.utils.config import SampleConfig, TrainConfig
+from far_train.utils.errors import ConfigError
 
 QUICK = SampleConfig(sampling_steps=2)
 

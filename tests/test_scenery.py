@@ -9,11 +9,11 @@ import pytest
 import torch
 from scipy import ndimage
 
-from far_train.concepts import Concept
-from far_train.config import FusionConfig
-from far_train.fusion import ConceptFusion
-from far_train.photos import from_pil, mask_to_pil, to_pil
-from far_train.scenery import cover, infill
+from far_train.data.backgrounds import cover, infill
+from far_train.data.concepts import Concept
+from far_train.data.fusion import ConceptFusion
+from far_train.data.images import from_pil, mask_to_pil, to_pil
+from far_train.utils.config import FusionConfig
 
 from .coloured import COLOURS, SCENES, SIZE, centre, fuse, only, photo, region, shows
 

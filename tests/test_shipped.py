@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from far_train.bench.groups import NEAR
-from far_train.errors import BaseModelError
+from benchmarks.quality.groups import NEAR
+from benchmarks.small_models.held_out import held_out_identities
+from benchmarks.small_models.small_sam import BOX_GATE, POINT_GATE, measure_sam
 from far_train.mini import shipped
-from far_train.mini.held_out import held_out_identities
 from far_train.mini.oracle import read_pictures
 from far_train.mini.scenery import PLACES
 from far_train.mini.shipped import DRAWING, SIZE, SUBJECTS, WEIGHTS, sample_photos, small_base, small_oracle, small_sam
-from far_train.mini.small_sam import BOX_GATE, POINT_GATE, measure_sam
 from far_train.mini.world import render_scene
-from far_train.sampling import draw_pictures, plain_vocabulary
+from far_train.models.sampling import draw_pictures, plain_vocabulary
+from far_train.utils.errors import BaseModelError
 
 
 def test_they_are_small_and_described():
@@ -23,13 +23,13 @@ def test_they_are_small_and_described():
     assert {p.suffix for p in files} <= {".safetensors", ".json", ".txt", ".md"}
     for part in ("base", "sam", "oracle"):
         card = (WEIGHTS / part / "card.md").read_text(encoding="utf-8")
-        for said in ("Seed", "minutes", "python -m far_train.mini.learn", "## Measured", "Licence: MIT"):
+        for said in ("Seed", "minutes", "python -m benchmarks.small_models.learn", "## Measured", "Licence: MIT"):
             assert said in card, part
 
 
 def test_missing_weights_are_named(monkeypatch, tmp_path):
     monkeypatch.setattr(shipped, "BASE", tmp_path / "base")
-    with pytest.raises(BaseModelError, match="far_train.mini.learn"):
+    with pytest.raises(BaseModelError, match="benchmarks.small_models.learn"):
         small_base()
 
 

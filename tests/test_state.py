@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from far_train import files
-from far_train.errors import CheckpointError, OutputError
-from far_train.state import load_checkpoint, save_checkpoint
+from far_train.training.checkpoints import load_checkpoint, save_checkpoint
+from far_train.utils import files
+from far_train.utils.errors import CheckpointError, OutputError
 
 
 def training(seed: int = 0, width: int = 3):

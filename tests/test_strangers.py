@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from far_train.backbone import load_base
-from far_train.errors import BaseModelError, CheckpointError, SubjectError, UnreadableFile, WeightsError
-from far_train.files import MAX_HEADER, read_tensors
-from far_train.sam import load_sam
-from far_train.state import load_checkpoint
-from far_train.weights import FarWeights
+from far_train.data.sam import load_sam
+from far_train.models.base import load_base
+from far_train.models.weights import FarWeights
+from far_train.training.checkpoints import load_checkpoint
+from far_train.utils.errors import BaseModelError, CheckpointError, SubjectError, UnreadableFile, WeightsError
+from far_train.utils.files import MAX_HEADER, read_tensors
 
 from .test_state import save_checkpoint, training
 from .test_weights import make_weights
@@ -146,8 +146,8 @@ def test_configs_that_would_build_for_ever(tiny_folder: Path, tmp_path: Path, pa
 
 
 def test_a_base_with_values_that_are_not_finite(base, tiny_folder: Path, tmp_path: Path):
-    from far_train.backbone import read_configs
     from far_train.mini.tiny import single_file_state
+    from far_train.models.base import read_configs
 
     states = {"unet": base.unet, "vae": base.vae, "text_encoder": base.text_encoder}
     states = {k: {n: t.clone() for n, t in m.state_dict().items()} for k, m in states.items()}

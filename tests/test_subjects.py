@@ -10,11 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from far_train.config import ExtractConfig
-from far_train.errors import OutputError, PhotoError, SubjectError
-from far_train.photos import Photo, load_mask, load_photo, to_uint8
-from far_train.sam import build_sam
-from far_train.subjects import (
+from far_train.data.images import Photo, load_mask, load_photo, to_uint8
+from far_train.data.sam import build_sam
+from far_train.data.subjects import (
     AUTOMATIC_POINTS,
     Prompt,
     Subject,
@@ -24,6 +22,8 @@ from far_train.subjects import (
     extract_folder,
     subject_from_mask,
 )
+from far_train.utils.config import ExtractConfig
+from far_train.utils.errors import OutputError, PhotoError, SubjectError
 
 from .tiny_sam import TINY, tiny_sam
 

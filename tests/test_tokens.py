@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import far_train
-from far_train.captions import Name, locate_mentions
-from far_train.errors import CaptionError, TokenError
-from far_train.tokens import ModifierEmbedding, Vocabulary, initial_rows, norm_limits, unknown_tokens
+from far_train.data.captions import Name, locate_mentions
+from far_train.models.tokens import ModifierEmbedding, Vocabulary, initial_rows, norm_limits, unknown_tokens
+from far_train.utils.errors import CaptionError, TokenError
 
 ROWS = 49408
 CORGI, CHOW = Name("dog", "<corgi-dog>"), Name("dog", "<chow>")

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from far_train.backbone import attention_projections
-from far_train.callbacks import Callbacks
-from far_train.config import TrainConfig
-from far_train.errors import Interrupted, WeightsError
-from far_train.recipe import TrainingRun, train
-from far_train.tokens import Vocabulary
-from far_train.trainable import put_trainables, set_learning_rates
-from far_train.weights import FarWeights
+from far_train.models.adapters import put_trainables, set_learning_rates
+from far_train.models.base import attention_projections
+from far_train.models.tokens import Vocabulary
+from far_train.models.weights import FarWeights
+from far_train.training.callbacks import Callbacks
+from far_train.training.recipe import TrainingRun, train
+from far_train.utils.config import TrainConfig
+from far_train.utils.errors import Interrupted, WeightsError
 
 SHORT = TrainConfig(steps=3, batch_size=2, prior_batch_size=1, sample_every=0, save_every=1, device="cpu")
 KV, ATTENTION = SHORT.replace(trainable="kv", kv_lr=1e-3), SHORT.replace(low_rank=3, low_rank_lr=1e-3)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from far_train.sam import build_sam
+from far_train.data.sam import build_sam
 
 TINY = {
     "embed_dim": 24,

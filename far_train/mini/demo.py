@@ -16,23 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backbone import BaseModel
-from ..captions import Name, join_phrases
-from ..concepts import Composite, Concept, TrainingSet
-from ..config import TrainConfig
-from ..dataset import write_dataset
-from ..devices import choose_device
-from ..errors import OutputError
-from ..folders import list_photos
-from ..fusion import ConceptFusion
-from ..photos import load_photo, save_picture, to_pil
-from ..probe import attention_maps, heat_over
-from ..recipe import Callbacks, train
-from ..report import Page, checkerboard, contact_sheet, dataset_sheet, loss_curves, picture_grid
-from ..runs import METRICS_FILE, read_metrics
-from ..sampling import draw_pictures, plain_vocabulary
-from ..subjects import SubjectExtractor, extract_folder
-from ..tokens import Vocabulary
+from ..data.captions import Name, join_phrases
+from ..data.concepts import Composite, Concept, TrainingSet
+from ..data.dataset import write_dataset
+from ..data.folders import list_photos
+from ..data.fusion import ConceptFusion
+from ..data.images import load_photo, save_picture, to_pil
+from ..data.subjects import SubjectExtractor, extract_folder
+from ..evaluation.attention_focus import attention_maps, heat_over
+from ..evaluation.sheets import Page, checkerboard, contact_sheet, dataset_sheet, loss_curves, picture_grid
+from ..models.base import BaseModel
+from ..models.sampling import draw_pictures, plain_vocabulary
+from ..models.tokens import Vocabulary
+from ..training.recipe import Callbacks, train
+from ..training.run_folder import METRICS_FILE, read_metrics
+from ..utils.config import TrainConfig
+from ..utils.devices import choose_device
+from ..utils.errors import OutputError
 from .identity import Identity, describe
 from .materials import cut_class_pictures, draw_places
 from .oracle import read_pictures

@@ -24,7 +24,7 @@ class OracleEncoder:
 
     @torch.no_grad()
     def features(self, image: Tensor, masks: Sequence[Tensor]) -> Tensor:
-        """See :class:`far_train.encoders.Encoder`."""
+        """See :class:`far_train.evaluation.image_encoders.Encoder`."""
         if not len(masks):
             return torch.zeros(0, sum(HEADS.values()))
         found = {k: v[0] for k, v in self.oracle(_to_size(image) * 2 - 1).items()}

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..backbone import BaseModel
-from ..concepts import Background, ClassPicture
-from ..config import SampleConfig
-from ..errors import SubjectError
-from ..photos import Photo
-from ..priors import EmptyScene, draw_class_pictures, draw_empty_scenes
-from ..subjects import SubjectExtractor
+from ..data.concepts import Background, ClassPicture
+from ..data.images import Photo
+from ..data.subjects import SubjectExtractor
+from ..models.base import BaseModel
+from ..training.class_images import EmptyScene, draw_class_pictures, draw_empty_scenes
+from ..utils.config import SampleConfig
+from ..utils.errors import SubjectError
 from .scenery import PLACES
 from .shipped import DRAWING, EMPTY_PLACES
 

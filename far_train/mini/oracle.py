@@ -18,8 +18,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import BaseModelError
-from ..files import load_state
+from ..utils.errors import BaseModelError
+from ..utils.files import load_state
 from .identity import ACCESSORIES, COLOURS, NOUNS, PATTERNS, Identity, identity_from_codes
 from .scenery import BACKGROUNDS
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from ..backbone import BaseModel, load_base
-from ..captions import Name
-from ..config import FusionConfig, SampleConfig, TrainConfig
-from ..errors import BaseModelError
-from ..photos import Photo
-from ..sam import load_sam
+from ..data.captions import Name
+from ..data.images import Photo
+from ..data.sam import load_sam
+from ..models.base import BaseModel, load_base
+from ..utils.config import FusionConfig, SampleConfig, TrainConfig
+from ..utils.errors import BaseModelError
 from .identity import Identity
 from .oracle import FILE as ORACLE_FILE
 from .oracle import Oracle, load_oracle
@@ -87,6 +87,6 @@ def _present(path: Path) -> Path:
     if not path.exists():
         raise BaseModelError(
             f"{path}: the small models' weights are not there; get the whole repository, or train them: "
-            "python -m far_train.mini.learn --help"
+            "python -m benchmarks.small_models.learn --help"
         )
     return path

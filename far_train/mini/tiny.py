@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ..backbone import PARTS, build_parts, packaged_configs
-from ..keys import diffusers_to_ldm, strip_text_model
+from ..models.base import PARTS, build_parts, packaged_configs
+from ..models.keys import diffusers_to_ldm, strip_text_model
 
 WIDTH = 32
 

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from far_train.captions import Name
+from far_train.data.captions import Name
+from far_train.evaluation.attention_focus import attention_maps, focus, stretched
 from far_train.mini.shipped import SIZE, SUBJECTS, sample_photos, small_base
-from far_train.probe import attention_maps, focus, stretched
-from far_train.weights import FarWeights
+from far_train.models.weights import FarWeights
 
 from .comfy_server import ComfyServer, ExecutionFailed
 from .graphs import node

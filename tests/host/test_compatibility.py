@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from far_train.mini.shipped import small_base
-from far_train.weights import FarWeights
+from far_train.models.weights import FarWeights
 
 from .comfy_server import ComfyServer
 from .graphs import encoded, node, predicted

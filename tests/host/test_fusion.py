@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from far_train.dataset import DatasetFolder
+from far_train.data.dataset import DatasetFolder
 
 from .comfy_server import ComfyServer, ExecutionFailed, PromptRejected
 from .test_photos import node, photo_folder, pictures, refusal, sam_file  # noqa: F401  (a fixture)

@@ -13,16 +13,16 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from far_train.backbone import BaseModel, kv_weights
-from far_train.config import TrainConfig
-from far_train.dataset import DatasetFolder
+from far_train.data.dataset import DatasetFolder
+from far_train.data.images import to_pil
+from far_train.data.subjects import SubjectExtractor
 from far_train.mini.shipped import SIZE, SUBJECTS, sample_photos, small_base, small_sam
-from far_train.photos import to_pil
-from far_train.recipe import train
-from far_train.runs import read_metrics
-from far_train.sampling import encode_prompts, plain_vocabulary
-from far_train.subjects import SubjectExtractor
-from far_train.weights import FarWeights, Provenance
+from far_train.models.base import BaseModel, kv_weights
+from far_train.models.sampling import encode_prompts, plain_vocabulary
+from far_train.models.weights import FarWeights, Provenance
+from far_train.training.recipe import train
+from far_train.training.run_folder import read_metrics
+from far_train.utils.config import TrainConfig
 
 from .comfy_server import ComfyServer, PromptRejected
 from .graphs import defaults, encoded, node, predicted

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from far_train.config import ExtractConfig
-from far_train.errors import SubjectError
-from far_train.photos import load_photo
-from far_train.sam import load_sam
-from far_train.subjects import SubjectExtractor
+from far_train.data.images import load_photo
+from far_train.data.sam import load_sam
+from far_train.data.subjects import SubjectExtractor
+from far_train.utils.config import ExtractConfig
+from far_train.utils.errors import SubjectError
 
 from ..tiny_sam import save_tiny, tiny_sam
 from .comfy_server import ComfyServer, ExecutionFailed, PromptRejected

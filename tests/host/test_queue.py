@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from far_train.cli import main
+from far_train.cli.main import main
 
 from .comfy_server import ComfyServer
 from .graphs import node

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from far_train.runs import read_metrics
-from far_train.weights import FarWeights
+from far_train.models.weights import FarWeights
+from far_train.training.run_folder import read_metrics
 
 from .comfy_server import REPO, ComfyServer, ExecutionFailed, Host, default_packs
 from .graphs import node

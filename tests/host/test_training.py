@@ -13,13 +13,13 @@ from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from far_train.backbone import kv_layers, kv_weights, load_base
-from far_train.concepts import ClassPicture, Concept
-from far_train.config import FusionConfig, TrainConfig
-from far_train.fusion import ConceptFusion
-from far_train.recipe import train
-from far_train.runs import read_metrics
-from far_train.weights import FarWeights
+from far_train.data.concepts import ClassPicture, Concept
+from far_train.data.fusion import ConceptFusion
+from far_train.models.base import kv_layers, kv_weights, load_base
+from far_train.models.weights import FarWeights
+from far_train.training.recipe import train
+from far_train.training.run_folder import read_metrics
+from far_train.utils.config import FusionConfig, TrainConfig
 
 from .comfy_server import ComfyServer, ExecutionFailed, Host
 from .graphs import defaults, encoded, node, predicted

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from far_train.backbone import BaseModel, attention_projections, kv_weights, load_base, packaged_configs
-from far_train.config import SampleConfig
-from far_train.sampling import encode_prompts
-from far_train.tokens import noun_embedding
-from far_train.weights import FarWeights, Product, Provenance
+from far_train.models.base import BaseModel, attention_projections, kv_weights, load_base, packaged_configs
+from far_train.models.sampling import encode_prompts
+from far_train.models.tokens import noun_embedding
+from far_train.models.weights import FarWeights, Product, Provenance
+from far_train.utils.config import SampleConfig
 
 from .comfy_server import ComfyServer, ExecutionFailed, PromptRejected
 from .graphs import encoded, node, predicted, tiny_base

@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from far_train.queueing import RunningHost, run_workflow, set_inputs
-from far_train.sam import build_sam
+from far_train.cli.comfy_client import RunningHost, run_workflow, set_inputs
+from far_train.data.sam import build_sam
 
 from ..tiny_sam import TINY, save_tiny
 from .comfy_server import REPO, ComfyServer, Host, script

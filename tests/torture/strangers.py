@@ -21,18 +21,18 @@ import torch
 from mutations import mutate_bytes, mutate_json, mutate_safetensors, no_model_at_all
 from safetensors.torch import save_file
 
-from far_train.backbone import kv_weights, load_base
-from far_train.concepts import ClassPicture, Concept
-from far_train.config import SCHEMA_VERSION, FusionConfig
-from far_train.dataset import DatasetFolder, write_dataset
-from far_train.errors import FarError
-from far_train.fusion import ConceptFusion
+from far_train.data.concepts import ClassPicture, Concept
+from far_train.data.dataset import DatasetFolder, write_dataset
+from far_train.data.fusion import ConceptFusion
+from far_train.data.sam import load_sam
 from far_train.mini.shipped import SAM
 from far_train.mini.tiny import random_states, single_file_state, tiny_configs, write_folder
-from far_train.runs import find_run
-from far_train.sam import load_sam
-from far_train.state import load_checkpoint, save_checkpoint
-from far_train.weights import FarWeights, Provenance, describe
+from far_train.models.base import kv_weights, load_base
+from far_train.models.weights import FarWeights, Provenance, describe
+from far_train.training.checkpoints import load_checkpoint, save_checkpoint
+from far_train.training.run_folder import find_run
+from far_train.utils.config import SCHEMA_VERSION, FusionConfig
+from far_train.utils.errors import FarError
 
 SECONDS = 5.0
 SPARE = 64 * 2**20  # bytes of memory beyond eight times the size of the files

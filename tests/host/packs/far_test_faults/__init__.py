@@ -57,7 +57,7 @@ def out_of_memory() -> Exception:
 
 
 def full_disk() -> None:
-    replace(far("far_train.files"), "shutil", SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=0)))
+    replace(far("far_train.utils.files"), "shutil", SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=0)))
 
 
 def broken_previews() -> None:
@@ -69,12 +69,12 @@ def broken_previews() -> None:
 
 
 FAULTS: dict[str, Callable[[], None]] = {
-    "memory once": lambda: fail(far("far_train.recipe").TrainingRun, "backward", out_of_memory, times=2),
-    "memory": lambda: fail(far("far_train.recipe").TrainingRun, "backward", out_of_memory),
-    "memory while encoding": lambda: fail(far("far_train.recipe"), "encode_pool", out_of_memory),
+    "memory once": lambda: fail(far("far_train.training.recipe").TrainingRun, "backward", out_of_memory, times=2),
+    "memory": lambda: fail(far("far_train.training.recipe").TrainingRun, "backward", out_of_memory),
+    "memory while encoding": lambda: fail(far("far_train.training.recipe"), "encode_pool", out_of_memory),
     "disk": full_disk,
     "preview": broken_previews,
-    "crash": lambda: fail(far("far_train.recipe").TrainingRun, "take_step", ZeroDivisionError),
+    "crash": lambda: fail(far("far_train.training.recipe").TrainingRun, "take_step", ZeroDivisionError),
 }
 
 
@@ -99,11 +99,11 @@ def gate(module: str, owner: str, name: str) -> Callable[[], None]:
 
 
 GATES = {
-    "priors": gate("far_train.priors", "", "draw_pictures"),
-    "encoding": gate("far_train.fusion", "ConceptFusion", "composite"),
-    "step": gate("far_train.recipe", "TrainingRun", "backward"),
-    "save": gate("far_train.recipe", "", "save_checkpoint"),
-    "sampling": gate("far_train.recipe", "", "draw_pictures"),
+    "priors": gate("far_train.training.class_images", "", "draw_pictures"),
+    "encoding": gate("far_train.data.fusion", "ConceptFusion", "composite"),
+    "step": gate("far_train.training.recipe", "TrainingRun", "backward"),
+    "save": gate("far_train.training.recipe", "", "save_checkpoint"),
+    "sampling": gate("far_train.training.recipe", "", "draw_pictures"),
 }
 
 

@@ -58,7 +58,7 @@ class Dataset(io.ComfyNode):
 
     @classmethod
     def execute(cls, count: int, fusion_seed: int, priors: int = 2) -> io.NodeOutput:
-        concepts, config = far("far_train.concepts"), far("far_train.config")
+        concepts, config = far("far_train.data.concepts"), far("far_train.utils.config")
         balls = {"red-ball": (0.9, 0.1, 0.1), "blue-ball": (0.1, 0.1, 0.9)}
         learned = [
             concepts.Concept(f"<{token}>", "ball", *((part,) for part in disc(colour)))
@@ -66,7 +66,7 @@ class Dataset(io.ComfyNode):
         ]
         pictures = [concepts.ClassPicture("ball", *disc((0.1, 0.8, 0.3 * i))) for i in range(priors)]
         settings = config.FusionConfig(size=128, count=count, fusion_seed=fusion_seed)
-        return io.NodeOutput(far("far_train.fusion").ConceptFusion(learned, pictures, (), settings))
+        return io.NodeOutput(far("far_train.data.fusion").ConceptFusion(learned, pictures, (), settings))
 
 
 class SaveBase(io.ComfyNode):
@@ -196,7 +196,7 @@ class FullSize(io.ComfyNode):
 
     @classmethod
     def execute(cls, prediction: str) -> io.NodeOutput:
-        backbone, keys = far("far_train.backbone"), far("far_train.keys")
+        backbone, keys = far("far_train.models.base"), far("far_train.models.keys")
         expected = backbone.packaged_configs(prediction)
         parts = {part: module.state_dict() for part, module in backbone.build_parts(expected).items()}
         text = keys.strip_text_model(parts["text_encoder"])

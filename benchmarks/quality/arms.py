@@ -1,0 +1,171 @@
+"""The arms of the bench: every method as a change of the same recipe, on the same photos, class pictures and budget.
+
+Nothing here is tuned on test pairs. What was tried on dev pairs, and what came of it, stands in
+benchmarks/reports/2026-11-26/tuning.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from far_train.mini.shipped import DRAWING, FUSING, PLAIN_LOSS, TRAINING
+from far_train.utils.config import FusionConfig, SampleConfig, TrainConfig
+from far_train.utils.errors import ConfigError
+
+CLASS_PICTURES = 32
+FUSION = FUSING.replace(count=160)
+RESIZED_LOSS = PLAIN_LOSS | {"background_weight": 0.0}  # the photo counts, the grey around it does not
+NO_REFINEMENT = {"refinement_weight": 0.0}
+KV = {"trainable": "kv"}
+# At four times this rate, FaR's on the first small base, a loss that counts the photos' backgrounds learns their places
+# (benchmarks/reports/2026-11-26/tuning.md).
+PHOTOS_RATE = {"low_rank_lr": 1.25e-4}
+ORIGINALS = {"recipe_weights": {"original": 1.0}}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to learn. ``data``: fused (Concept Fusion with the changes in ``fusion``), true_pairs (the same with true
+    pictures of both), resized, seg_mix, true_scenes, or, where nothing is learned, none (prompts with bare nouns) or
+    words (with all attributes); ``masks``: exact, shuffled, degraded, mended; ``training``: changes of TRAINING;
+    ``class_pictures`` of each noun, drawn with the changes of DRAWING in ``class_drawing``."""
+
+    name: str
+    title: str
+    note: str
+    data: str = "fused"
+    masks: str = "exact"
+    fusion: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    class_pictures: int = CLASS_PICTURES
+    class_drawing: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def learns(self) -> bool:
+        return self.data not in ("none", "words")
+
+    def train_config(self, train_seed: int) -> TrainConfig:
+        return TRAINING.replace(train_seed=train_seed, **self.training)
+
+    def fusion_config(self, fusion_seed: int) -> FusionConfig:
+        return FUSION.replace(fusion_seed=fusion_seed, **self.fusion)
+
+    def class_config(self) -> SampleConfig:
+        return DRAWING.replace(**self.class_drawing)
+
+
+CORE = (
+    Arm("floor", "Floor", "the base, asked for 'a dog and another dog'; it learns nothing", data="none"),
+    Arm(
+        "custom-diffusion",
+        "Custom Diffusion",
+        "arXiv 2212.04488: embeddings and K/V, class pictures, photos resized with words for it",
+        data="resized",
+        training=RESIZED_LOSS | KV,
+    ),
+    Arm(
+        "seg-mix",
+        "Seg-Mix",
+        "MuDI, arXiv 2404.04243, on the same modules: 30 % of the pictures are two cut-outs on black",
+        data="seg_mix",
+        training=PLAIN_LOSS | PHOTOS_RATE,
+    ),
+    Arm("fusion", "Fusion alone", "Concept Fusion, masked denoising loss, no refinement", training=NO_REFINEMENT),
+    Arm("refinement", "Refinement alone", "photos as they are, with the refinement loss", fusion=ORIGINALS),
+    Arm("far", "FaR", "Concept Fusion and Localized Refinement"),
+)
+FURTHER = (
+    Arm(
+        "textual-inversion",
+        "Textual inversion",
+        "arXiv 2208.01618: embeddings alone, photos as they are",
+        data="resized",
+        training=RESIZED_LOSS | {"low_rank_lr": 0.0},
+    ),
+    Arm(
+        "dreambooth-lora",
+        "DreamBooth-LoRA",
+        "arXiv 2208.12242 with 2106.09685: photos as they are, learned tokens, rank 8 on all attention",
+        fusion=ORIGINALS,
+        training=PLAIN_LOSS | PHOTOS_RATE,
+    ),
+    Arm(
+        "masked-loss",
+        "Custom Diffusion + masked loss",
+        "photos as they are, with FaR's masked denoising loss",
+        fusion=ORIGINALS,
+        training=NO_REFINEMENT | KV,
+    ),
+    Arm(
+        "far-companions",
+        "FaR + S3",
+        "a tenth of the composites shows a subject beside another of its class, in place of as many alone",
+        fusion={"recipe_weights": {"original": 0.10, "solo": 0.15, "pair": 0.65, "beside_prior": 0.10}},
+    ),
+    Arm(
+        "far-plain-backgrounds",
+        "FaR − backgrounds",
+        "plain backgrounds alone",
+        fusion={"background_weights": {"plain": 1.0}},
+    ),
+    Arm(
+        "far-kv",
+        "FaR on K/V",
+        "FaR's data and loss, with Custom Diffusion's trainable set",
+        training=KV,
+    ),
+    Arm(
+        "far-per-cell",
+        "FaR, per cell",
+        "in the losses each cell of a subject counts alike, and not each subject",
+        training={"per_mention": False},
+    ),
+    Arm("far-no-competition", "FaR − competition", "no competition term", training={"competition_weight": 0.0}),
+    Arm("far-min-snr", "FaR + Min-SNR", "timesteps weighted as for SD 2.1, γ = 5", training={"min_snr_gamma": 5.0}),
+    Arm(
+        "far-costly-priors",
+        "FaR, 200 class pictures",
+        "as public scripts draw them: 200, in 50 steps of DDIM",
+        class_pictures=200,
+        class_drawing={"sampling_steps": 50},
+    ),
+    Arm(
+        "far-cheap-priors",
+        "FaR, 50 class pictures",
+        "the product's default: 50, in 20 steps of DPM-Solver++, a tenth of the cost",
+        class_pictures=50,
+        class_drawing={"sampler": "dpm++", "sampling_steps": 20},
+    ),
+    Arm("far-no-priors", "FaR, no prior loss", "no class pictures in a step", training={"prior_batch_size": 0}),
+    Arm("far-bf16", "FaR in bf16", "the arithmetic of GPUs", training={"precision": "bf16"}),
+    Arm("far-degraded", "FaR, poor masks", "masks two pixels off, with a part missing", masks="degraded"),
+    Arm("far-mended", "FaR, poor masks mended", "the same masks as hints for the small SAM", masks="mended"),
+)
+CONTROLS = (
+    Arm(
+        "words",
+        "In words",
+        "the base, told all attributes of each in words; it learns nothing: what it can draw of two such subjects",
+        data="words",
+    ),
+    Arm("far-shuffled", "FaR, wrong masks", "each subject has another one's mask: must hurt", masks="shuffled"),
+    Arm(
+        "far-true-pairs",
+        "FaR, true pairs",
+        "true pictures of both instead of composites: what is left to the ceiling is the price of learning each alone",
+        data="true_pairs",
+    ),
+    Arm("ceiling", "Ceiling", "trained on true pictures of the subjects together", data="true_scenes"),
+)
+ALL = (*CORE, *FURTHER, *CONTROLS)
+
+
+def find_arms(names: tuple[str, ...]) -> tuple[Arm, ...]:
+    """Arms by name. Raises ConfigError."""
+    known = {arm.name: arm for arm in ALL}
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"arms: unknown arm '{name}'; known: {', '.join(known)}")
+    return tuple(known[name] for name in names)

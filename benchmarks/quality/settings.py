@@ -1,0 +1,36 @@
+"""Settings of the bench, in a module that loads at once: the command line reads them for its help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from far_train.utils.config import Config, setting
+
+
+@dataclass(frozen=True)
+class BenchConfig(Config):
+    """What ``python -m benchmarks.quality`` runs."""
+
+    plan: str = setting(
+        "reduced",
+        "reduced: core arms on two dev pairs; dev: all arms on nine dev pairs, a triple and three alone; core: core "
+        "arms on eight test pairs, two seeds; full: all arms on all test groups, three seeds",
+        choices=("reduced", "dev", "core", "full"),
+    )
+    arms: tuple[str, ...] = setting((), "these arms alone, by name")
+    groups: tuple[str, ...] = setting((), "these groups of the plan alone, by name")
+    more_pictures: int = setting(1, "draw so many times the plan's pictures", low=1, high=64)
+    seeds: int | None = setting(None, "runs of each arm and group (default: the plan's)", low=1, high=100)
+    # For tuning: the same change of all arms, each against its own default.
+    steps: int | None = setting(None, "training steps of every arm (default: each arm's own)", low=1, high=100_000)
+    kv_lr: float | None = setting(None, "learning rate of K and V in every arm that learns them", low=0, high=1)
+    low_rank_lr: float | None = setting(
+        None, "learning rate of low-rank changes in every arm that learns them", low=0, high=1
+    )
+    embedding_lr: float | None = setting(None, "learning rate of the embeddings in every arm", low=0, high=1)
+
+    def training_changes(self) -> dict[str, Any]:
+        """Changes of every arm's training."""
+        names = ("steps", "kv_lr", "low_rank_lr", "embedding_lr")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}

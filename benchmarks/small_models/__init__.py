@@ -1,0 +1,1 @@
+"""How the small models that the package ships are trained."""

@@ -1,0 +1,1 @@
+"""How fast a training step and a whole run are."""

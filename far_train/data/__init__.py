@@ -1,0 +1,1 @@
+"""From photos to a dataset: subjects, masks, composites, captions."""

@@ -1,0 +1,155 @@
+"""What flows between extraction, fusion and training. All pictures are float32 0..1, all masks 1 on the subject."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from ..utils.errors import SubjectError
+from .captions import MentionSpans, Name, check_noun, check_token, locate_mentions
+from .masks import describe_faint
+
+
+@dataclass(frozen=True, eq=False)
+class Concept:
+    """A subject to be learned: its modifier token, its class noun, its photos and where it is in them.
+
+    ``images``: each [H, W, 3]; ``masks``: one [H, W] per image, of the same size. Raises TokenError, CaptionError,
+    SubjectError. ``labels``: what messages call the photos, such as their files.
+    """
+
+    token: str
+    noun: str
+    images: tuple[Tensor, ...]
+    masks: tuple[Tensor, ...]
+    labels: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_token(self.token)
+        check_noun(self.noun)
+        if not self.images:
+            raise SubjectError(f"concept {self.token}: no subjects; give at least one photo with its mask")
+        if len(self.images) != len(self.masks):
+            raise SubjectError(
+                f"concept {self.token}: {len(self.images)} photos but {len(self.masks)} masks; give one mask per photo"
+            )
+        for i, (image, mask) in enumerate(zip(self.images, self.masks)):
+            check_subject(image, mask, self.label(i))
+
+    def label(self, index: int) -> str:
+        """What messages call a photo."""
+        return self.labels[index] if self.labels else f"concept {self.token}, photo {index + 1}"
+
+    @property
+    def name(self) -> Name:
+        return Name(self.noun, self.token)
+
+
+@dataclass(frozen=True, eq=False)
+class ClassPicture:
+    """A picture of any member of a class (a prior): ``image`` [H, W, 3], and the subject's ``mask`` [H, W] if known.
+
+    ``label``: what messages call it, such as its file.
+    """
+
+    noun: str
+    image: Tensor
+    mask: Tensor | None = None
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        check_noun(self.noun)
+        where = self.label or f"class picture of a {self.noun}"
+        check_picture(self.image, where)
+        if self.mask is not None:
+            check_subject(self.image, self.mask, where)
+
+
+@dataclass(frozen=True, eq=False)
+class Background:
+    """An empty scene: ``image`` [H, W, 3] and the ``phrase`` that a caption adds for it ("in a garden"), or ""."""
+
+    image: Tensor
+    phrase: str = ""
+
+    def __post_init__(self) -> None:
+        check_picture(self.image, "background")
+
+
+@dataclass(frozen=True, eq=False)
+class Mention:
+    """One subject of a composite: its name, its visible region ``mask`` [S, S], and where the caption names it."""
+
+    name: Name
+    mask: Tensor
+    spans: MentionSpans
+
+
+@dataclass(frozen=True, eq=False)
+class Composite:
+    """A training picture: ``image`` [S, S, 3], its caption, and one mention per masked subject in caption order."""
+
+    image: Tensor
+    caption: str
+    mentions: tuple[Mention, ...]
+    recipe: str
+
+    @classmethod
+    def build(
+        cls,
+        image: Tensor,
+        caption: str,
+        subjects: Sequence[tuple[Name, Tensor]],
+        recipe: str,
+        where: str = "the caption",
+    ) -> Composite:
+        """Locate the subjects' words in the caption. Raises CaptionError naming ``where``."""
+        spans = locate_mentions(caption, [name for name, _ in subjects], where)
+        mentions = tuple(Mention(name, mask, s) for (name, mask), s in zip(subjects, spans))
+        return cls(image, caption, mentions, recipe)
+
+
+@runtime_checkable
+class TrainingSet(Protocol):
+    """What a training reads: composites and class pictures, each built when asked for.
+
+    ``names`` are the concepts in order; ``size`` the side of every picture in pixels.
+    """
+
+    names: tuple[Name, ...]
+    size: int
+
+    def digest(self) -> str:
+        """Identifies the content: equal digests train equally."""
+        ...
+
+    def composite_count(self) -> int: ...
+
+    def composite(self, index: int) -> Composite: ...
+
+    def prior_count(self) -> int: ...
+
+    def prior(self, index: int) -> Composite: ...
+
+
+def check_picture(image: Tensor, where: str) -> None:
+    """Refuse a picture of the wrong shape, such as a batch. Raises SubjectError naming ``where``."""
+    if image.ndim != 3 or image.shape[-1] != 3:
+        raise SubjectError(f"{where}: a picture must be [height, width, 3], got {list(image.shape)}")
+
+
+def check_subject(image: Tensor, mask: Tensor, where: str) -> None:
+    """Refuse a picture or mask of the wrong shape, and an empty mask. Raises SubjectError naming ``where``."""
+    check_picture(image, where)
+    if mask.ndim != 2:
+        raise SubjectError(f"{where}: the mask must be [height, width], got {list(mask.shape)}")
+    if mask.shape != image.shape[:2]:
+        raise SubjectError(
+            f"{where}: the mask is {mask.shape[1]}×{mask.shape[0]} pixels but the picture "
+            f"{image.shape[1]}×{image.shape[0]}; make them the same size"
+        )
+    if not bool((mask > 0.5).any()):
+        raise SubjectError(f"{where}: the mask {describe_faint(mask)}, or leave this photo out")

@@ -1,0 +1,311 @@
+"""A training set as a folder that people can look at and edit.
+
+    dataset.json             concepts, picture size, and which mask belongs to which mention
+    composites/0000.png      the training pictures …
+    composites/0000.txt      … their captions; edit them freely, but keep each mention's words in order
+    composites/0000.0.mask.png   … and one mask per mention
+    priors/0000.png, .txt    class pictures (prior preservation)
+
+Delete a picture, and its instance is gone; add a class picture with its caption, and it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ..utils.errors import CaptionError, DatasetError, FarError, OutputError, UnreadableFile
+from ..utils.files import make_folder, parse_json, write_json, write_text
+from ..utils.text_files import read_words
+from .captions import Name, check_noun, check_token, locate_mentions
+from .concepts import Composite, TrainingSet
+from .folders import OTHER_PICTURES, SUFFIXES, describe_unread, list_photos
+from .images import load_mask, load_photo, save_mask, save_picture
+from .masks import describe_faint
+
+SCHEMA = 1
+
+
+def write_dataset(
+    training_set: TrainingSet,
+    folder: Path,
+    *,
+    about: dict[str, Any] | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> DatasetFolder:
+    """Build every instance and write the folder; ``about`` is kept in dataset.json for people.
+
+    The folder appears under its name when it is complete. Raises OutputError if it exists and isn't empty, or can't
+    be written.
+    """
+    folder = Path(folder)
+    _check_free(folder)
+    place = folder.resolve()
+    unfinished = place.with_name(f"{place.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+    make_folder(unfinished)
+    try:
+        instances, priors = training_set.composite_count(), training_set.prior_count()
+        entries = []
+        for i in range(instances):
+            on_progress(i, instances + priors)
+            entries.append(_write_composite(unfinished / "composites", f"{i:04d}", training_set.composite(i)))
+        for i in range(priors):
+            on_progress(instances + i, instances + priors)
+            prior = training_set.prior(i)
+            save_picture(unfinished / "priors" / f"{i:04d}.png", prior.image)
+            write_text(unfinished / "priors" / f"{i:04d}.txt", prior.caption + "\n")
+        names = [{"token": n.token, "noun": n.noun} for n in training_set.names]
+        write_json(
+            unfinished / "dataset.json",
+            {
+                "schema": SCHEMA,
+                "size": training_set.size,
+                "concepts": names,
+                "composites": entries,
+                "about": about or {},
+            },
+        )
+        try:
+            if place.exists():
+                place.rmdir()
+            unfinished.replace(place)
+        except OSError as e:
+            raise OutputError(f"{folder}: can't be written ({e.strerror or e}); choose another folder") from e
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    on_progress(instances + priors, instances + priors)
+    return DatasetFolder(folder)
+
+
+def _check_free(folder: Path) -> None:
+    try:
+        taken = folder.exists() and any(folder.iterdir())
+    except NotADirectoryError as e:
+        raise OutputError(f"{folder}: is a file; choose another folder") from e
+    except OSError as e:
+        raise OutputError(f"{folder}: can't be read ({e.strerror or e}); choose another folder") from e
+    if folder.resolve() == Path.cwd():
+        raise OutputError(f"{folder}: is the folder that you work in, which can't be replaced; name a new one")
+    if taken:
+        raise OutputError(f"{folder}: is not empty; choose another folder or delete it")
+
+
+def _write_composite(folder: Path, stem: str, composite: Composite) -> dict[str, Any]:
+    save_picture(folder / f"{stem}.png", composite.image)
+    write_text(folder / f"{stem}.txt", composite.caption + "\n")
+    mentions = []
+    for i, mention in enumerate(composite.mentions):
+        save_mask(folder / f"{stem}.{i}.mask.png", mention.mask)
+        mentions.append({"token": mention.name.token, "noun": mention.name.noun, "mask": f"{stem}.{i}.mask.png"})
+    return {"image": f"{stem}.png", "recipe": composite.recipe, "mentions": mentions}
+
+
+class DatasetFolder:
+    """A training set read from such a folder, one instance at a time (see ``TrainingSet``).
+
+    Everything is checked when it is opened, the pixels when they are read. ``notes`` says what isn't used. Raises
+    DatasetError, TokenError, CaptionError, PhotoError, each naming the file.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        about = self._read_index()
+        try:
+            self.size = int(about["size"])
+            self.names = tuple(Name(check_noun(c["noun"]), check_token(c["token"])) for c in about["concepts"])
+            composites = [_Entry.read(self.folder / "composites", e) for e in about["composites"]]
+        except FarError as e:
+            raise type(e)(f"{self.folder / 'dataset.json'}: {e}") from e
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise DatasetError(
+                f"{self.folder / 'dataset.json'}: {e!r} is missing or wrong; fuse the dataset anew"
+            ) from e
+        if not self.names or len({n.token for n in self.names}) < len(self.names):
+            raise DatasetError(f"{self.folder / 'dataset.json'}: no concepts, or one named twice; fuse it anew")
+        self._composites = [e for e in composites if e.image.exists()]
+        if not self._composites:
+            raise DatasetError(f"{self.folder}: holds no composites; fuse the dataset anew")
+        self._refuse_strangers(composites)
+        self.notes: list[str] = []
+        if gone := [e.image.stem for e in composites if not e.image.exists()]:
+            some = ", ".join(gone[:5]) + (", …" if len(gone) > 5 else "")
+            self.notes.append(f"{self.folder}: {len(gone)} of {len(composites)} composites were deleted ({some}).")
+        for entry in self._composites:
+            entry.check(set(self.names))
+        self._check_all_shown()
+        self._priors = _list_pictures(self.folder / "priors")
+        for path in self._priors:
+            _read_caption(path)
+        if self._priors and (unread := describe_unread(self.folder / "priors")):
+            self.notes.append(unread)
+
+    def _read_index(self) -> dict[str, Any]:
+        path = self.folder / "dataset.json"
+        if not path.is_file():
+            raise DatasetError(f"{self.folder}: is no dataset folder (dataset.json is missing); make one with 'fuse'")
+        try:
+            about = json.loads(read_words(path))
+        except UnreadableFile as e:
+            raise DatasetError(str(e)) from e
+        except (ValueError, RecursionError) as e:
+            raise DatasetError(f"{path}: can't be read ({e}); fuse the dataset anew") from e
+        if not isinstance(about, dict) or about.get("schema") != SCHEMA:
+            raise DatasetError(f"{path}: is of another version than {SCHEMA}; fuse the dataset anew")
+        return about
+
+    def _refuse_strangers(self, composites: list[_Entry]) -> None:
+        """Raise DatasetError for pictures that the index doesn't know: renamed or saved in another format."""
+        folder = self.folder / "composites"
+        known = {e.image.name for e in composites} | {mask.name for e in composites for _, mask in e.subjects}
+        kinds = tuple(f".{kind}" for kind in OTHER_PICTURES) + SUFFIXES
+        pictures = (
+            p for p in sorted(folder.iterdir()) if p.name.lower().endswith(kinds) and not p.name.startswith(".")
+        )
+        strangers = [p for p in pictures if p.name not in known]
+        if not strangers:
+            return
+        gone = [e.image.name for e in composites if not e.image.exists()]
+        lost = f" ({', '.join(gone[:5])} {'is' if len(gone) == 1 else 'are'} missing)" if gone else ""
+        raise DatasetError(
+            f"{', '.join(map(str, strangers[:5]))}: dataset.json doesn't know {'it' if len(strangers) == 1 else 'them'}"
+            f"{lost}; give a composite its old name and format (PNG) again, and move other pictures out of the folder"
+        )
+
+    def _check_all_shown(self) -> None:
+        shown = {name for entry in self._composites for name, _ in entry.subjects}
+        for name in self.names:
+            if name not in shown:
+                raise DatasetError(f"{self.folder}: no composite shows {name.token}; fuse more, or give it subjects")
+
+    def digest(self) -> str:
+        digest = hashlib.sha256()
+        for content in self.file_digests().values():
+            digest.update(bytes.fromhex(content))
+        digest.update(repr([[n for n, _ in e.subjects] for e in self._composites]).encode())
+        return digest.hexdigest()
+
+    def file_digests(self) -> dict[str, str]:
+        """The SHA-256 of every file that is learned from, by its path in the folder. Raises DatasetError."""
+        files = [
+            f for e in self._composites for f in (e.image, e.image.with_suffix(".txt"), *(m for _, m in e.subjects))
+        ]
+        files += [f for p in self._priors for f in (p, p.with_suffix(".txt"))]
+        digests = {}
+        for path in files:
+            try:
+                content = path.read_bytes()
+            except OSError as e:
+                raise DatasetError(f"{path}: can't be read ({e.strerror or e}); restore it") from e
+            digests[path.relative_to(self.folder).as_posix()] = hashlib.sha256(content).hexdigest()
+        return digests
+
+    def describe_changes(self, kept: Path) -> str:
+        """Which files differ from the :meth:`file_digests` that a JSON file holds, in words; "" if none or unknown."""
+        try:
+            before, now = dict(parse_json(read_words(kept))), self.file_digests()
+        except (UnreadableFile, ValueError, TypeError):
+            return ""
+        kinds = {
+            "changed": [f for f in now if f in before and now[f] != before[f]],
+            "gone": [f for f in before if f not in now],
+            "new": [f for f in now if f not in before],
+        }
+        return "; ".join(
+            f"{kind}: {', '.join(files[:5])}{', …' if len(files) > 5 else ''}" for kind, files in kinds.items() if files
+        )
+
+    def captions(self) -> Iterator[tuple[Path, str]]:
+        """Every caption with its file, those of class pictures last."""
+        for image in (*(e.image for e in self._composites), *self._priors):
+            yield image.with_suffix(".txt"), _read_caption(image)
+
+    def composite_count(self) -> int:
+        return len(self._composites)
+
+    def composite(self, index: int) -> Composite:
+        entry = self._composites[index]
+        image = self._picture(entry.image)
+        subjects = [(name, load_mask(path)) for name, path in entry.subjects]
+        for (_, mask), (_, path) in zip(subjects, entry.subjects):
+            if mask.shape != image.shape[:2]:
+                raise DatasetError(
+                    f"{path}: the mask is {mask.shape[1]}×{mask.shape[0]} pixels, its picture {self.size}×{self.size}; "
+                    "make them equal"
+                )
+            if faint := describe_faint(mask):
+                raise DatasetError(f"{path}: the mask {faint}, or delete {entry.image.name}")
+        return Composite.build(
+            image, _read_caption(entry.image), subjects, entry.recipe, str(entry.image.with_suffix(".txt"))
+        )
+
+    def prior_count(self) -> int:
+        return len(self._priors)
+
+    def prior(self, index: int) -> Composite:
+        path = self._priors[index]
+        return Composite(self._picture(path), _read_caption(path), (), "prior")
+
+    def _picture(self, path: Path) -> Any:
+        image = load_photo(path).image
+        if image.shape[:2] != (self.size, self.size):
+            raise DatasetError(
+                f"{path}: is {image.shape[1]}×{image.shape[0]} pixels, the dataset {self.size}×{self.size}; scale it"
+            )
+        return image
+
+
+class _Entry:
+    """One composite of the index: its picture, its recipe, and (name, mask file) of each mention."""
+
+    def __init__(self, image: Path, recipe: str, subjects: list[tuple[Name, Path]]):
+        self.image, self.recipe, self.subjects = image, recipe, subjects
+
+    @classmethod
+    def read(cls, folder: Path, entry: dict[str, Any]) -> _Entry:
+        subjects = []
+        for mention in entry["mentions"]:
+            token = check_token(mention["token"]) if mention["token"] is not None else None
+            subjects.append((Name(check_noun(mention["noun"]), token), folder / plain_name(mention["mask"])))
+        return cls(folder / plain_name(entry["image"]), str(entry["recipe"]), subjects)
+
+    def check(self, concepts: set[Name]) -> None:
+        """Masks exist, concepts are known, and the caption mentions all of them in order."""
+        for name, mask in self.subjects:
+            if name.token and name not in concepts:
+                raise DatasetError(f"{self.image}: shows {name.phrase}, which is no concept of dataset.json")
+            if not mask.exists():
+                raise DatasetError(f"{mask}: is missing; restore it or delete {self.image.name}")
+        locate_mentions(_read_caption(self.image), [n for n, _ in self.subjects], str(self.image.with_suffix(".txt")))
+
+
+def plain_name(name: str) -> str:
+    """Refuse a file name that leads out of its folder. Raises DatasetError."""
+    if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\:\0"):
+        raise DatasetError(f"{name!r} is no plain file name")
+    return name
+
+
+def _list_pictures(folder: Path) -> list[Path]:
+    """The pictures of a folder that may be missing, or empty but for captions."""
+    if not folder.is_dir() or not any(p.suffix.lower() in SUFFIXES for p in folder.iterdir()):
+        return []
+    return list_photos(folder)
+
+
+def _read_caption(image: Path) -> str:
+    path = image.with_suffix(".txt")
+    if not path.exists():
+        raise CaptionError(f"{path}: can't be read, since it is missing; every picture needs its caption")
+    try:
+        caption = read_words(path).strip()
+    except UnreadableFile as e:
+        raise CaptionError(str(e)) from e
+    if not caption:
+        raise CaptionError(f"{path}: is empty; every picture needs its caption")
+    return caption

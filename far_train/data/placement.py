@@ -1,0 +1,280 @@
+"""Where subjects stand on a canvas: cutting out, scaling, finding free places, pasting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from scipy import ndimage
+from torch import Tensor
+
+from ..utils.geometry import bounding_box
+
+TRIES = 50
+ROW_PITCH, ROW_SHAKE = 0.82, 0.04  # in shares of what an even row would give each
+SHADOW_WIDTH, SHADOW_HEIGHT = 0.85, 0.15  # in shares of the subject's width
+CUT_SHARE, CUT_BAND = 0.1, 0.005  # of the subject's width or height on the rim, of the photo's that counts as rim
+CONTEXT = 0.08  # of its own size, kept around a subject, so that turning and feathering find real pixels
+
+
+@dataclass(frozen=True)
+class Cutout:
+    """A subject with a little of its surroundings: ``picture`` (RGB) and ``mask`` (L), of one size.
+
+    ``foot``: where its lower edge stood in the photo, as a share of the photo's height, if that is known.
+    ``on_edge``: the photo's lower edge cut it off, so it stands on the canvas's, where a straight cut is none.
+    """
+
+    picture: Image.Image
+    mask: Image.Image
+    foot: float | None = None
+    on_edge: bool = False
+
+    @cached_property
+    def region(self) -> np.ndarray:
+        """The subject's pixels, bool [H, W]."""
+        return np.asarray(self.mask) > 127
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """Bounding box of the subject: left, top, right, bottom."""
+        return bounding_box(self.region)
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """Width and height of the subject, in pixels."""
+        left, top, right, bottom = self.box
+        return right - left, bottom - top
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A cutout whose upper left corner stands at (``x``, ``y``) of the canvas; ``z`` orders who covers whom."""
+
+    cutout: Cutout
+    x: int
+    y: int
+    z: int
+
+
+def cut_out(picture: Image.Image, mask: Image.Image) -> Cutout:
+    """Crop a photo to its subject and a little context."""
+    region = np.asarray(mask) > 127
+    left, top, right, bottom = bounding_box(region)
+    pad = round(CONTEXT * max(right - left, bottom - top)) + 2
+    box = (max(left - pad, 0), max(top - pad, 0), min(right + pad, picture.width), min(bottom + pad, picture.height))
+    return Cutout(picture.crop(box), mask.crop(box), bottom / picture.height, "bottom" in cut_sides(region))
+
+
+def cut_sides(region: np.ndarray) -> tuple[str, ...]:
+    """The sides of a photo (left, top, right, bottom) that cut its subject off: those whose rim it touches along a
+    tenth of its own height or width. ``region``: bool [H, W]."""
+    height, width = region.shape
+    left, top, right, bottom = bounding_box(region)
+    across, along = max(round(CUT_BAND * width), 1), max(round(CUT_BAND * height), 1)
+    touching = {
+        "left": region[:, :across].any(1).sum() / (bottom - top),
+        "top": region[:along].any(0).sum() / (right - left),
+        "right": region[:, -across:].any(1).sum() / (bottom - top),
+        "bottom": region[-along:].any(0).sum() / (right - left),
+    }
+    return tuple(side for side, share in touching.items() if share >= CUT_SHARE)
+
+
+def fit_inside(cutout: Cutout, width: int, height: int, angle: float = 0.0) -> Cutout:
+    """Turn by ``angle`` degrees, then scale so that the subject itself just fits into ``width`` × ``height`` pixels.
+    One that stands on the edge stays upright."""
+    picture, mask = cutout.picture, cutout.mask
+    if angle and not cutout.on_edge:
+        picture = picture.rotate(angle, Image.Resampling.BICUBIC, expand=True)
+        mask = mask.rotate(angle, Image.Resampling.BICUBIC, expand=True)
+    turned = Cutout(picture, mask)
+    own_width, own_height = turned.extent
+    scale = min(width / own_width, height / own_height)
+    size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
+    picture, mask = picture.resize(size, Image.Resampling.LANCZOS), mask.resize(size, Image.Resampling.BOX)
+    return Cutout(picture, mask, cutout.foot, cutout.on_edge)
+
+
+def place(
+    cutouts: Sequence[Cutout],
+    size: int,
+    margin: int,
+    max_covered: float,
+    rng: np.random.Generator,
+    height_drift: float = 1.0,
+) -> list[Placed]:
+    """Find a place for every subject on a square canvas of ``size`` pixels.
+
+    Random places are tried until the subjects, each grown by ``margin`` pixels, don't overlap; after 50 tries they
+    stand in permuted columns. With ``max_covered`` > 0 subjects do overlap instead, by at most that share of the
+    smaller one (of all pairs together, so that nobody is hidden piece by piece). A subject's lower edge stays within
+    ``height_drift`` × ``size`` of where it was in its photo; with 1 it may be anywhere.
+    """
+    layers = [int(z) for z in rng.permutation(len(cutouts))]
+    occlude = max_covered > 0 and len(cutouts) > 1
+    grown = [_grow(c.region, 0 if occlude else margin) for c in cutouts]
+    for _ in range(TRIES):
+        placed = [Placed(c, *_random_corner(c, size, rng, height_drift), z) for c, z in zip(cutouts, layers)]
+        covered = _covered(placed, grown)
+        if (0 < covered <= max_covered) if occlude else covered == 0:
+            return placed
+    return _columns(cutouts, size, margin, layers, rng, height_drift)
+
+
+def place_in_row(
+    cutouts: Sequence[Cutout], size: int, max_covered: float, rng: np.random.Generator, height_drift: float = 1.0
+) -> list[Placed]:
+    """Put the subjects side by side on a square canvas of ``size`` pixels, as people stand for a photo.
+
+    Their order is random, their centres are ``ROW_PITCH`` of an even share of the canvas apart, and who stands lower
+    is in front. Heights (see :func:`place`) are drawn anew until at most ``max_covered`` of a subject is hidden; after
+    50 tries those that hid least are taken.
+    """
+    width = size / len(cutouts)
+    columns = rng.permutation(len(cutouts)) - (len(cutouts) - 1) / 2
+    best: list[Placed] = []
+    least = float("inf")
+    for _ in range(TRIES):
+        placed = []
+        for cutout, column in zip(cutouts, columns):
+            left, _, right, bottom = cutout.box
+            y = _random_top(cutout, size, rng, height_drift)
+            middle = size / 2 + ROW_PITCH * width * (column + rng.uniform(-ROW_SHAKE, ROW_SHAKE))
+            x = min(max(round(middle - (right - left) / 2), 0), max(size - (right - left), 0))
+            placed.append(Placed(cutout, x - left, y, y + bottom))
+        covered = _covered(placed, [cutout.region for cutout in cutouts])
+        if covered <= max_covered:
+            return placed
+        if covered < least:
+            best, least = placed, covered
+    return best
+
+
+def paste(
+    canvas: Image.Image, placed: Sequence[Placed], feather: float, erode: int, shadow: float = 0.0
+) -> tuple[Image.Image, list[Tensor]]:
+    """Put the subjects on the canvas, the lowest first; ``feather`` and ``erode`` in pixels, ``shadow`` as in
+    :func:`cast_shadows`.
+
+    Returns the picture and the visible region of every subject, [S, S] float 0..1, in the order of ``placed``.
+    """
+    canvas = cast_shadows(canvas, placed, shadow) if shadow else canvas.copy()
+    masks: dict[int, np.ndarray] = {}
+    for i in sorted(range(len(placed)), key=lambda i: placed[i].z):
+        item = placed[i]
+        solid = item.cutout.mask.filter(ImageFilter.MinFilter(2 * erode + 1)) if erode else item.cutout.mask
+        if solid.getextrema()[1] <= 127:  # too thin to lose its rim
+            solid = item.cutout.mask
+        # Pad before blurring: a subject at the photo's edge must fade out and not end in a line.
+        solid_canvas = Image.new("L", canvas.size)
+        solid_canvas.paste(solid, (item.x, item.y))
+        soft = (
+            np.asarray(solid_canvas.filter(ImageFilter.GaussianBlur(feather / 2)))
+            if feather
+            else np.asarray(solid_canvas)
+        )
+        # The rim fades inwards only: outside the subject the photo's own background would show.
+        alpha = np.minimum(soft, np.asarray(solid_canvas))
+        layer = canvas.copy()
+        layer.paste(item.cutout.picture, (item.x, item.y))
+        canvas = Image.composite(layer, canvas, Image.fromarray(alpha))
+        own = np.asarray(solid_canvas, dtype=np.float32) / 255
+        for lower in masks:
+            masks[lower] = masks[lower] * (1 - own)
+        masks[i] = own
+    return canvas, [torch.from_numpy(masks[i]) for i in range(len(placed))]
+
+
+def cast_shadows(canvas: Image.Image, placed: Sequence[Placed], depth: float) -> Image.Image:
+    """Darken the ground under each subject, by at most ``depth`` (0..1) in the middle of a soft flat ellipse.
+
+    It is part of the background: no mask knows of it, and no subject lies in another's.
+    """
+    ground = np.asarray(canvas, dtype=np.float32)
+    y, x = np.ogrid[: canvas.height, : canvas.width]
+    for item in placed:
+        if item.cutout.on_edge:  # its feet are not in the picture
+            continue
+        left, _, right, bottom = item.cutout.box
+        width = right - left
+        across = (x - item.x - (left + right) / 2) / (SHADOW_WIDTH * width / 2)
+        along = (y - item.y - bottom) / (SHADOW_HEIGHT * width / 2)
+        ground = ground * (1 - depth * np.clip(1 - across**2 - along**2, 0, 1))[..., None]
+    return Image.fromarray(ground.round().astype(np.uint8))
+
+
+def _grow(region: np.ndarray, margin: int) -> np.ndarray:
+    """Dilate by ``margin`` pixels; the array grows by as much on every side."""
+    padded = np.pad(region, margin)
+    return ndimage.maximum_filter(padded, 2 * margin + 1) if margin else padded
+
+
+def _random_corner(cutout: Cutout, size: int, rng: np.random.Generator, height_drift: float) -> tuple[int, int]:
+    """A uniform place at which the subject (not its context) lies inside the canvas, near its height in the photo."""
+    left, _, right, _ = cutout.box
+    x = rng.integers(0, max(size - (right - left), 0) + 1) - left
+    return int(x), _random_top(cutout, size, rng, height_drift)
+
+
+def _random_top(cutout: Cutout, size: int, rng: np.random.Generator, height_drift: float) -> int:
+    """The upper edge of such a place, of the cutout with its context."""
+    _, top, _, bottom = cutout.box
+    lowest = max(size - (bottom - top), 0)
+    if cutout.on_edge:
+        return lowest - top
+    if cutout.foot is None or height_drift >= 1:
+        return int(rng.integers(0, lowest + 1) - top)
+    foot = (cutout.foot + rng.uniform(-height_drift, height_drift)) * size
+    return int(np.clip(round(foot) - (bottom - top), 0, lowest) - top)
+
+
+def _covered(placed: Sequence[Placed], grown: Sequence[np.ndarray]) -> float:
+    """Common pixels of all pairs, each as a share of its smaller subject."""
+    return sum(_overlap(placed[i], grown[i], placed[j], grown[j]) for i in range(len(placed)) for j in range(i))
+
+
+def _overlap(a: Placed, grown_a: np.ndarray, b: Placed, grown_b: np.ndarray) -> float:
+    """Common pixels of two regions as a share of the smaller."""
+    ax, ay = _grown_corner(a, grown_a)
+    bx, by = _grown_corner(b, grown_b)
+    left, top = max(ax, bx), max(ay, by)
+    right = min(ax + grown_a.shape[1], bx + grown_b.shape[1])
+    bottom = min(ay + grown_a.shape[0], by + grown_b.shape[0])
+    if left >= right or top >= bottom:
+        return 0.0
+    common = (
+        grown_a[top - ay : bottom - ay, left - ax : right - ax]
+        & grown_b[top - by : bottom - by, left - bx : right - bx]
+    )
+    return float(common.sum()) / max(min(int(grown_a.sum()), int(grown_b.sum())), 1)
+
+
+def _grown_corner(item: Placed, grown: np.ndarray) -> tuple[int, int]:
+    margin = (grown.shape[1] - item.cutout.mask.width) // 2
+    return item.x - margin, item.y - margin
+
+
+def _columns(
+    cutouts: Sequence[Cutout],
+    size: int,
+    margin: int,
+    layers: Sequence[int],
+    rng: np.random.Generator,
+    height_drift: float,
+) -> list[Placed]:
+    width = size // len(cutouts)
+    placed = []
+    for cutout, column, z in zip(cutouts, rng.permutation(len(cutouts)), layers):
+        room = width - 2 * margin
+        if cutout.extent[0] > room:
+            cutout = fit_inside(cutout, room - 1, cutout.extent[1])  # resampling may round a pixel up
+        x, y = _random_corner(cutout, size, rng, height_drift)
+        left, _, right, _ = cutout.box
+        x = int(column) * width + (width - (right - left)) // 2 - left
+        placed.append(Placed(cutout, x, y, z))
+    return placed

@@ -1,0 +1,1 @@
+"""The base model: loading, adapters, attention maps, weights files, sampling."""

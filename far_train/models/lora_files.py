@@ -1,0 +1,72 @@
+"""One LoRA file for ComfyUI, for kohya's tools and those that read its files, and for diffusers.
+
+All of them read kohya's form: ``lora_unet_down_blocks_0_attentions_0_…_attn2_to_k.lora_down.weight`` [rank, in],
+``.lora_up.weight`` [out, rank] and ``.alpha``, and add alpha / rank × up @ down to the matrix. For Stable Diffusion 1.x
+and 2.x the names follow diffusers' UNet; whole differences (``.diff``) are read by ComfyUI alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from ..utils.errors import WeightsError
+
+BLOCK = re.compile(r"(input_blocks|output_blocks)\.(\d+)\.1\.(.+)")
+MIDDLE = "middle_block.1."
+
+
+def lora_tensors(changes: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of a LoRA file. ``changes``: up [out, rank] and down [rank, in] by LDM layer name.
+
+    Raises WeightsError for layers that are none of a UNet's attention.
+    """
+    names = kohya_names(changes)
+    tensors = {}
+    for name, (up, down) in changes.items():
+        tensors[f"{names[name]}.lora_down.weight"] = down.to(torch.float16)
+        tensors[f"{names[name]}.lora_up.weight"] = up.to(torch.float16)
+        tensors[f"{names[name]}.alpha"] = torch.tensor(float(down.shape[0]))  # alpha = rank: neither more nor less
+    return tensors
+
+
+def kohya_names(layers: Iterable[str]) -> dict[str, str]:
+    """LDM layer name → kohya's, ``input_blocks.1.1.….to_out.0`` → ``lora_unet_down_blocks_0_attentions_0_…_to_out_0``.
+
+    LDM counts blocks through, diffusers by level: how many layers a level has shows in the names, since an input block
+    without attention (the downsampler) stands between two levels. Raises WeightsError.
+    """
+    layers = list(layers)
+    found = {name: BLOCK.fullmatch(name) for name in layers}
+    inputs = sorted({int(m[2]) for m in found.values() if m and m[1] == "input_blocks"})
+    depth = next((n for n, index in enumerate(inputs) if index != n + 1), len(inputs))
+    names = {}
+    for name, match in found.items():
+        if name.startswith(MIDDLE):
+            place = f"mid_block.attentions.0.{name.removeprefix(MIDDLE)}"
+        elif match and depth:
+            half = "down" if match[1] == "input_blocks" else "up"
+            level, layer = divmod(int(match[2]) - (half == "down"), depth + 1)
+            if half == "down" and layer == depth:
+                raise WeightsError(f"weights: {name} stands where a UNet has no attention; the file is damaged")
+            place = f"{half}_blocks.{level}.attentions.{layer}.{match[3]}"
+        else:
+            raise WeightsError(f"weights: {name} is no layer of a UNet's attention, which LoRA files hold")
+        names[name] = f"lora_unet_{place.replace('.', '_')}"
+    return names
+
+
+def nearest(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Up and down of ``rank`` whose product is nearest to a matrix [out, in] (Eckart and Young 1936)."""
+    u, s, v = torch.linalg.svd(delta.float(), full_matrices=False)
+    root = s[:rank].sqrt()
+    return u[:, :rank] * root, root[:, None] * v[:rank]
+
+
+def exact(delta: Tensor) -> tuple[Tensor, Tensor]:
+    """Up and down whose product is the matrix [out, in] itself: it and the identity, at its full rank."""
+    rows, columns = delta.shape
+    return (torch.eye(rows), delta) if rows <= columns else (delta, torch.eye(columns))

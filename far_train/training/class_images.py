@@ -1,0 +1,243 @@
+"""Class pictures and empty scenes: what the base itself shows for words, drawn where the user brings none."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..data.captions import Name, with_article, write_caption
+from ..data.concepts import Background, ClassPicture, Composite, TrainingSet
+from ..data.images import load_photo, save_picture
+from ..models.base import BaseModel
+from ..models.sampling import draw_pictures, plain_vocabulary
+from ..utils.config import SampleConfig, TrainConfig
+from ..utils.errors import ConfigError
+from ..utils.seeding import derive_seed
+from .distributed import World
+
+log = logging.getLogger(__name__)
+
+
+def draw_class_pictures(
+    base: BaseModel,
+    nouns: Sequence[str],
+    count: int,
+    folder: Path,
+    config: SampleConfig,
+    *,
+    size: int | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+) -> list[ClassPicture]:
+    """Draw ``count`` pictures "a photo of a NOUN" per noun into ``folder``/NOUN; those that are there already stay.
+
+    ``size``: side in pixels, default the base's own. Picture i of a noun depends on its seed alone, so an
+    interrupted call goes on where it stopped. ``on_progress(done, total)`` counts pictures, ``on_step(done, total)``
+    the sampling steps of a batch; both may raise to stop.
+    """
+    each = [(noun, i) for noun in sorted(set(nouns)) for i in range(count)]
+    wanted = [
+        _Wanted(
+            picture_path(folder, noun, i),
+            f"a photo of {with_article(noun)}",
+            derive_seed(config.sample_seed, f"class {noun}", i),
+        )
+        for noun, i in each
+    ]
+    _draw_missing(base, wanted, config, size, on_progress, on_step)
+    return [ClassPicture(noun, load_photo(w.path).image) for (noun, _), w in zip(each, wanted)]
+
+
+class EmptyScene(NamedTuple):
+    """A place without any subject: the ``prompt`` that draws it, and the ``phrase`` that a caption adds for it ("on
+    the beach"), or ""."""
+
+    prompt: str
+    phrase: str = ""
+
+
+# Places in which most subjects can stand, in the form that parse_scenes reads.
+EVERYDAY_SCENES = """\
+an empty beach by the sea | on the beach
+an empty meadow in summer | in a meadow
+an empty forest path | in a forest
+an empty garden with a lawn | in a garden
+an empty field covered with snow | in the snow
+an empty desert with sand dunes | in the desert
+an empty street in a city at daytime | in a city
+an empty street in a city at night | in a city at night
+an empty living room with a wooden floor | in a living room
+an empty kitchen | in a kitchen
+an empty wooden table in front of a wall | on a wooden table
+empty mountains at sunset | in the mountains at sunset"""
+
+
+def parse_scenes(lines: Sequence[str]) -> list[EmptyScene]:
+    """Empty scenes as people write them, "an empty beach | on the beach", one a line; blank lines don't count, and
+    without a bar the captions say nothing of the place. Raises ConfigError."""
+    scenes = []
+    for number, line in enumerate(lines, 1):
+        prompt, _, phrase = (" ".join(part.split()) for part in line.partition("|"))
+        if not prompt and phrase:
+            raise ConfigError(
+                f"scenes: line {number} says nothing before the bar; write what to draw, a bar, and what captions say "
+                "of it: 'an empty beach | on the beach'"
+            )
+        if prompt:
+            scenes.append(EmptyScene(prompt, phrase))
+    if not scenes:
+        raise ConfigError("scenes: there are none; write one a line, such as 'an empty beach | on the beach'")
+    return scenes
+
+
+def draw_empty_scenes(
+    base: BaseModel,
+    scenes: Sequence[EmptyScene],
+    each: int,
+    folder: Path,
+    config: SampleConfig,
+    *,
+    size: int | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Background]:
+    """Draw ``each`` pictures of every scene into ``folder``, scene by scene; those that are there already stay.
+
+    Everything else is as with :func:`draw_class_pictures`.
+    """
+    wanted = [
+        _Wanted(scene_path(folder, s.prompt, i), s.prompt, derive_seed(config.sample_seed, f"scene {s.prompt}", i))
+        for s in scenes
+        for i in range(each)
+    ]
+    _draw_missing(base, list(dict.fromkeys(wanted)), config, size, on_progress, on_step)
+    phrases = [s.phrase for s in scenes for _ in range(each)]
+    return [Background(load_photo(w.path).image, phrase) for w, phrase in zip(wanted, phrases)]
+
+
+class _Wanted(NamedTuple):
+    path: Path
+    prompt: str
+    seed: int
+
+
+def _draw_missing(
+    base: BaseModel,
+    wanted: Sequence[_Wanted],
+    config: SampleConfig,
+    size: int | None,
+    on_progress: Callable[[int, int], None],
+    on_step: Callable[[int, int], None],
+) -> None:
+    missing = [w for w in wanted if not w.path.exists()]
+    vocabulary = plain_vocabulary(base)
+    side = size or base.native_size
+    for start in range(0, len(missing), config.sample_batch):
+        batch = missing[start : start + config.sample_batch]
+        on_progress(len(wanted) - len(missing) + start, len(wanted))
+        pictures = draw_pictures(
+            base,
+            vocabulary,
+            [w.prompt for w in batch],
+            config,
+            size=(side, side),
+            seeds=[w.seed for w in batch],
+            on_progress=on_step,
+        )
+        for w, picture in zip(batch, pictures):
+            save_picture(w.path, picture)
+    on_progress(len(wanted), len(wanted))
+
+
+def prior_sampling(config: TrainConfig) -> SampleConfig:
+    """How a training draws its class pictures.
+
+    A class picture stands for its class, not for one result of one sampler, so a solver that needs few steps will do.
+    """
+    return SampleConfig(sampler="dpm++", sampling_steps=config.prior_steps, sample_seed=config.train_seed)
+
+
+def prior_key(base: BaseModel, sampling: SampleConfig, size: int) -> str:
+    """Hex key of all that decides what class picture i of a noun looks like; the number of pictures doesn't."""
+    settings = sampling.replace(sample_batch=1).to_dict()
+    about = [base.fingerprint, base.prediction_type, size, settings]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+
+
+def picture_path(folder: Path, noun: str, index: int) -> Path:
+    """Where :func:`draw_class_pictures` keeps picture ``index`` of a noun."""
+    return folder / noun.replace(" ", "_") / f"{index:04d}.png"
+
+
+def scene_path(folder: Path, prompt: str, index: int) -> Path:
+    """Where :func:`draw_empty_scenes` keeps picture ``index`` of a prompt: words that people can read, and a digest
+    that tells apart what they don't."""
+    words = re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")[:48]
+    return folder / f"{words}-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}-{index:04d}.png"
+
+
+def with_class_pictures(
+    training_set: TrainingSet,
+    base: BaseModel,
+    config: TrainConfig,
+    folder: Path,
+    on_progress: Callable[[int, int], None],
+) -> WithPriors:
+    """A training set with the class pictures that ``config`` asks for; of several processes, one draws.
+
+    They go into ``folder``, or into the config's cache, where a run with the same inputs finds them.
+    ``on_progress(done, total)`` may raise to stop, also within a batch of pictures.
+    """
+    sampling = prior_sampling(config)
+    if config.prior_cache:
+        folder = Path(config.prior_cache) / prior_key(base, sampling, training_set.size)
+
+    def draw(report: Callable[[int, int], None] = lambda done, total: None) -> list[ClassPicture]:
+        last = (0, 1)
+
+        def remember(done: int, total: int) -> None:
+            nonlocal last
+            last = (done, total)
+            report(*last)
+
+        return draw_class_pictures(
+            base,
+            [n.noun for n in training_set.names],
+            config.prior_pictures,
+            folder,
+            sampling,
+            size=training_set.size,
+            on_progress=remember,
+            on_step=lambda *_: report(*last),
+        )
+
+    world = World.current()
+    if world.writes:
+        draw(on_progress)
+    world.wait()
+    return WithPriors(training_set, draw())
+
+
+class WithPriors:
+    """A training set with class pictures added as its prior half."""
+
+    def __init__(self, training_set: TrainingSet, pictures: Sequence[ClassPicture]):
+        self._pictures = list(pictures)
+        self.names, self.size = training_set.names, training_set.size
+        self.composite_count, self.composite = training_set.composite_count, training_set.composite
+        self.digest = training_set.digest
+
+    def prior_count(self) -> int:
+        return len(self._pictures)
+
+    def prior(self, index: int) -> Composite:
+        picture = self._pictures[index]
+        caption = write_caption([Name(picture.noun)], np.random.default_rng(index))
+        return Composite(picture.image, caption, (), "prior")

@@ -1,0 +1,218 @@
+"""The training pool: every picture as latents, its caption as token ids, its masks at both resolutions.
+
+A picture is encoded once and trained on many times. Batches are drawn by counters: step, place and seed decide them,
+so that a resumed run and a run on several cards see the same samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..data.concepts import Composite, TrainingSet
+from ..data.dataset import DatasetFolder
+from ..models.base import BaseModel
+from ..models.tokens import TokenizedPrompt, Vocabulary
+from ..utils.errors import CaptionError
+from ..utils.out_of_memory import with_less_memory
+from ..utils.seeding import derive_seed
+from .distributed import World
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture ready for training.
+
+    ``latents`` [C, h, w]; per mention: ``cell_masks`` [N, h, w], ``map_masks`` [N, a, b] at the attention maps' size,
+    ``token_select`` and ``noun_select`` [N, length], rows that average over the tokens of modifier and noun.
+    """
+
+    latents: Tensor
+    prompt: TokenizedPrompt
+    cell_masks: Tensor
+    map_masks: Tensor
+    token_select: Tensor
+    noun_select: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples side by side, with noise [B, C, h, w] and timesteps [B].
+
+    Mentions are padded to the largest count N; ``is_instance`` [B] is False for class pictures.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    prompts: tuple[TokenizedPrompt, ...]
+    is_instance: Tensor
+    cell_masks: Tensor
+    map_masks: Tensor
+    token_select: Tensor
+    noun_select: Tensor
+
+    @property
+    def is_concept(self) -> Tensor:
+        """[B, N]: mentions that have a modifier."""
+        return self.token_select.sum(-1) > 0
+
+    @property
+    def is_mention(self) -> Tensor:
+        """[B, N]: rows that are mentions and not padding."""
+        return self.noun_select.sum(-1) > 0
+
+    def to(self, device: torch.device) -> Batch:
+        """Move all tensors; to a GPU in the background, from memory that it can read by itself."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+        return Batch(**{k: move(v) if isinstance(v, Tensor) else v for k, v in vars(self).items()})
+
+
+def encode_pool(
+    training_set: TrainingSet,
+    base: BaseModel,
+    vocabulary: Vocabulary,
+    map_stride: int,
+    *,
+    seed: int,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[list[Sample], list[Sample]]:
+    """Encode all composites and all class pictures, each process its share of the latents.
+
+    Calls ``on_progress(done, total)``, which may raise to stop.
+    """
+    world = World.current()
+    composites, priors = training_set.composite_count(), training_set.prior_count()
+    total = composites + priors
+    pools: tuple[list[Sample], list[Sample]] = ([], [])
+    for i in range(total):
+        on_progress(i, total)
+        picture = training_set.composite(i) if i < composites else training_set.prior(i - composites)
+        try:
+            prompt = vocabulary.tokenize(picture.caption)
+        except CaptionError as e:
+            which = f"composite {i}" if i < composites else f"class picture {i - composites}"
+            raise CaptionError(f"{which} of the dataset: {e}") from e  # of one in memory; files were checked before
+        if i % world.size == world.rank:
+            generator = torch.Generator().manual_seed(derive_seed(seed, "latents", i))
+            latents = _encode(picture, base, generator)
+        else:
+            latents = torch.zeros(
+                base.vae.config.latent_channels, *(s // base.downscale for s in picture.image.shape[:2])
+            )
+        pools[i >= composites].append(_sample(picture, prompt, latents, map_stride))
+    world.wait()
+    world.sum([s.latents for pool in pools for s in pool])  # the others' were zeros
+    on_progress(total, total)
+    return pools
+
+
+def check_captions(training_set: TrainingSet, base: BaseModel, vectors: int) -> None:
+    """Refuse a dataset folder with a caption that is too long for ``base``, before anything is done with it.
+
+    ``vectors``: those of each modifier token. Raises CaptionError naming the file, TokenError.
+    """
+    if not isinstance(training_set, DatasetFolder):
+        return
+    vocabulary = Vocabulary(base.tokenizer, training_set.names, base.tokenizer_size, vectors)
+    for path, caption in training_set.captions():
+        try:
+            vocabulary.tokenize(caption)
+        except CaptionError as e:
+            raise CaptionError(f"{path}: {e}") from e
+
+
+@torch.no_grad()
+def _encode(picture: Composite, base: BaseModel, generator: torch.Generator) -> Tensor:
+    vae = base.vae
+    pixels = picture.image.permute(2, 0, 1)[None].to(vae.dtype) * 2 - 1
+    posterior = with_less_memory(vae, lambda: vae.encode(pixels.to(vae.device)).latent_dist)
+    drawn = posterior.mean.cpu() + posterior.std.cpu() * torch.randn(posterior.mean.shape, generator=generator)
+    return (drawn * vae.config.scaling_factor)[0].float()
+
+
+def _sample(picture: Composite, prompt: TokenizedPrompt, latents: Tensor, map_stride: int) -> Sample:
+    mentions = picture.mentions
+    masks = torch.stack([m.mask for m in mentions]) if mentions else torch.zeros(0, *picture.image.shape[:2])
+    cells = tuple(latents.shape[-2:])
+    maps = tuple(-(-side // map_stride) for side in cells)
+    select = [(average_tokens(prompt, m.spans.token), average_tokens(prompt, m.spans.noun)) for m in mentions]
+    empty = torch.zeros(0, len(prompt.ids))
+    return Sample(
+        latents,
+        prompt,
+        F.adaptive_avg_pool2d(masks, cells),
+        F.adaptive_avg_pool2d(masks, maps),
+        torch.stack([s[0] for s in select]) if select else empty,
+        torch.stack([s[1] for s in select]) if select else empty,
+    )
+
+
+def average_tokens(prompt: TokenizedPrompt, span: tuple[int, int] | None) -> Tensor:
+    """A row [length] that averages over the tokens under ``span``; zeros without one."""
+    row = torch.zeros(len(prompt.ids))
+    if span is not None:
+        positions = prompt.positions(span)
+        row[list(positions)] = 1 / len(positions)
+    return row
+
+
+def draw_batch(
+    pools: tuple[Sequence[Sample], Sequence[Sample]],
+    counts: tuple[int, int],
+    timesteps: int,
+    *,
+    seed: int,
+    step: int,
+) -> Batch:
+    """The batch of ``step``: ``counts`` composites and class pictures, each with its own noise and timestep."""
+    samples, noises, times, is_instance = [], [], [], []
+    for stream, pool, count in zip(("composite", "prior"), pools, counts):
+        for place in range(count if pool else 0):
+            number = step * count + place
+            samples.append(pool[_shuffled(len(pool), number, seed, stream)])
+            generator = torch.Generator().manual_seed(derive_seed(seed, f"{stream} noise", number))
+            times.append(torch.randint(timesteps, (), generator=generator))
+            noises.append(torch.randn(samples[-1].latents.shape, generator=generator))
+            is_instance.append(stream == "composite")
+    mentions = max((len(s.cell_masks) for s in samples), default=0)
+
+    def padded(field: str) -> Tensor:
+        rows = [getattr(s, field) for s in samples]
+        return torch.stack([F.pad(r, [0, 0] * (r.ndim - 1) + [0, mentions - len(r)]) for r in rows])
+
+    return Batch(
+        torch.stack([s.latents for s in samples]),
+        torch.stack(noises),
+        torch.stack(times),
+        tuple(s.prompt for s in samples),
+        torch.tensor(is_instance),
+        padded("cell_masks"),
+        padded("map_masks"),
+        padded("token_select"),
+        padded("noun_select"),
+    )
+
+
+def slice_batch(batch: Batch, start: int, stop: int | None, step: int = 1) -> Batch:
+    """Every ``step``-th sample from ``start`` to ``stop`` of a batch; all its fields are per sample."""
+    return Batch(**{k: v[start:stop:step] for k, v in vars(batch).items()})
+
+
+def _shuffled(size: int, number: int, seed: int, stream: str) -> int:
+    """The ``number``-th draw from ``size`` items: every item once per round, each round in its own order."""
+    return int(_order(size, derive_seed(seed, f"{stream} order", number // size))[number % size])
+
+
+@lru_cache(maxsize=8)
+def _order(size: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(size)

@@ -1,0 +1,179 @@
+"""Run folders: what makes two runs the same, and the metrics that a run leaves."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..data.concepts import TrainingSet
+from ..models.weights import FarWeights
+from ..utils.config import SCHEMA_VERSION, TrainConfig
+from ..utils.errors import CheckpointError, OutputError
+from ..utils.files import make_folder, parse_json, remove_leftovers, write_json, write_text
+
+RUN_FILE = "run.json"
+WEIGHTS_FILE = "weights.safetensors"
+METRICS_FILE = "metrics.jsonl"
+
+
+class IdentifiedBase(Protocol):
+    """What tells one base from another: a :class:`BaseModel`, or what a host knows of one without building it."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def prediction_type(self) -> str: ...
+
+
+def run_identity(
+    base: IdentifiedBase, training_set: TrainingSet, config: TrainConfig, start: FarWeights | None = None
+) -> dict[str, Any]:
+    """What decides a run's result, as JSON types: two runs with equal identities learn the same.
+
+    ``start``: the weights that it continues from, if any.
+    """
+    identity = {
+        "schema": SCHEMA_VERSION,
+        "config": config.result_shaping(),
+        "base": {"fingerprint": base.fingerprint, "prediction_type": base.prediction_type},
+        "dataset": training_set.digest(),
+        "concepts": [{"token": n.token, "noun": n.noun} for n in training_set.names],
+    }
+    if start is not None:
+        identity["continue_from"] = start.digest()
+    return json.loads(json.dumps(identity))
+
+
+def find_run(parent: Path, name: str, identity: dict[str, Any]) -> tuple[Path, bool]:
+    """The folder of the run with this identity among ``parent``/NAME, NAME-2, …, and whether it is finished.
+
+    Without such a run, the first free name: what another run has written is never touched, and no link is followed.
+    """
+    for folder, begun in _runs_of_name(parent, name):
+        if begun is not None and begun == identity:
+            return folder, (folder / WEIGHTS_FILE).exists()
+    return folder, False
+
+
+def what_changed(parent: Path, name: str, identity: dict[str, Any]) -> tuple[str, list[str]] | None:
+    """The newest run among ``parent``/NAME, NAME-2, … and what ``identity`` has otherwise, in words; None without any.
+
+    For a run that begins though others have its name: why none of them goes on.
+    """
+    begun = [(folder.name, run) for folder, run in _runs_of_name(parent, name) if isinstance(run, dict)]
+    if not begun:
+        return None
+    folder, run = begun[-1]
+    return folder, _differences(run, identity)
+
+
+def _runs_of_name(parent: Path, name: str) -> Iterator[tuple[Path, Any]]:
+    """The folders ``parent``/NAME, NAME-2, … with their runs' identities; None where it is no run, last the free one.
+
+    Links are left out: they may lead anywhere.
+    """
+    for number in itertools.count(1):
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        taken = os.path.lexists(folder)
+        if taken and folder.is_symlink():
+            continue
+        try:
+            yield folder, parse_json((folder / RUN_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            yield folder, None
+        if not taken:
+            return
+
+
+def open_run(folder: Path, identity: dict[str, Any], resume: bool) -> None:
+    """Begin a run folder, or check that the one to be resumed belongs to the same run.
+
+    Raises OutputError if the folder holds a run that isn't to be resumed, CheckpointError naming what differs.
+    """
+    path = folder / RUN_FILE
+    if not path.exists():
+        make_folder(folder)
+        write_json(path, identity)
+        return
+    if not resume:
+        raise OutputError(f"{folder}: holds a run already; resume it (--resume) or choose another folder")
+    try:
+        begun = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{path}: can't be read ({e}); start anew in another folder") from e
+    differing = _differences(begun, identity)
+    if differing:
+        raise CheckpointError(
+            f"{folder}: the run to resume differs in {'; '.join(differing)}; undo that or choose another folder"
+        )
+    remove_leftovers(folder)
+
+
+class MetricsLog:
+    """metrics.jsonl, open for more lines; a context manager. Raises OutputError."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with _named(path):
+            self._file = open(path, "a", encoding="utf-8")
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with _named(self.path):
+            self._file.close()
+
+    def add(self, step: int, metrics: Mapping[str, Any]) -> None:
+        with _named(self.path):
+            # JSON has no NaN: what isn't finite is null.
+            known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+            self._file.write(json.dumps({"step": step, **known}, allow_nan=False) + "\n")
+            self._file.flush()
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise OutputError(f"{path}: can't be written ({e.strerror or e}); free space or choose another place") from e
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Drop the lines after ``step``: a killed run took those steps after its last checkpoint and takes them again."""
+    if path.exists():
+        write_text(path, "".join(f"{json.dumps(m)}\n" for m in read_metrics(path) if m["step"] <= step))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Lines of a metrics.jsonl; a last line cut off by a crash is left out."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def _differences(begun: Any, now: Any, name: str = "") -> list[str]:
+    """What differs between two run identities, in words."""
+    if name == "base" and isinstance(begun, dict) and "digest" in begun:
+        return ["base (that run is of an earlier version of FaR, which identified a base by part of its weights)"]
+    if isinstance(begun, dict) and isinstance(now, dict):
+        return [d for k in {**begun, **now} for d in _differences(begun.get(k), now.get(k), f"{name}.{k}".lstrip("."))]
+    if begun == now:
+        return []
+    if name == "continue_from":
+        return [f"{name} (other weights)" if begun and now else f"{name} ({'only then' if begun else 'only now'})"]
+    if name.endswith(("fingerprint", "dataset")):
+        return [f"{name.split('.')[0]} (its content changed)"]
+    return [f"{name.removeprefix('config.')} ({begun!r} then, {now!r} now)"]

@@ -1,0 +1,1 @@
+"""Files, errors, settings and devices; imports no other wing."""
