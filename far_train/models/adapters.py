@@ -25,14 +25,14 @@ class Trainables:
     """
 
     def __init__(self, base: BaseModel, vocabulary: Vocabulary):
-        from .memory_efficient import FrozenLayers  # loads diffusers, which takes seconds
+        from .memory_efficient import MemoryEfficientLayers  # loads diffusers, which takes seconds
 
         self._base = base
         table = base.text_encoder.get_input_embeddings()
         self._limits = norm_limits(table.weight, vocabulary)
         self._embedding = ModifierEmbedding(table, initial_rows(table.weight, vocabulary))
         base.text_encoder.set_input_embeddings(self._embedding)
-        self._frozen = FrozenLayers(base.unet)
+        self._frozen = MemoryEfficientLayers(base.unet)
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
 
     def _replace(self, owner: nn.Module, name: str, module: nn.Module) -> None:
