@@ -41,8 +41,13 @@ def save_checkpoint(
 
 
 def checkpoint_bytes(parameters: Mapping[str, nn.Parameter]) -> int:
-    """About how large a checkpoint of these parameters is: their values and AdamW's two moments."""
+    """The approximate size of a checkpoint of these parameters: their values and AdamW's two moments."""
     return 3 * sum(p.numel() * p.element_size() for p in parameters.values())
+
+
+def weights_bytes(parameters: Mapping[str, nn.Parameter]) -> int:
+    """The approximate size of the weights file of these parameters, whose values are saved in fp16."""
+    return sum(p.numel() * torch.float16.itemsize for p in parameters.values())
 
 
 def load_checkpoint(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:

@@ -1,4 +1,4 @@
-"""Class pictures and empty scenes: what the base itself shows for words, drawn where the user brings none."""
+"""Regularization images and empty backgrounds, drawn by the base model itself where the user has none."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .distributed import World
 log = logging.getLogger(__name__)
 
 
-def draw_class_pictures(
+def draw_class_images(
     base: BaseModel,
     nouns: Sequence[str],
     count: int,
@@ -110,7 +110,7 @@ def draw_empty_scenes(
 ) -> list[Background]:
     """Draw ``each`` pictures of every scene into ``folder``, scene by scene; those that are there already stay.
 
-    Everything else is as with :func:`draw_class_pictures`.
+    Everything else is as with :func:`draw_class_images`.
     """
     wanted = [
         _Wanted(scene_path(folder, s.prompt, i), s.prompt, derive_seed(config.sample_seed, f"scene {s.prompt}", i))
@@ -172,7 +172,7 @@ def prior_key(base: BaseModel, sampling: SampleConfig, size: int) -> str:
 
 
 def picture_path(folder: Path, noun: str, index: int) -> Path:
-    """Where :func:`draw_class_pictures` keeps picture ``index`` of a noun."""
+    """Where :func:`draw_class_images` keeps picture ``index`` of a noun."""
     return folder / noun.replace(" ", "_") / f"{index:04d}.png"
 
 
@@ -183,13 +183,13 @@ def scene_path(folder: Path, prompt: str, index: int) -> Path:
     return folder / f"{words}-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}-{index:04d}.png"
 
 
-def with_class_pictures(
+def with_class_images(
     training_set: TrainingSet,
     base: BaseModel,
     config: TrainConfig,
     folder: Path,
     on_progress: Callable[[int, int], None],
-) -> WithPriors:
+) -> WithClassImages:
     """A training set with the class pictures that ``config`` asks for; of several processes, one draws.
 
     They go into ``folder``, or into the config's cache, where a run with the same inputs finds them.
@@ -207,7 +207,7 @@ def with_class_pictures(
             last = (done, total)
             report(*last)
 
-        return draw_class_pictures(
+        return draw_class_images(
             base,
             [n.noun for n in training_set.names],
             config.prior_pictures,
@@ -219,13 +219,13 @@ def with_class_pictures(
         )
 
     world = World.current()
-    if world.writes:
+    if world.is_main_process:
         draw(on_progress)
-    world.wait()
-    return WithPriors(training_set, draw())
+    world.barrier()
+    return WithClassImages(training_set, draw())
 
 
-class WithPriors:
+class WithClassImages:
     """A training set with class pictures added as its prior half."""
 
     def __init__(self, training_set: TrainingSet, pictures: Sequence[ClassPicture]):

@@ -1,8 +1,8 @@
 """The loss of Fuse-and-Refine as pure functions: denoising and Localized Refinement.
 
 A reconstruction (method.md, section 3); each function names the published form that it follows. Shapes: B samples,
-N mentions, h×w cells of an attention map or of the latent. Every function returns one value per sample, so that
-micro-batches and several processes add up to the same step.
+N mentions, h×w cells of an attention map or of the latent. Losses have one value per sample, so that micro-batches
+and several processes add up to the same step.
 """
 
 from __future__ import annotations
@@ -121,11 +121,16 @@ def refinement_loss(
     return total + competition_weight * competition
 
 
-def refinement_schedule(alphas_cumprod: Tensor, step: int, steps: int, ramp: float) -> Tensor:
-    """Weight of the refinement loss for each sample, [B]: ramp over the first steps × w(t) = √ᾱ_t.
+def refinement_ramp(step: int, steps: int, ramp: float) -> float:
+    """Weight of the refinement loss in step number ``step`` (from 0) of ``steps``: it rises linearly to 1 over the
+    first ``ramp`` × ``steps``."""
+    ramp_steps = ramp * steps
+    return min((step + 1) / ramp_steps, 1.0) if ramp_steps >= 1 else 1.0
+
+
+def refinement_timestep_weight(alphas_cumprod: Tensor) -> Tensor:
+    """Weight of the refinement loss for each sample, [B]: w(t) = √ᾱ_t.
 
     At high noise a subject's identity can't be read yet; full supervision there would teach layout shortcuts.
     """
-    ramp_steps = ramp * steps
-    rise = min((step + 1) / ramp_steps, 1.0) if ramp_steps >= 1 else 1.0
-    return rise * alphas_cumprod.sqrt()
+    return alphas_cumprod.sqrt()
