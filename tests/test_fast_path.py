@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from far_train.mini.tiny import random_states, tiny_configs, write_folder
 from far_train.models.base import compiled, load_base, uncompiled
 from far_train.models.sampling import draw_pictures, encode_prompts
 from far_train.training.loss_scaler import FP16_INITIAL_SCALE
-from far_train.training.memory_plan import MARGIN, MemoryPlan, Trial, choose_plan, plan_memory
 from far_train.training.recipe import TrainingRun
 from far_train.training.step import accumulate_gradients, sample_batch
 from far_train.utils.config import SampleConfig, TrainConfig
@@ -87,50 +85,6 @@ def test_fp16_scales_the_loss_and_skips_what_overflows(tiny_folder: Path, fusion
     resumed.close()
 
 
-# ---- memory plans
-
-GB = 2**30
-
-
-def plan(samples: int, free: float, fast: float, lean: float, **settings) -> MemoryPlan:
-    """The plan for ``free`` GB, where one sample takes ``fast`` or, checkpointed, ``lean`` GB."""
-    trials = {False: Trial(fast * GB, int(free * GB / MARGIN)), True: Trial(lean * GB, int(free * GB / MARGIN))}
-    return choose_plan(TrainConfig(**settings), samples, trials.__getitem__)
-
-
-@pytest.mark.parametrize(
-    ("free", "expected"),
-    [
-        (40, MemoryPlan(4, False)),  # all at once
-        (6.1, MemoryPlan(4, False)),
-        (5, MemoryPlan(2, False)),  # three fit, but two halves are as many parts and more even
-        (2, MemoryPlan(1, False)),
-        (1.1, MemoryPlan(4, True)),  # checkpointing only where not even one fits without
-        (0.6, MemoryPlan(2, True)),
-        (0.01, MemoryPlan(1, True)),  # nothing is known to fit: the least there is
-    ],
-)
-def test_the_fastest_plan_that_fits(free: float, expected: MemoryPlan):
-    assert plan(4, free, 1.5, 0.25) == expected
-
-
-def test_one_sample_that_does_not_fit_is_checkpointed():
-    assert plan(4, 1.1, math.inf, 0.25) == MemoryPlan(4, True)
-
-
-def test_what_the_user_sets_is_kept():
-    assert plan(8, 40, 1.5, 0.25, micro_batch=3) == MemoryPlan(3, False)
-    assert plan(8, 40, 1.5, 0.25, gradient_checkpointing=True) == MemoryPlan(8, True)
-    cpu = torch.device("cpu")
-
-    def never(checkpointing: bool) -> None:
-        raise AssertionError("nothing is measured on a CPU")
-
-    assert plan_memory(TrainConfig(), 4, cpu, never) == MemoryPlan(4, False)
-    assert plan_memory(TrainConfig(memory="lean"), 4, cpu, never) == MemoryPlan(4, True)
-    assert plan_memory(TrainConfig(micro_batch=9), 4, cpu, never) == MemoryPlan(4, False)
-
-
 # ---- compiled blocks
 
 
@@ -156,9 +110,7 @@ def test_everything_is_compiled_and_nothing_again(fusion, tmp_path: Path):
     configs["unet"]["layers_per_block"] = 2
     folder = write_folder(tmp_path / "base", configs, random_states(configs))
     run = prepared(folder, fusion, tmp_path / "run", save_every=1000)
-    accumulate_gradients(
-        run.state, sample_batch(run.state)[:1], 1
-    )  # a trial of one sample, as the memory plan takes on a GPU
+    accumulate_gradients(run.state, sample_batch(run.state)[:1], 1)  # as the memory plan's trial does on a GPU
     run.state.optimizer.zero_grad()
     counters.clear()
     torch._dynamo.reset()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +15,7 @@ from far_train.models.base import BaseModel
 from far_train.models.sampling import draw_pictures, plain_vocabulary
 from far_train.models.tokens import Vocabulary
 from far_train.training import latent_cache
-from far_train.training.memory_plan import MemoryPlan, plan_memory
-from far_train.utils.config import SampleConfig, TrainConfig
+from far_train.utils.config import SampleConfig
 from far_train.utils.errors import OutOfMemory
 from far_train.utils.out_of_memory import in_batches, out_of_memory, skip_without_memory, with_less_memory
 
@@ -41,44 +39,6 @@ QUICK = SampleConfig(sampling_steps=2, sample_batch=4)
 )
 def test_what_says_that_memory_ran_out(error: BaseException, expected: bool):
     assert out_of_memory(error) is expected
-
-
-@pytest.fixture
-def fake_cuda(monkeypatch) -> SimpleNamespace:
-    """A CUDA device of 1000 bytes whose counters the test sets; ``log`` are the questions in their order."""
-    device = SimpleNamespace(in_use=0, peak=0, log=[])
-
-    def free(_: object) -> tuple[int, int]:
-        device.log.append("free")
-        return 1000 - device.in_use, 1000
-
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: None)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: device.in_use)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: device.peak)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", free)
-    return device
-
-
-def test_free_memory_is_asked_for_after_the_trial(fake_cuda):
-    """What the trial leaves behind, such as libraries' workspaces, is not free."""
-
-    def one_sample(checkpointing: bool) -> None:
-        fake_cuda.log.append(f"sample {checkpointing}")
-        fake_cuda.in_use, fake_cuda.peak = 700, 100
-
-    plan = plan_memory(TrainConfig(), 4, torch.device("cuda"), one_sample)
-    assert plan == MemoryPlan(2, False)  # two samples of 100 bytes in nine tenths of 300
-    assert fake_cuda.log == ["sample False", "free"]
-
-
-def test_a_trial_that_does_not_fit_is_checkpointed(fake_cuda):
-    def one_sample(checkpointing: bool) -> None:
-        if not checkpointing:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        fake_cuda.peak = 200
-
-    assert plan_memory(TrainConfig(), 4, torch.device("cuda"), one_sample) == MemoryPlan(4, True)
 
 
 def test_batches_shrink_where_memory_runs_out(caplog):
