@@ -19,7 +19,7 @@ from ..far_train.data.subjects import Prompt, SubjectExtractor
 from ..far_train.models.base import BaseModel
 from ..far_train.training.class_images import (
     EVERYDAY_SCENES,
-    draw_class_pictures,
+    draw_class_images,
     draw_empty_scenes,
     parse_scenes,
     picture_path,
@@ -101,7 +101,7 @@ class ClassPrior(io.ComfyNode):
             config,
             size,
             lambda folder: [picture_path(folder, *w) for w in wanted],
-            lambda base, folder, **on: draw_class_pictures(base, nouns, count, folder, config, size=size or None, **on),
+            lambda base, folder, **on: draw_class_images(base, nouns, count, folder, config, size=size or None, **on),
             progress,
         )
         if sam_model is not None:

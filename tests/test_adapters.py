@@ -63,12 +63,11 @@ def test_a_run_follows_its_decay(base, fusion, tmp_path):
     moves = []
     for decay in (0.0, 1.0):
         run = TrainingRun(base, fusion, ATTENTION.replace(steps=2, lr_decay=decay), tmp_path / str(decay))
-        run.set_up()
         places = []
         for _ in range(2):
             run.take_step()
-            places.append(torch.cat([p.detach().flatten() for p in run.trainables.unet_parameters().values()]))
-        run.clean_up()
+            places.append(torch.cat([p.detach().flatten() for p in run.state.adapter.unet_parameters().values()]))
+        run.close()
         moves.append((places[0], places[1] - places[0]))
     assert torch.equal(moves[0][0], moves[1][0])
     assert torch.allclose(moves[0][1], 2 * moves[1][1], atol=1e-6) and moves[1][1].abs().max() > 1e-4

@@ -13,6 +13,7 @@ from benchmarks.speed.__main__ import main
 from benchmarks.speed.speed_work import CONCEPTS, RandomPictures, our_run, random_base, reference_run, work_config
 from far_train.mini.tiny import tiny_configs
 from far_train.models.base import load_base, read_configs
+from far_train.training.step import sample_batch
 
 from .command_line import refused
 
@@ -87,5 +88,5 @@ def test_both_get_the_same_work():
             image = RandomPictures(128).composite(0).image
             assert torch.equal(reference.pixels[0], image.permute(2, 0, 1) * 2 - 1)
         with our_run(base, 128, work_config(batch, device="cpu")) as run:
-            drawn = run._draw()
+            drawn = sample_batch(run.state)
             assert (len(drawn.latents), int((~drawn.is_instance).sum())) == (batch, priors)

@@ -41,7 +41,7 @@ from far_train.models.apply import apply_weights
 from far_train.models.base import BaseModel, load_base
 from far_train.models.sampling import draw_pictures, plain_vocabulary
 from far_train.models.tokens import Vocabulary
-from far_train.training.class_images import WithPriors
+from far_train.training.class_images import WithClassImages
 from far_train.training.recipe import Callbacks, train
 from far_train.utils.config import TrainConfig
 from far_train.utils.errors import CheckpointError, Interrupted
@@ -114,7 +114,7 @@ class Bench:
         started = time.monotonic()
         base, vocabulary = load_base(self.base_folder).to(self.device), None
         if arm.learns:
-            training_set = WithPriors(self.training_set(arm, group, seed), self._class_pictures(arm, group))
+            training_set = WithClassImages(self.training_set(arm, group, seed), self._class_pictures(arm, group))
             vocabulary = self._train(base, training_set, arm, seed, folder / "training")
         trained = time.monotonic()
         figures, seen, pictures = self._judge(base, vocabulary, arm, group, seed)

@@ -114,12 +114,8 @@ def our_run(
 ) -> Iterator[TrainingRun]:
     """A training by the recipe, set up and ready to take steps; by default on random pictures."""
     with tempfile.TemporaryDirectory() as folder:
-        run = TrainingRun(base, pictures or RandomPictures(size), config, Path(folder) / "run")
-        try:
-            run.set_up()
+        with TrainingRun(base, pictures or RandomPictures(size), config, Path(folder) / "run") as run:
             yield run
-        finally:
-            run.clean_up()
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from ..models.export import export_embeddings, export_lora, file_stem
 from ..models.sampling import draw_pictures, plain_vocabulary
 from ..models.weights import FarWeights, describe
 from ..training.class_images import EVERYDAY_SCENES, draw_empty_scenes, parse_scenes, scene_path
-from ..training.distributed import joined
+from ..training.distributed import distributed_context
 from ..training.estimate import measure_cost
 from ..training.latent_cache import check_captions
 from ..training.recipe import Callbacks
@@ -171,7 +171,7 @@ def train(inputs: Inputs, config: TrainConfig) -> None:
         done = read_metrics(out / METRICS_FILE) if (out / METRICS_FILE).exists() else []
         print(measure_cost(base, dataset, config, start=start, steps_done=len(done)).words)
         return
-    with joined(config.device) as world, progress_bars() as bars, stop_on_interrupt() as should_stop:
+    with distributed_context(config.device) as world, progress_bars() as bars, stop_on_interrupt() as should_stop:
 
         def on_step(step: int, metrics: dict[str, float]) -> None:
             bars("training", step, steps)
@@ -183,7 +183,7 @@ def train(inputs: Inputs, config: TrainConfig) -> None:
             bars(phase, done, total)
 
         callbacks = Callbacks(on_phase=on_phase, on_step=on_step, should_stop=should_stop)
-        if not world.writes:
+        if not world.is_main_process:
             callbacks = Callbacks(should_stop=should_stop)
         resume = bool(inputs.get("resume"))
         try:
@@ -191,7 +191,7 @@ def train(inputs: Inputs, config: TrainConfig) -> None:
         except CheckpointError as e:
             changes = dataset.describe_changes(kept)
             raise CheckpointError(f"{e}. In {dataset.folder}: {changes}" if changes else str(e)) from e
-    if not world.writes:
+    if not world.is_main_process:
         return
     save_sheet(out / "curves.png", loss_curves(read_metrics(out / METRICS_FILE)))
     print(f"{steps} steps → {out / 'weights.safetensors'}; look at {out / 'curves.png'} and {out / 'samples'}")

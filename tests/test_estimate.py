@@ -81,7 +81,7 @@ def test_live_bytes_by_hand():
 def test_the_words():
     cost = Cost("cuda", 1000, 0.5, 500, 0.1, 200, 3.0, 12, 4.0, 6_100_000_000, 640_000_000)
     assert cost.words.splitlines() == [
-        "class pictures to draw: 200, 10 min",
+        "regularization images to draw: 200, 10 min",
         "pictures to encode: 500, 50 s",
         "steps: 1000, 8 min (0.50 s each)",
         "sample pictures: 12, 48 s",

@@ -74,7 +74,7 @@ def test_few_steps_are_the_default():
 
 def test_both_samplers_draw_and_differ(base: BaseModel, tmp_path: Path):
     drawn = [
-        class_images.draw_class_pictures(
+        class_images.draw_class_images(
             base, ["ball"], 1, tmp_path / s, SampleConfig(sampler=s, sampling_steps=3), size=128
         )
         for s in ("ddim", "dpm++")
