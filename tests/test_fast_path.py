@@ -33,7 +33,7 @@ def curve(run: TrainingRun) -> list[float]:
 
 def make_plain(run: TrainingRun) -> None:
     """Each layer projects for itself, and AdamW goes from tensor to tensor."""
-    run.state.adapter.projecting = lambda context: nullcontext()
+    run.state.adapter.prepared_for = lambda context: nullcontext()
     groups = [{**group, "fused": False, "foreach": False} for group in run.state.optimizer.param_groups]
     run.state.optimizer = torch.optim.AdamW(groups)
 
@@ -58,7 +58,7 @@ def test_one_product_for_all_layers_gives_what_each_layer_gives(tiny_folder: Pat
     context = encode_prompts(run.state.base, [run.state.latent_cache.composites[0].prompt]).detach().requires_grad_()
     layers = [layer.attn2.to_k for layer in run.state.base.unet.mid_block.attentions[0].transformer_blocks]
     results = []
-    for projecting in (nullcontext(), run.state.adapter.projecting(context)):
+    for projecting in (nullcontext(), run.state.adapter.prepared_for(context)):
         with projecting:
             keys = layers[0](context)
         kv = run.state.adapter.named_parameters()["kv"]

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from ..data.concepts import TrainingSet
-from ..models.adapters import put_trainables
+from ..models.adapters import inject_adapter
 from ..models.attention_maps import AttentionRecorder, layer_stride, supervised_layers
 from ..models.base import BaseModel, compiled, set_checkpointing
 from ..models.sampling import TextCache, check_size
@@ -33,7 +33,7 @@ def check_inputs(base: BaseModel, training_set: TrainingSet, start: FarWeights |
     """Refuse what can't be trained. Raises BaseModelError, DatasetError, ConfigError, WeightsError."""
     if isinstance(base.text_encoder.get_input_embeddings(), ModifierEmbedding):
         raise BaseModelError(
-            "base: FaR weights are applied to it; load it anew, or train outside of 'with weights.applied(base)'. "
+            "base: FaR weights are applied to it; load it anew, or train outside of 'with applied_weights'. "
             "To train on from weights, give them as start (continue_from)"
         )
     if not training_set.composite_count():
@@ -87,10 +87,9 @@ def build_run(
 
     # What learns, and what it learns by.
     undo.callback(set_checkpointing, base.unet, False)
-    adapter = put_trainables(base, vocabulary, config)
+    adapter = inject_adapter(base, vocabulary, config)
     undo.callback(adapter.remove)
     if start is not None:
-        start.initialize(vocabulary, adapter.rows)
         adapter.start_from(start)
     recorder = None
     if config.refinement_weight > 0:

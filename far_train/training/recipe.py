@@ -72,7 +72,7 @@ def train(
 class TrainingRun:
     """A training that is set up and can be taken step by step, as estimates, benchmarks and tests do.
 
-    The arguments are those of :func:`train`. ``state`` is what the run holds, ``readback`` has the metrics of its steps.
+    The arguments are those of :func:`train`. ``state`` is what the run holds, ``readback`` the metrics of its steps.
     Use it as a context manager or close it: until then its adapter is installed in the base.
     """
 
@@ -185,11 +185,11 @@ class TrainingRun:
         """The weights learned so far; the main process writes their file, by which a finished run is known."""
         state = self.state
         names, rows = state.training_set.names, state.adapter.rows.detach().cpu()
-        deltas, products = state.adapter.learned()
+        deltas, low_rank_deltas = state.adapter.export_state()
         weights = FarWeights(
             embeddings={n.token: rows[list(state.vocabulary.rows(n.token))].clone() for n in names},
             deltas=deltas,
-            products=products,
+            low_rank_deltas=low_rank_deltas,
             provenance=Provenance(
                 family=state.base.family,
                 base_digest=state.base.digest,

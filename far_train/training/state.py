@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.concepts import TrainingSet
-from ..models.adapters import Trainables
+from ..models.adapters import Adapter
 from ..models.attention_maps import AttentionRecorder
 from ..models.base import BaseModel
 from ..models.sampling import TextCache
@@ -43,7 +43,7 @@ class RunState:
     latent_cache: LatentCache
     text_cache: TextCache
     alphas_cumprod: Tensor
-    adapter: Trainables
+    adapter: Adapter
     recorder: AttentionRecorder | None
     optimizer: torch.optim.Optimizer
     scaler: LossScaler

@@ -72,7 +72,7 @@ def forward_backward(state: RunState, batch: Batch, ramp: float) -> Tensor:
     select = torch.cat([batch.token_select, batch.noun_select], 1)
     context = encode_prompts(state.base, batch.prompts, state.text_cache)
     recording = state.recorder.recording(select) if state.recorder else nullcontext()
-    with recording, state.adapter.projecting(context):
+    with recording, state.adapter.prepared_for(context):
         prediction = state.base.unet(noisy.to(context.dtype), batch.timesteps, context).sample
         cell_weight = losses.subject_weight(batch.cell_masks, config.background_weight, config.per_mention)
         cell_weight = torch.where(batch.is_instance[:, None, None, None], cell_weight, 1.0)
