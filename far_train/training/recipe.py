@@ -176,10 +176,8 @@ class TrainingRun:
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint, and delete those beyond ``keep_checkpoints``. Raises OutputError."""
-        state = self.state
-        save_checkpoint(
-            state.checkpoints, state.step, state.saved(), state.optimizer, keep=state.config.keep_checkpoints
-        )
+        state, keep = self.state, self.state.config.keep_checkpoints
+        save_checkpoint(state.checkpoints, state.step, state.saved(), state.optimizer, keep)
 
     def save_weights(self) -> FarWeights:
         """The weights learned so far; the main process writes their file, by which a finished run is known."""
