@@ -58,8 +58,8 @@ def test_one_product_for_all_layers_gives_what_each_layer_gives(tiny_folder: Pat
     context = encode_prompts(run.state.base, [run.state.latent_cache.composites[0].prompt]).detach().requires_grad_()
     layers = [layer.attn2.to_k for layer in run.state.base.unet.mid_block.attentions[0].transformer_blocks]
     results = []
-    for preparing in (nullcontext(), run.state.adapter.prepared_for(context)):
-        with preparing:
+    for projecting in (nullcontext(), run.state.adapter.prepared_for(context)):
+        with projecting:
             keys = layers[0](context)
         kv = run.state.adapter.named_parameters()["kv"]
         results.append((keys, *torch.autograd.grad(keys.square().sum(), (context, kv))))

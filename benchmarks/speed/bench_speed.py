@@ -149,6 +149,8 @@ def measure_step(
             def steps() -> None:
                 for _ in range(block):
                     run.take_step()
+                    if mode != "reference":
+                        run.readback.take()
 
             for _ in range(config.warmup):
                 steps()

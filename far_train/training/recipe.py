@@ -72,8 +72,8 @@ def train(
 class TrainingRun:
     """A training that is set up and can be taken step by step, as estimates, benchmarks and tests do.
 
-    The arguments are those of :func:`train`. ``state`` is what the run holds. To be used as a context manager, or
-    closed: until then its adapter is installed in the base.
+    The arguments are those of :func:`train`. ``state`` is what the run holds, ``readback`` the metrics of its steps.
+    Use it as a context manager or close it: until then its adapter is installed in the base.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class TrainingRun:
                 callbacks=callbacks,
             )
             self._undo = undo.pop_all()
-        self._readback = Readback(self.state.device)
+        self.readback = Readback(self.state.device)
 
     def __enter__(self) -> TrainingRun:
         return self
@@ -116,19 +116,15 @@ class TrainingRun:
 
     # ---- steps
 
-    def take_step(self) -> list[tuple[int, dict[str, Any]]]:
-        """Queue one optimizer step without waiting for it; returns the steps whose metrics have arrived meanwhile."""
-        self._queue_step()
-        return self._readback.take()
+    def take_step(self) -> None:
+        """Queue one optimizer step and the copy of its metrics into ``readback``, without waiting for either."""
+        metrics = take_step(self.state)
+        self.readback.put(self.state.step, metrics)
 
     def train_step(self) -> dict[str, Any]:
         """Take one optimizer step and wait for its metrics."""
-        self._queue_step()
-        return self._readback.drain()[-1][1]
-
-    def _queue_step(self) -> None:
-        metrics = take_step(self.state)
-        self._readback.put(self.state.step, metrics)
+        self.take_step()
+        return self.readback.drain()[-1][1]
 
     def fit(self) -> None:
         """Take all remaining steps, with checkpoints and sample pictures."""
@@ -136,14 +132,14 @@ class TrainingRun:
         saved_step = state.step
         max_non_finite = MAX_NON_FINITE_STEPS + int(math.log2(state.scaler.initial_scale))  # fp16 first finds its scale
         with MetricsLog(state.folder / METRICS_FILE) if is_main else nullcontext() as history:
-            reports = StepReports(self._readback, history, self.callbacks.on_step, max_non_finite)
+            reports = StepReports(self.readback, history, self.callbacks.on_step, max_non_finite)
             while state.step < state.steps:
                 if state.world.any_process(self.callbacks.should_stop()):
                     reports.flush()
                     if saved_step != state.step and is_main:
                         self.save_checkpoint()
                     raise Interrupted(f"stopped at step {state.step} of {state.steps}, which is saved; resume to go on")
-                self._queue_step()
+                self.take_step()
                 save = state.step % config.save_every == 0 or state.step == state.steps
                 sample = bool(config.sample_every) and state.step % config.sample_every == 0
                 if save or sample:
@@ -180,10 +176,8 @@ class TrainingRun:
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint, and delete those beyond ``keep_checkpoints``. Raises OutputError."""
-        state = self.state
-        save_checkpoint(
-            state.checkpoints, state.step, state.saved(), state.optimizer, keep=state.config.keep_checkpoints
-        )
+        state, keep = self.state, self.state.config.keep_checkpoints
+        save_checkpoint(state.checkpoints, state.step, state.saved(), state.optimizer, keep)
 
     def save_weights(self) -> FarWeights:
         """The weights learned so far; the main process writes their file, by which a finished run is known."""
