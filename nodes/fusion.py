@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..far_train.data.concepts import Background, ClassPicture, Concept
 from ..far_train.data.fusion import ConceptFusion
+from ..far_train.data.settings import MANY_CONCEPTS, RECIPE_SHARES, RECIPES, FusionConfig
 from ..far_train.evaluation.sheets import dataset_sheet
-from ..far_train.utils.config import MANY_CONCEPTS, RECIPE_SHARES, RECIPES, FusionConfig
 from ..far_train.utils.errors import ConfigError
 from .datasets import NODES as DATASET_NODES
 from .datasets import build_previews, describe, overlays

@@ -24,7 +24,7 @@ from ..far_train.training.estimate import measure_cost
 from ..far_train.training.latent_cache import check_captions
 from ..far_train.training.recipe import Callbacks, train
 from ..far_train.training.run_folder import WEIGHTS_FILE, find_run, run_identity, what_changed
-from ..far_train.utils.config import TrainConfig
+from ..far_train.training.settings import TrainConfig
 from ..far_train.utils.errors import ConfigError, Interrupted
 from . import host, host_ui, sockets
 from .live_view import LiveView, metrics_of

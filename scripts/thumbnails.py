@@ -26,6 +26,7 @@ from far_train.data.concepts import Background, ClassPicture, Concept  # noqa: E
 from far_train.data.folders import list_photos  # noqa: E402
 from far_train.data.fusion import ConceptFusion  # noqa: E402
 from far_train.data.images import load_photo, to_pil  # noqa: E402
+from far_train.data.settings import FusionConfig  # noqa: E402
 from far_train.evaluation.attention_focus import attention_maps, heat_over  # noqa: E402
 from far_train.evaluation.detect_and_compare import compare_picture, read_references  # noqa: E402
 from far_train.evaluation.sheets import COLOURS, checkerboard, contact_sheet, dataset_sheet, overlay, tinted  # noqa: E402
@@ -36,7 +37,6 @@ from far_train.mini.shipped import DRAWING, SIZE, SUBJECTS, small_base, small_or
 from far_train.mini.world import empty_scene, reference_photos, render_scene  # noqa: E402
 from far_train.models.sampling import draw_pictures, plain_vocabulary  # noqa: E402
 from far_train.models.weights import FarWeights  # noqa: E402
-from far_train.utils.config import FusionConfig  # noqa: E402
 
 WORKFLOWS = REPOSITORY / "workflows"
 CELL, GAP = 256, 12

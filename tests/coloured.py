@@ -11,7 +11,7 @@ from scipy import ndimage
 from far_train.data.captions import Name
 from far_train.data.concepts import Background, ClassPicture, Composite, Concept
 from far_train.data.fusion import ConceptFusion
-from far_train.utils.config import FusionConfig
+from far_train.data.settings import FusionConfig
 
 SIZE = 64
 COLOURS = {"red": (0.9, 0.1, 0.1), "green": (0.1, 0.8, 0.1), "blue": (0.1, 0.1, 0.9), "pink": (0.95, 0.2, 0.9)}

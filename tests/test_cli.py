@@ -14,7 +14,9 @@ import yaml
 from far_train.cli import commands
 from far_train.cli import main as cli_main
 from far_train.cli.main import COMMANDS, main
-from far_train.utils.config import FusionConfig, SampleConfig, TrainConfig
+from far_train.data.settings import FusionConfig
+from far_train.models.settings import SampleConfig
+from far_train.training.settings import TrainConfig
 
 from .command_line import refused
 

@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from far_train.cli.commands import read_backgrounds
 from far_train.cli.main import main
 from far_train.data.images import save_pair
+from far_train.data.settings import FusionConfig
 from far_train.mini.tiny import WIDTH
 from far_train.models.base import kv_weights, load_base
 from far_train.models.weights import FarWeights, Provenance
-from far_train.utils.config import FusionConfig
 
 from .command_line import files, refused
 

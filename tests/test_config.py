@@ -7,8 +7,10 @@ import json
 
 import pytest
 
-from far_train.utils import config as config_module
-from far_train.utils.config import Config, ExtractConfig, FusionConfig, SampleConfig, TrainConfig, read_settings
+from far_train.data.settings import BACKGROUND_SHARES, MANY_CONCEPTS, RECIPE_SHARES, ExtractConfig, FusionConfig
+from far_train.models.settings import SampleConfig
+from far_train.training.settings import TrainConfig
+from far_train.utils.config import Config, read_settings, setting
 from far_train.utils.errors import ConfigError
 
 SHARED = ("min_area", "max_area")  # the same masks are judged when they are extracted and when they are fused
@@ -98,7 +100,7 @@ def test_a_config_can_not_be_changed_only_replaced():
 
 
 def test_shares_of_the_recipes_sum_to_one():
-    for shares in (*config_module.RECIPE_SHARES.values(), config_module.MANY_CONCEPTS, config_module.BACKGROUND_SHARES):
+    for shares in (*RECIPE_SHARES.values(), MANY_CONCEPTS, BACKGROUND_SHARES):
         assert sum(shares.values()) == pytest.approx(1)
 
 
@@ -174,7 +176,7 @@ def test_nan_in_a_json_file_is_refused(tmp_path):
 def test_a_field_of_a_new_config_is_checked_as_well():
     @dataclasses.dataclass(frozen=True)
     class Mine(Config):
-        share: float = config_module.setting(0.5, "a share", low=0, high=1)
+        share: float = setting(0.5, "a share", low=0, high=1)
 
     assert Mine(share=1).share == 1.0
     with pytest.raises(ConfigError, match="share: 2.0 is out of range; it must be between 0 and 1"):

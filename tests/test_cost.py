@@ -11,8 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from far_train.data.concepts import ClassPicture
 from far_train.data.fusion import ConceptFusion
+from far_train.data.settings import FusionConfig
 from far_train.training.estimate import Cost, LiveBytes, measure_cost
-from far_train.utils.config import FusionConfig, TrainConfig
+from far_train.training.settings import TrainConfig
 from far_train.utils.errors import Interrupted
 from far_train.utils.wording import duration, rate, size_in_words
 

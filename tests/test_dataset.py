@@ -14,7 +14,7 @@ from PIL import Image
 from far_train.data.concepts import ClassPicture, Concept
 from far_train.data.dataset import DatasetFolder, write_dataset
 from far_train.data.fusion import ConceptFusion
-from far_train.utils.config import FusionConfig
+from far_train.data.settings import FusionConfig
 from far_train.utils.errors import CaptionError, DatasetError, OutputError, PhotoError, TokenError
 
 SIZE = 64

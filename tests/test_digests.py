@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from far_train.training.recipe import train
-from far_train.utils.config import TrainConfig
+from far_train.training.settings import TrainConfig
 
 RECORDED_ON = ("2.14.1", "AVX512")
 COMPOSITE = "038075c547b14c87"

@@ -13,10 +13,11 @@ from torch._dynamo.utils import counters
 from far_train.mini.tiny import random_states, tiny_configs, write_folder
 from far_train.models.base import load_base, set_compiled, uncompiled
 from far_train.models.sampling import draw_pictures, encode_prompts
+from far_train.models.settings import SampleConfig
 from far_train.training.latent_cache import slice_batch
 from far_train.training.memory_plan import MARGIN, MemoryPlan, choose_plan, plan_memory
 from far_train.training.recipe import FP16_SCALE, TrainingRun
-from far_train.utils.config import SampleConfig, TrainConfig
+from far_train.training.settings import TrainConfig
 
 STEPS = 60
 QUICK = TrainConfig(steps=STEPS, batch_size=1, prior_batch_size=1, sample_every=0, device="cpu")

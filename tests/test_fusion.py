@@ -14,7 +14,7 @@ from far_train.data.backgrounds import infill
 from far_train.data.captions import Name
 from far_train.data.concepts import Background, ClassPicture, Concept
 from far_train.data.fusion import ConceptFusion
-from far_train.utils.config import FusionConfig
+from far_train.data.settings import FusionConfig
 from far_train.utils.errors import CaptionError, ConfigError, SubjectError, TokenError
 
 from .coloured import (

@@ -19,7 +19,7 @@ from far_train.models.weights import FarWeights
 from far_train.training.distributed import World, joined
 from far_train.training.recipe import TrainingRun
 from far_train.training.run_folder import read_metrics
-from far_train.utils.config import TrainConfig
+from far_train.training.settings import TrainConfig
 from far_train.utils.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -91,7 +91,7 @@ import sys
 from pathlib import Path
 from far_train.models.base import load_base
 from far_train.training.callbacks import Callbacks
-from far_train.utils.config import TrainConfig
+from far_train.training.settings import TrainConfig
 from far_train.data.dataset import DatasetFolder
 from far_train.utils.errors import FarError
 from far_train.training.distributed import joined

@@ -15,7 +15,7 @@ from far_train.data.concepts import Concept
 from far_train.data.fusion import ConceptFusion
 from far_train.data.images import mask_to_pil
 from far_train.data.placement import Cutout, Placed, paste, place
-from far_train.utils.config import RECIPES, FusionConfig
+from far_train.data.settings import RECIPES, FusionConfig
 
 from .coloured import COLOURS, NO_CHANGES, centre, colour_of, fuse, mention_box, only, photo, region, shows
 

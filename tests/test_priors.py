@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from far_train.data.fusion import ConceptFusion
+from far_train.data.settings import FusionConfig
 from far_train.models.base import BaseModel, load_base
+from far_train.models.settings import SampleConfig
 from far_train.models.weights import FarWeights
 from far_train.training import class_images
 from far_train.training.class_images import (
@@ -21,7 +23,7 @@ from far_train.training.class_images import (
 )
 from far_train.training.recipe import train
 from far_train.training.run_folder import read_metrics
-from far_train.utils.config import FusionConfig, SampleConfig, TrainConfig
+from far_train.training.settings import TrainConfig
 from far_train.utils.errors import ConfigError
 
 CONFIG = TrainConfig(steps=1, prior_pictures=2, prior_steps=1, sample_every=0, device="cpu")

@@ -10,13 +10,14 @@ import torch
 
 from far_train.data.concepts import Composite
 from far_train.data.fusion import ConceptFusion
+from far_train.data.settings import FusionConfig
 from far_train.models.attention_maps import AttentionRecorder, cross_attention_layers, supervised_layers
 from far_train.models.base import load_base
 from far_train.training import recipe
 from far_train.training.latent_cache import slice_batch
 from far_train.training.recipe import Callbacks, TrainingRun, train
 from far_train.training.run_folder import find_run, read_metrics, run_identity
-from far_train.utils.config import FusionConfig, TrainConfig
+from far_train.training.settings import TrainConfig
 from far_train.utils.errors import CheckpointError, ConfigError, Interrupted, OutputError, TrainingDiverged
 
 QUICK = TrainConfig(steps=4, sample_every=0, save_every=2, device="cpu")

@@ -9,11 +9,12 @@ from far_train.data.captions import Name
 from far_train.models.adapters import KeysAndValues
 from far_train.models.sampling import TextCache, draw_pictures, encode_prompts
 from far_train.models.sampling import plain_vocabulary as plain
+from far_train.models.settings import SampleConfig
 from far_train.models.tokens import Vocabulary
 from far_train.models.weights import FarWeights
 from far_train.training.callbacks import Callbacks
 from far_train.training.recipe import train
-from far_train.utils.config import SampleConfig, TrainConfig
+from far_train.training.settings import TrainConfig
 from far_train.utils.errors import ConfigError
 
 QUICK = SampleConfig(sampling_steps=2)

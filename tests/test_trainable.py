@@ -14,7 +14,7 @@ from far_train.models.tokens import Vocabulary
 from far_train.models.weights import FarWeights
 from far_train.training.callbacks import Callbacks
 from far_train.training.recipe import TrainingRun, train
-from far_train.utils.config import TrainConfig
+from far_train.training.settings import TrainConfig
 from far_train.utils.errors import Interrupted, WeightsError
 
 SHORT = TrainConfig(steps=3, batch_size=2, prior_batch_size=1, sample_every=0, save_every=1, device="cpu")

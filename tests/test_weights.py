@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from far_train.mini.tiny import random_states, single_file_state, tiny_configs
 from far_train.models.base import attention_projections, kv_weights, load_base
 from far_train.models.sampling import encode_prompts
+from far_train.models.settings import SampleConfig
 from far_train.models.weights import FarWeights, Product, Provenance, describe, file_stem
-from far_train.utils.config import SampleConfig
 from far_train.utils.errors import ConfigError, WeightsError
 
 

@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from far_train.data.settings import FusionConfig
 from far_train.mini.shipped import DRAWING, FUSING, PLAIN_LOSS, TRAINING
-from far_train.utils.config import FusionConfig, SampleConfig, TrainConfig
+from far_train.models.settings import SampleConfig
+from far_train.training.settings import TrainConfig
 from far_train.utils.errors import ConfigError
 
 CLASS_PICTURES = 32

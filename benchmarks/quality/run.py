@@ -42,7 +42,7 @@ from far_train.models.sampling import draw_pictures, plain_vocabulary
 from far_train.models.tokens import Vocabulary
 from far_train.training.class_images import WithPriors
 from far_train.training.recipe import Callbacks, train
-from far_train.utils.config import TrainConfig
+from far_train.training.settings import TrainConfig
 from far_train.utils.errors import CheckpointError, Interrupted
 from far_train.utils.files import write_json, write_tensors, write_text
 

@@ -16,10 +16,12 @@ from ..data.folder_inputs import read_backgrounds, read_concept, read_photos
 from ..data.folders import list_photos
 from ..data.fusion import ConceptFusion
 from ..data.images import load_photo, save_picture
+from ..data.settings import ExtractConfig, FusionConfig
 from ..data.subjects import Prompt, SubjectExtractor, extract_folder
 from ..evaluation.sheets import checkerboard, contact_sheet, dataset_sheet, loss_curves, picture_grid, save_sheet
 from ..models.base import BaseModel, load_base
 from ..models.sampling import draw_pictures, plain_vocabulary
+from ..models.settings import SampleConfig
 from ..models.weights import FarWeights, describe, file_stem
 from ..training.class_images import EVERYDAY_SCENES, draw_empty_scenes, parse_scenes, scene_path
 from ..training.distributed import joined
@@ -28,7 +30,8 @@ from ..training.latent_cache import check_captions
 from ..training.recipe import Callbacks
 from ..training.recipe import train as train_recipe
 from ..training.run_folder import METRICS_FILE, read_metrics
-from ..utils.config import ExtractConfig, FusionConfig, SampleConfig, TrainConfig, read_settings
+from ..training.settings import TrainConfig
+from ..utils.config import read_settings
 from ..utils.devices import choose_device
 from ..utils.errors import CheckpointError, ConfigError
 from ..utils.files import make_folder, write_json, write_text

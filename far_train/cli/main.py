@@ -20,7 +20,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .. import __version__
-from ..utils.config import Config, ExtractConfig, FusionConfig, SampleConfig, TrainConfig, read_settings
+from ..data.settings import ExtractConfig, FusionConfig
+from ..models.settings import SampleConfig
+from ..training.settings import TrainConfig
+from ..utils.config import Config, read_settings
 from ..utils.errors import ConfigError, FarError, Interrupted
 from ..utils.terminal import replace_unknown_characters
 

@@ -18,7 +18,6 @@ import numpy as np
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from ..utils.config import BACKGROUND_SHARES, MANY_CONCEPTS, RECIPE_SHARES, FusionConfig
 from ..utils.errors import SubjectError, TokenError
 from .backgrounds import cover, infill, plain_background
 from .captions import Name, write_caption
@@ -26,6 +25,7 @@ from .concepts import Background, ClassPicture, Composite, Concept
 from .images import from_pil, mask_from_pil, mask_to_pil, to_pil
 from .masks import check_own_mask
 from .placement import Cutout, cut_out, cut_sides, fit_inside, paste, place, place_in_row
+from .settings import BACKGROUND_SHARES, MANY_CONCEPTS, RECIPE_SHARES, FusionConfig
 
 # Part of every digest: to be raised by whoever changes what composites of the same inputs look like.
 ALGORITHM = 2

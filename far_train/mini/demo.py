@@ -30,7 +30,7 @@ from ..models.sampling import draw_pictures, plain_vocabulary
 from ..models.tokens import Vocabulary
 from ..training.recipe import Callbacks, train
 from ..training.run_folder import METRICS_FILE, read_metrics
-from ..utils.config import TrainConfig
+from ..training.settings import TrainConfig
 from ..utils.devices import choose_device
 from ..utils.errors import OutputError
 from .identity import Identity, describe

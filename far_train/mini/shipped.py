@@ -10,8 +10,10 @@ import torch
 from ..data.captions import Name
 from ..data.images import Photo
 from ..data.sam import load_sam
+from ..data.settings import FusionConfig
 from ..models.base import BaseModel, load_base
-from ..utils.config import FusionConfig, SampleConfig, TrainConfig
+from ..models.settings import SampleConfig
+from ..training.settings import TrainConfig
 from ..utils.errors import BaseModelError
 from .identity import Identity
 from .oracle import FILE as ORACLE_FILE

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..utils.config import TrainConfig
+from ..training.settings import TrainConfig
 from ..utils.seeding import derive_seed
 from .base import BaseModel, attention_projections, kv_layers
 from .tokens import ModifierEmbedding, Vocabulary, initial_rows, norm_limits

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..data.captions import Name, check_noun, check_token
-from ..utils.config import SCHEMA_VERSION, SampleConfig
+from ..utils.config import SCHEMA_VERSION
 from ..utils.errors import ConfigError, FarError, UnreadableFile, WeightsError
 from ..utils.files import parse_json, read_tensors, write_tensors
 from .base import FAMILIES, BaseModel, attention_projections, kv_layers
 from .fingerprint import fingerprint
 from .lora_files import exact, lora_tensors, nearest
+from .settings import SampleConfig
 from .tokens import ModifierEmbedding, Vocabulary, noun_embedding
 
 log = logging.getLogger(__name__)

@@ -17,10 +17,11 @@ from ..data.concepts import Background, ClassPicture, Composite, TrainingSet
 from ..data.images import load_photo, save_picture
 from ..models.base import BaseModel
 from ..models.sampling import draw_pictures, plain_vocabulary
-from ..utils.config import SampleConfig, TrainConfig
+from ..models.settings import SampleConfig
 from ..utils.errors import ConfigError
 from ..utils.seeding import derive_seed
 from .distributed import World
+from .settings import TrainConfig
 
 log = logging.getLogger(__name__)
 

@@ -19,11 +19,12 @@ from ..data.captions import Name, default_prompts, with_article
 from ..data.concepts import Composite, TrainingSet
 from ..models.base import BaseModel
 from ..models.sampling import draw_pictures
+from ..models.settings import SampleConfig
 from ..models.tokens import Vocabulary
 from ..models.weights import FarWeights
-from ..utils.config import SampleConfig, TrainConfig
 from ..utils.wording import duration, size_in_words
 from .recipe import Callbacks, TrainingRun
+from .settings import TrainConfig
 
 TRIAL_STEPS = 2  # after a first one, which also warms up
 TRIAL_SAMPLING = (1, 3)  # sampling steps of two trial pictures: what each step costs, and what comes on top

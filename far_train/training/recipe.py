@@ -22,9 +22,9 @@ from ..models.adapters import Trainables, put_trainables, set_learning_rates
 from ..models.attention_maps import AttentionRecorder, layer_stride, supervised_layers
 from ..models.base import BaseModel, set_checkpointing, set_compiled, uncompiled
 from ..models.sampling import TextCache, check_size, draw_pictures, encode_prompts
+from ..models.settings import SampleConfig
 from ..models.tokens import ModifierEmbedding, Vocabulary
 from ..models.weights import FarWeights, Provenance
-from ..utils.config import SampleConfig, TrainConfig
 from ..utils.devices import choose_device
 from ..utils.errors import BaseModelError, ConfigError, DatasetError, Interrupted
 from ..utils.files import check_space
@@ -39,6 +39,7 @@ from .memory_plan import plan_memory
 from .metrics import Readback, StepReports
 from .oom_fallback import OomFallback
 from .run_folder import METRICS_FILE, WEIGHTS_FILE, MetricsLog, cut_metrics, open_run, run_identity
+from .settings import TrainConfig
 
 PATIENCE = 3  # non-finite steps in a row that end a run
 FP16_SCALE = 2.0**12  # of the loss at first; each overflow halves it, and is then no failure

@@ -13,9 +13,10 @@ from typing import Any, Protocol
 
 from ..data.concepts import TrainingSet
 from ..models.weights import FarWeights
-from ..utils.config import SCHEMA_VERSION, TrainConfig
+from ..utils.config import SCHEMA_VERSION
 from ..utils.errors import CheckpointError, OutputError
 from ..utils.files import make_folder, parse_json, remove_leftovers, write_json, write_text
+from .settings import TrainConfig
 
 RUN_FILE = "run.json"
 WEIGHTS_FILE = "weights.safetensors"

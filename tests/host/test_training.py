@@ -15,11 +15,12 @@ from torch import nn
 
 from far_train.data.concepts import ClassPicture, Concept
 from far_train.data.fusion import ConceptFusion
+from far_train.data.settings import FusionConfig
 from far_train.models.base import kv_layers, kv_weights, load_base
 from far_train.models.weights import FarWeights
 from far_train.training.recipe import train
 from far_train.training.run_folder import read_metrics
-from far_train.utils.config import FusionConfig, TrainConfig
+from far_train.training.settings import TrainConfig
 
 from .comfy_server import ComfyServer, ExecutionFailed, Host
 from .graphs import defaults, encoded, node, predicted
