@@ -57,7 +57,7 @@ class ClassPrior(io.ComfyNode):
                     "sam_model",
                     optional=True,
                     tooltip="Finds the subject of each class picture, so that Concept Fusion can put it beside yours. "
-                    "Strongly advised: without it, one recipe falls away.",
+                    "Strongly advised: without it, one layout falls away.",
                 ),
                 io.Int.Input(
                     "count",

@@ -55,18 +55,18 @@ DRAWN = {token: reference_photos(dog, seed=i, count=4, size=CELL) for i, (token,
 OTHERS = reference_photos(OTHER, seed=9, count=4, size=CELL)
 
 
-def fusion_of(tokens: Sequence[str], recipes: dict[str, float] | None, count: int) -> ConceptFusion:
+def fusion_of(tokens: Sequence[str], layouts: dict[str, float] | None, count: int) -> ConceptFusion:
     """A dataset of some of the dogs, in five places, with another dog as class picture."""
     concepts = [Concept(t, "dog", *(tuple(x) for x in zip(*DRAWN[t]))) for t in tokens]
     others = [ClassPicture("dog", image, mask) for image, mask in OTHERS]
     scenes = [Background(empty_scene(name, seed=i, size=CELL)) for i, name in enumerate(SCENES)]
-    settings = FusionConfig(size=CELL, count=count, fusion_seed=3, recipe_weights=recipes)
+    settings = FusionConfig(size=CELL, count=count, fusion_seed=3, layout_weights=layouts)
     return ConceptFusion(concepts, others, scenes, settings)
 
 
-def fused(tokens: Sequence[str], recipe: str, count: int, tinted: bool = True) -> list[Image.Image]:
-    """Composites of one recipe, with coloured masks or as they are."""
-    fusion = fusion_of(tokens, {recipe: 1.0}, count)
+def fused(tokens: Sequence[str], layout: str, count: int, tinted: bool = True) -> list[Image.Image]:
+    """Composites of one layout, with coloured masks or as they are."""
+    fusion = fusion_of(tokens, {layout: 1.0}, count)
     return [overlay(c, fusion.names) if tinted else to_pil(c.image) for c in map(fusion.composite, range(count))]
 
 

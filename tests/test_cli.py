@@ -55,8 +55,8 @@ def test_help_and_version_of_the_whole(capsys):
         (["fuse", "--concept", "<a>", "dog"], ["--concept", "3"]),
         (["export", "--rank", "x"], ["--rank", "int", "'x'"]),
         (["train", "--kv-lr"], ["--kv-lr", "expected one argument"]),
-        (["fuse", "--recipe-weights", "solo"], ["recipe_weights: expected KEY=NUMBER, got 'solo'"]),
-        (["fuse", "--recipe-weights", "=1"], ["recipe_weights: expected KEY=NUMBER, got '=1'"]),
+        (["fuse", "--layout-weights", "solo"], ["layout_weights: expected KEY=NUMBER, got 'solo'"]),
+        (["fuse", "--layout-weights", "=1"], ["layout_weights: expected KEY=NUMBER, got '=1'"]),
         (["generate", "--concept-strength", "<a>=x"], ["concept_strength: expected KEY=NUMBER"]),
         (["extract", "--out", "x"], ["--photos: is needed; folder of photos"]),
         (["fuse", "--out", "x"], ["--concept: is needed"]),
@@ -109,10 +109,10 @@ def test_flags_of_all_kinds(seen):
     )
     assert main([*TRAIN, "--no-gradient-checkpointing"]) == 0 and seen["train"][1] == TrainConfig()
     argv = ["fuse", "--concept", "<a>", "dog", "A", "--concept", "<b>", "dog", "B", "--out", "o"]
-    assert main([*argv, "--recipe-weights", "solo=1", "pair=2.5", "--size", "512"]) == 0
+    assert main([*argv, "--layout-weights", "solo=1", "pair=2.5", "--size", "512"]) == 0
     inputs, settings = seen["fuse"]
     assert inputs == {"concept": [["<a>", "dog", "A"], ["<b>", "dog", "B"]], "out": "o"}
-    assert settings == FusionConfig(recipe_weights={"solo": 1.0, "pair": 2.5}, size=512)
+    assert settings == FusionConfig(layout_weights={"solo": 1.0, "pair": 2.5}, size=512)
     argv = ["generate", "--base", "b", "--out", "o", "--prompt", "a", "--prompt", "b", "--count", "3"]
     assert main([*argv, "--strength", "-1", "--concept-strength", "<a=b>=0.5", "--device", "cpu"]) == 0
     inputs, settings = seen["generate"]

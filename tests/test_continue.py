@@ -23,7 +23,7 @@ QUICK = TrainConfig(steps=2, batch_size=1, prior_batch_size=1, sample_every=0, d
 
 @pytest.fixture
 def learned(base, fusion, tmp_path: Path) -> FarWeights:
-    return train(base, fusion, QUICK.replace(low_rank_lr=1e-3), tmp_path / "first")
+    return train(base, fusion, QUICK.replace(lora_lr=1e-3), tmp_path / "first")
 
 
 def opened(base, fusion, folder: Path, start: FarWeights | None) -> TrainingRun:

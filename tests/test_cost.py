@@ -17,7 +17,7 @@ from far_train.training.settings import TrainConfig
 from far_train.utils.errors import Interrupted
 from far_train.utils.wording import duration, rate, size_in_words
 
-CONFIG = TrainConfig(steps=40, sample_every=10, sample_steps=2, prior_pictures=7, device="cpu")
+CONFIG = TrainConfig(steps=40, sample_every=10, sample_steps=2, num_class_images=7, device="cpu")
 
 
 def test_steps_and_pictures_are_counted(base, fusion):

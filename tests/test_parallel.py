@@ -52,7 +52,7 @@ def learn(
 
 
 @pytest.mark.skipif(not distributed.is_available(), reason="this PyTorch comes without torch.distributed")
-@pytest.mark.parametrize(("trainable", "name"), [("kv", "value/kv"), ("attention", "value/low_rank")])
+@pytest.mark.parametrize(("trainable", "name"), [("kv", "value/kv"), ("lora", "value/low_rank")])
 def test_two_processes_learn_what_one_learns(tiny_folder: Path, dataset: Path, tmp_path: Path, trainable, name):
     """Five samples a step, so that the shares differ in size."""
     alone = learn(tiny_folder, dataset, tmp_path / "alone", trainable)

@@ -23,7 +23,7 @@ COMMAND = Command(
     "measure FaR and its rivals in the small world (docs/benchmark.md); goes on where it stopped",
     (
         Argument("out", "folder for the runs and the report (default: outputs/bench)"),
-        Argument("weights", "folder of small models, as mini.learn exports it (default: the shipped ones)"),
+        Argument("weights", "folder of small models, as small_models.learn exports it (default: the shipped ones)"),
         DEVICE,
     ),
     BenchConfig,

@@ -179,7 +179,7 @@ class TruePairs(_Changed):
 
     def composite(self, index: int) -> Composite:
         composite = self._set.composite(index)
-        return self._scenes.composite(index) if composite.recipe == "pair" else composite
+        return self._scenes.composite(index) if composite.layout == "pair" else composite
 
 
 class ShuffledMasks(_Changed):

@@ -52,7 +52,7 @@ def measure_phases(
     """
     names = ("class pictures", "extraction", "fusion", "training")
     phases = [Phase("load the base", "base", 1, loading)]
-    pictures = config.prior_pictures  # both concepts are dogs
+    pictures = config.num_class_images  # both concepts are dogs
 
     on_progress("phases", 0, len(names))
     sampling = prior_sampling(config)

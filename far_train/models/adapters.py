@@ -106,7 +106,7 @@ def put_trainables(base: BaseModel, vocabulary: Vocabulary, config: TrainConfig)
     """Put into ``base`` what ``config.trainable`` says."""
     if config.trainable == "kv":
         return KeysAndValues(base, vocabulary)
-    return LowRankAttention(base, vocabulary, config.low_rank, config.train_seed)
+    return LowRankAttention(base, vocabulary, config.lora_rank, config.train_seed)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, steps: int, decay: float) -> None:
@@ -252,7 +252,7 @@ class LowRankAttention(Trainables):
         return {}, {name: Product(half(layer.up), half(layer.down)) for name, layer in self.layers.items()}
 
     def start_from(self, weights: FarWeights) -> None:
-        weights.check_kind("attention", self.rank)
+        weights.check_kind("lora", self.rank)
         for name, layer in self.layers.items():
             layer.up.copy_(weights.products[name].up)
             layer.down.copy_(weights.products[name].down)

@@ -1,4 +1,4 @@
-"""Settings of sampling."""
+"""Settings of image generation."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from ..utils.errors import ConfigError
 
 @dataclass(frozen=True)
 class SampleConfig(Config):
-    """How pictures are drawn."""
+    """How images are generated."""
 
-    sample_seed: int = setting(0, "seed of the first picture; the next has the next", low=0, high=2**63 - 1)
+    sample_seed: int = setting(0, "random seed of the first image; each further one adds 1", low=0, high=2**63 - 1)
     sampler: str = setting("ddim", "ddim, or dpm++ (DPM-Solver++), which needs fewer steps", choices=("ddim", "dpm++"))
     sampling_steps: int = setting(50, "sampling steps", low=1, high=1000)
     guidance: float = setting(7.0, "classifier-free guidance scale", low=1, high=50)
-    negative_prompt: str = setting("", "what the pictures should not show")
-    width: int | None = setting(None, "width in pixels; default: the base's own", low=64, high=4096)
-    height: int | None = setting(None, "height in pixels; default: the base's own", low=64, high=4096)
-    sample_batch: int = setting(4, "pictures drawn at once", low=1, high=256)
-    strength: float = setting(1.0, "strength of the model's changes", low=-4, high=4)
+    negative_prompt: str = setting("", "what the images should not show")
+    width: int | None = setting(None, "width in pixels; default: the base model's own", low=64, high=4096)
+    height: int | None = setting(None, "height in pixels; default: the base model's own", low=64, high=4096)
+    sample_batch: int = setting(4, "images per batch", low=1, high=256)
+    strength: float = setting(1.0, "strength of the trained UNet weights; 0 disables them", low=-4, high=4)
     concept_strength: dict[str, float] | None = setting(
-        None, "per modifier token: 0 is the bare class noun's embedding, 1 the learned one"
+        None, "strength of each placeholder token; 0: the class noun's embedding, 1: the learned one"
     )
 
     def check(self) -> None:

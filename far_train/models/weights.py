@@ -151,12 +151,12 @@ class FarWeights:
 
     def check_kind(self, trainable: str, rank: int | None = None) -> None:
         """Refuse weights that a training of this kind can't go on from. Raises WeightsError."""
-        kind = "attention" if self.products else "kv"
+        kind = "lora" if self.products else "kv"
         ranks = {product.up.shape[1] for product in self.products.values()}
         if kind != trainable:
             raise WeightsError(f"continue_from: these weights were trained with trainable {kind}; set it to {kind}")
         if ranks and ranks != {rank}:
-            raise WeightsError(f"continue_from: these weights have rank {max(ranks)}; set low_rank to {max(ranks)}")
+            raise WeightsError(f"continue_from: these weights have rank {max(ranks)}; set lora_rank to {max(ranks)}")
 
     def digest(self) -> str:
         """Identifies what was learned, whatever file it came from."""

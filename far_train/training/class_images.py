@@ -162,7 +162,7 @@ def prior_sampling(config: TrainConfig) -> SampleConfig:
 
     A class picture stands for its class, not for one result of one sampler, so a solver that needs few steps will do.
     """
-    return SampleConfig(sampler="dpm++", sampling_steps=config.prior_steps, sample_seed=config.train_seed)
+    return SampleConfig(sampler="dpm++", sampling_steps=config.class_image_steps, sample_seed=config.train_seed)
 
 
 def prior_key(base: BaseModel, sampling: SampleConfig, size: int) -> str:
@@ -197,8 +197,8 @@ def with_class_pictures(
     ``on_progress(done, total)`` may raise to stop, also within a batch of pictures.
     """
     sampling = prior_sampling(config)
-    if config.prior_cache:
-        folder = Path(config.prior_cache) / prior_key(base, sampling, training_set.size)
+    if config.class_image_cache:
+        folder = Path(config.class_image_cache) / prior_key(base, sampling, training_set.size)
 
     def draw(report: Callable[[int, int], None] = lambda done, total: None) -> list[ClassPicture]:
         last = (0, 1)
@@ -211,7 +211,7 @@ def with_class_pictures(
         return draw_class_pictures(
             base,
             [n.noun for n in training_set.names],
-            config.prior_pictures,
+            config.num_class_images,
             folder,
             sampling,
             size=training_set.size,

@@ -115,7 +115,7 @@ def measure_cost(
     steps = max(config.steps_for(len(training_set.names)) - steps_done, 0)
     nouns = {name.noun for name in training_set.names}
     lacks_priors = config.prior_batch_size and not training_set.prior_count() and not steps_done
-    drawn = config.prior_pictures * len(nouns) if lacks_priors else 0
+    drawn = config.num_class_images * len(nouns) if lacks_priors else 0
     rounds = steps // config.sample_every if config.sample_every else 0
     return Cost(
         device=str(run.device),
@@ -124,7 +124,7 @@ def measure_cost(
         encoded=training_set.composite_count() + max(training_set.prior_count(), drawn),
         encode_seconds=encode_seconds,
         drawn=drawn,
-        draw_seconds=overhead + config.prior_steps * each,
+        draw_seconds=overhead + config.class_image_steps * each,
         sampled=rounds * len(prompts),
         sample_seconds=overhead + config.sample_steps * each,
         memory=_bytes_of(base, learned) + counted.peak,

@@ -222,7 +222,7 @@ class TrainingRun:
         self.world.wait()  # where a process failed before its part of the sum, nobody shall wait for it
         self.world.sum([shares, *self.trainables.gradients()])
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.trainables.named_parameters().values(), self.config.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.trainables.named_parameters().values(), self.config.max_grad_norm)
         set_learning_rates(self.optimizer, self.step, self.steps, self.config.lr_decay)
         self.scaler.step(self.optimizer)
         self.scaler.update(None if self.dtype == torch.float16 else self.first_scale)
@@ -257,7 +257,7 @@ class TrainingRun:
             refinement = self._refinement(batch) if self.recorder else torch.zeros_like(error)
             schedule = losses.refinement_schedule(alphas, self.step, self.steps, config.refinement_ramp)
             denoising_share, prior_share = (instance * error).sum(), (prior * error).sum()
-            loss = denoising_share + config.prior_weight * prior_share
+            loss = denoising_share + config.prior_loss_weight * prior_share
             loss = loss + config.refinement_weight * (instance * schedule * refinement).sum()
             self.scaler.scale(loss).backward()
         return torch.stack([loss, denoising_share, (instance * refinement).sum(), prior_share]).detach()
@@ -316,7 +316,7 @@ class TrainingRun:
                 nouns={n.token: n.noun for n in names},
                 steps=self.step,
                 size=self.training_set.size,
-                config=self.config.replace(prior_cache=None).to_dict(),  # files travel; this user's folders don't
+                config=self.config.replace(class_image_cache=None).to_dict(),  # files travel; this user's folders don't
             ),
         )
         if self.world.writes:

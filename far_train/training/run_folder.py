@@ -170,6 +170,8 @@ def _differences(begun: Any, now: Any, name: str = "") -> list[str]:
     if name == "base" and isinstance(begun, dict) and "digest" in begun:
         return ["base (that run is of an earlier version of FaR, which identified a base by part of its weights)"]
     if isinstance(begun, dict) and isinstance(now, dict):
+        if name == "config":  # kept under the settings' first names
+            begun, now = TrainConfig.current_names(begun), TrainConfig.current_names(now)
         return [d for k in {**begun, **now} for d in _differences(begun.get(k), now.get(k), f"{name}.{k}".lstrip("."))]
     if begun == now:
         return []

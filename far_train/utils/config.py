@@ -157,12 +157,17 @@ class Config:
         for f in fields(cls):
             if f.name in result:
                 former = {new: old for old, new in f.metadata["was_values"].items()}
-                result[(*f.metadata["was"], f.name)[0]] = _choice(result.pop(f.name), former)
+                result[first_name(f)] = _choice(result.pop(f.name), former)
         return result
 
 
 def _choice(value: Any, renamed: Mapping[str, str]) -> Any:
     return renamed.get(value, value) if isinstance(value, str) else value
+
+
+def first_name(f: dataclasses.Field[Any]) -> str:
+    """The name that a setting had first."""
+    return f.metadata["was"][0] if f.metadata["was"] else f.name
 
 
 def log_former_name(former: str, name: str) -> None:
