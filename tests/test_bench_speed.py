@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.speed import bench_speed
-from benchmarks.speed.__main__ import main
+from benchmarks.speed.__main__ import PROGRAM
 from benchmarks.speed.speed_work import CONCEPTS, RandomPictures, our_run, random_base, reference_run, work_config
 from far_train.mini.tiny import tiny_configs
 from far_train.models.base import load_base, read_configs
@@ -36,7 +36,7 @@ def test_the_command_writes_tables_and_json(small_is_tiny, tmp_path: Path, capsy
         "1",
         "--sweep",
     ]
-    assert main([*argv, "--warmup", "1"]) == 0
+    assert PROGRAM.run([*argv, "--warmup", "1"]) == 0
     report = json.loads((tmp_path / "speed.json").read_text())
     assert [(r["batch"], r["mode"]) for r in report["steps"]] == [
         (b, mode) for b in (1, 2) for mode in ("reference", "fast", "lean")

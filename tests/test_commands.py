@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from far_train.cli.commands import read_backgrounds
 from far_train.cli.main import main
+from far_train.data.folder_inputs import read_backgrounds
 from far_train.data.images import save_pair
 from far_train.data.settings import FusionConfig
 from far_train.mini.tiny import WIDTH
