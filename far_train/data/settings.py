@@ -10,7 +10,7 @@ from ..utils.errors import ConfigError
 
 @dataclass(frozen=True)
 class ExtractConfig(Config):
-    """How a subject is cut out of its photo (method: subject extraction)."""
+    """How a subject is cut out of its photo."""
 
     min_area: float = setting(0.03, "smallest part of the photo that a subject's mask may cover", low=0, high=1)
     max_area: float = setting(
@@ -31,9 +31,9 @@ class ExtractConfig(Config):
             raise ConfigError(f"min_area: {self.min_area} must be smaller than max_area ({self.max_area})")
 
 
-# Shares of the layouts by the number of concepts (method.md, section 2). For two concepts, "pair" was raised from .35:
-# prompts ask for both, so training must show both. It has no "beside_prior": two concepts of a class already set each
-# other apart, and it made each of them worse alone (benchmarks/reports/2026-11-26/tuning.md).
+# Shares of the layouts by the number of concepts. For two concepts, "pair" was raised from .35: prompts ask for both, so
+# training must show both. There is no "beside_prior": two concepts of a class already set each other apart, and it made
+# each of them worse alone (benchmarks/reports/2026-11-26/tuning.md).
 LAYOUT_SHARES: dict[int, dict[str, float]] = {
     1: {"original": 0.35, "solo": 0.25, "pair": 0.0, "triple": 0.0, "beside_prior": 0.40},
     2: {"original": 0.10, "solo": 0.25, "pair": 0.65, "triple": 0.0, "beside_prior": 0.0},

@@ -63,7 +63,8 @@ class TrainConfig(Config):
     background_weight: float = setting(0.3, "weight of the denoising loss outside the subjects' masks", low=0, high=1)
     per_mention: bool = setting(
         True,  # better on each of three dev pairs (benchmarks/reports/2026-11-27)
-        "average the losses over subjects, so that small and large ones count alike; off: average over latent pixels",
+        "average the losses over subjects, so that small and large ones count alike; off: over latent pixels, so that "
+        "large ones count more",
     )
     min_snr_gamma: float | None = setting(5.0, "γ of the Min-SNR loss weighting; none disables it", low=0.01, high=1e6)
     refinement_weight: float = setting(
@@ -78,7 +79,7 @@ class TrainConfig(Config):
     )
     localization: str = setting("mse", "form of the localization loss; none disables it", choices=("mse", "none"))
     attention_cells: int = setting(
-        16, "smallest side, in cells, of the attention maps that are supervised", low=2, high=256
+        16, "attention maps of this many cells a side are supervised, or the next larger ones", low=2, high=256
     )
     num_class_images: int = setting(
         50,
