@@ -31,9 +31,9 @@ class ExtractConfig(Config):
             raise ConfigError(f"min_area: {self.min_area} must be smaller than max_area ({self.max_area})")
 
 
-# Shares of the layouts by the number of concepts. For two concepts, "pair" was raised from .35: prompts ask for both, so
-# training must show both. There is no "beside_prior": two concepts of a class already set each other apart, and it made
-# each of them worse alone (benchmarks/reports/2026-11-26/tuning.md).
+# Shares of the layouts by the number of concepts. For two concepts, "pair" was raised from .35: prompts ask for both,
+# so training must show both. There is no "beside_prior": two concepts of a class already set each other apart, and it
+# made each of them worse alone (benchmarks/reports/2026-11-26/tuning.md).
 LAYOUT_SHARES: dict[int, dict[str, float]] = {
     1: {"original": 0.35, "solo": 0.25, "pair": 0.0, "triple": 0.0, "beside_prior": 0.40},
     2: {"original": 0.10, "solo": 0.25, "pair": 0.65, "triple": 0.0, "beside_prior": 0.0},

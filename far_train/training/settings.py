@@ -66,7 +66,9 @@ class TrainConfig(Config):
         "average the losses over subjects, so that small and large ones count alike; off: over latent pixels, so that "
         "large ones count more",
     )
-    min_snr_gamma: float | None = setting(5.0, "γ of the Min-SNR loss weighting; none disables it", low=0.01, high=1e6)
+    min_snr_gamma: float | None = setting(
+        5.0, "gamma of the Min-SNR loss weighting; none disables it", low=0.01, high=1e6
+    )
     refinement_weight: float = setting(
         0.01, "weight λ of the localized refinement loss; 0 disables it", low=0, high=100
     )
