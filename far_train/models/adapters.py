@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..training.settings import TrainConfig
 from ..utils.seeding import derive_seed
 from .base import BaseModel, attention_projections, kv_layers
+from .settings import AdapterSettings
 from .tokens import ModifierEmbedding, Vocabulary, initial_rows, norm_limits
 from .weights import FarWeights, Product
 
@@ -70,7 +70,7 @@ class Trainables:
                 parameter.grad = torch.zeros_like(parameter)
         return [parameter.grad for parameter in self.named_parameters().values()]
 
-    def optimizer(self, config: TrainConfig, samples_per_step: int) -> torch.optim.Optimizer:
+    def optimizer(self, config: AdapterSettings, samples_per_step: int) -> torch.optim.Optimizer:
         """AdamW over all; the UNet's changes learn at a rate per sample of the whole step, embeddings don't decay.
 
         Linear in the samples, after Custom Diffusion's script; measured rates are of steps of four to eight samples.
@@ -102,7 +102,7 @@ class Trainables:
             setattr(owner, name, module)
 
 
-def put_trainables(base: BaseModel, vocabulary: Vocabulary, config: TrainConfig) -> Trainables:
+def put_trainables(base: BaseModel, vocabulary: Vocabulary, config: AdapterSettings) -> Trainables:
     """Put into ``base`` what ``config.trainable`` says."""
     if config.trainable == "kv":
         return KeysAndValues(base, vocabulary)

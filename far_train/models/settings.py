@@ -1,8 +1,9 @@
-"""Settings of image generation."""
+"""Settings of image generation, and what adapters need of a training's."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from ..utils.config import Config, setting
 from ..utils.errors import ConfigError
@@ -29,3 +30,25 @@ class SampleConfig(Config):
         for token, value in (self.concept_strength or {}).items():
             if not -4 <= value <= 4:
                 raise ConfigError(f"concept_strength: {value} for {token} is out of range; it must be between -4 and 4")
+
+
+class AdapterSettings(Protocol):
+    """What adapters need of a training's settings; ``TrainConfig`` has it all."""
+
+    @property
+    def trainable(self) -> str: ...
+
+    @property
+    def lora_rank(self) -> int: ...
+
+    @property
+    def train_seed(self) -> int: ...
+
+    @property
+    def embedding_lr(self) -> float: ...
+
+    @property
+    def change_lr(self) -> float: ...
+
+    @property
+    def weight_decay(self) -> float: ...
