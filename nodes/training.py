@@ -103,20 +103,18 @@ class TrainOptions(io.ComfyNode):
 def _setting_input(setting: dataclasses.Field, advanced: bool) -> io.Input:
     """A widget for a field of TrainConfig, with the field's own help and range; 0 stands for "none".
 
-    Its id and choices are those that the setting had first, since saved graphs hold them.
+    Its id is the setting's first name, and former choices stay behind those of today: saved graphs hold them.
     """
     about, default, name = setting.metadata, setting.default, first_name(setting)
     kind = TrainConfig.kinds()[setting.name]
     tooltip = about["help"][0].upper() + about["help"][1:] + "."
-    former = {new: old for old, new in about["was_values"].items()}
-    for new, old in former.items():
-        tooltip = tooltip.replace(f"{new}: ", f"{old}: ")
+    for old, new in about["was_values"].items():
+        tooltip += f" {old} is the former name of {new}."
     if kind.optional:
         tooltip += " 0 stands for none."
     shared = {"tooltip": tooltip, "extra_dict": {"advanced": advanced}}
     if about["choices"]:
-        options = [former.get(choice, choice) for choice in about["choices"]]
-        return io.Combo.Input(name, options=options, default=former.get(default, default), **shared)
+        return io.Combo.Input(name, options=[*about["choices"], *about["was_values"]], default=default, **shared)
     if kind.type is bool:
         return io.Boolean.Input(name, default=default, **shared)
     low = 0 if kind.optional else about["low"]

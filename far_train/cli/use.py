@@ -23,6 +23,7 @@ def generate(inputs: Inputs, config: SampleConfig) -> None:
     """Write pictures and their prompts, numbered on from those in the folder, with a sheet of them beside it."""
     from ..data.images import save_picture
     from ..evaluation.sheets import picture_grid, save_sheet
+    from ..models.apply import apply_weights
     from ..models.sampling import draw_pictures, plain_vocabulary
     from ..models.weights import FarWeights
     from ..utils.devices import choose_device
@@ -34,7 +35,7 @@ def generate(inputs: Inputs, config: SampleConfig) -> None:
     weights = FarWeights.load(Path(inputs["weights"])) if inputs.get("weights") else None
     base = open_base(inputs)
     device, dtype = choose_device(device_name(inputs))
-    vocabulary = weights.apply(base, config) if weights else plain_vocabulary(base)
+    vocabulary = apply_weights(weights, base, config) if weights else plain_vocabulary(base)
     base.to(device, dtype)
     make_folder(out)  # now, since a place that can't be written should not show after an hour of drawing
     first = 1 + max((int(p.stem) for p in out.glob("*.png") if p.stem.isdecimal()), default=-1)
@@ -77,7 +78,8 @@ GENERATE = Command(
 
 def export(inputs: Inputs, _: None) -> None:
     """Write one LoRA file and one embedding file per token."""
-    from ..models.weights import FarWeights, file_stem
+    from ..models.export import export_embeddings, export_lora, file_stem
+    from ..models.weights import FarWeights
 
     path, out, rank = Path(inputs["weights"]), Path(inputs["out"]), inputs.get("rank")
     if rank is not None and rank < 1:
@@ -90,8 +92,8 @@ def export(inputs: Inputs, _: None) -> None:
     lora = out / "loras" / f"{name}.safetensors"
     files = [lora, *(out / "embeddings" / f"{file_stem(t)}.safetensors" for t in weights.embeddings)]
     before = {path: path.stat().st_mtime_ns for path in files if path.exists()}
-    weights.export_lora(lora, rank)
-    embeddings = weights.export_embeddings(out / "embeddings")
+    export_lora(weights, lora, rank)
+    embeddings = export_embeddings(weights, out / "embeddings")
     if over := [str(path) for path, time in before.items() if path.stat().st_mtime_ns != time]:
         log.warning("Written over other files of these names: %s", ", ".join(over))
     print(f"changes of the model → {lora}")
@@ -122,8 +124,8 @@ def inspect(inputs: Inputs, _: None) -> None:
         return
     for token, concept in about["concepts"].items():
         print(f"{token:24} {concept['noun']}, {concept['vectors']} vector(s)")
-    changes = "low_rank_changes" if about["low_rank_changes"] else "kv_deltas"
-    for key in (changes, "parameters", "family", "prediction_type", "base_digest", "steps", "size", "far_version"):
+    deltas = "low_rank_deltas" if about["low_rank_deltas"] else "kv_deltas"
+    for key in (deltas, "parameters", "family", "prediction_type", "base_digest", "steps", "size", "far_version"):
         print(f"{key:24} {about[key]}")
 
 
