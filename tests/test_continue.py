@@ -11,10 +11,11 @@ import torch
 
 from far_train.data.concepts import Concept
 from far_train.data.fusion import ConceptFusion
+from far_train.data.settings import FusionConfig
 from far_train.models.weights import FarWeights
 from far_train.training.recipe import TrainingRun, train
 from far_train.training.run_folder import find_run, run_identity
-from far_train.utils.config import FusionConfig, TrainConfig
+from far_train.training.settings import TrainConfig
 from far_train.utils.errors import CheckpointError, WeightsError
 
 QUICK = TrainConfig(steps=2, batch_size=1, prior_batch_size=1, sample_every=0, device="cpu")
@@ -22,7 +23,7 @@ QUICK = TrainConfig(steps=2, batch_size=1, prior_batch_size=1, sample_every=0, d
 
 @pytest.fixture
 def learned(base, fusion, tmp_path: Path) -> FarWeights:
-    return train(base, fusion, QUICK.replace(low_rank_lr=1e-3), tmp_path / "first")
+    return train(base, fusion, QUICK.replace(lora_lr=1e-3), tmp_path / "first")
 
 
 def opened(base, fusion, folder: Path, start: FarWeights | None) -> TrainingRun:

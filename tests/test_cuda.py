@@ -11,9 +11,10 @@ from torch._dynamo.utils import counters
 from far_train.models.apply import applied_weights
 from far_train.models.base import load_base
 from far_train.models.sampling import draw_pictures
+from far_train.models.settings import SampleConfig
 from far_train.training.metrics import Readback
 from far_train.training.recipe import TrainingRun, train
-from far_train.utils.config import SampleConfig, TrainConfig
+from far_train.training.settings import TrainConfig
 from far_train.utils.out_of_memory import out_of_memory
 
 pytestmark = [

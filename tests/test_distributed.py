@@ -19,7 +19,7 @@ from far_train.models.weights import FarWeights
 from far_train.training.distributed import World, distributed_context
 from far_train.training.recipe import TrainingRun
 from far_train.training.run_folder import read_metrics
-from far_train.utils.config import TrainConfig
+from far_train.training.settings import TrainConfig
 from far_train.utils.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +52,7 @@ def learn(
 
 
 @pytest.mark.skipif(not distributed.is_available(), reason="this PyTorch comes without torch.distributed")
-@pytest.mark.parametrize(("trainable", "name"), [("kv", "value/kv"), ("attention", "value/low_rank")])
+@pytest.mark.parametrize(("trainable", "name"), [("kv", "value/kv"), ("lora", "value/low_rank")])
 def test_two_processes_learn_what_one_learns(tiny_folder: Path, dataset: Path, tmp_path: Path, trainable, name):
     """Five samples a step, so that the shares differ in size."""
     alone = learn(tiny_folder, dataset, tmp_path / "alone", trainable)
@@ -91,7 +91,7 @@ import sys
 from pathlib import Path
 from far_train.models.base import load_base
 from far_train.training.callbacks import Callbacks
-from far_train.utils.config import TrainConfig
+from far_train.training.settings import TrainConfig
 from far_train.data.dataset import DatasetFolder
 from far_train.utils.errors import FarError
 from far_train.training.distributed import distributed_context

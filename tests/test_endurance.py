@@ -13,6 +13,7 @@ import torch
 
 from far_train.data.concepts import ClassPicture, Concept
 from far_train.data.fusion import ConceptFusion
+from far_train.data.settings import FusionConfig
 from far_train.mini.tiny import random_states, tiny_configs, write_folder
 from far_train.models.base import BaseModel, load_base
 from far_train.training import recipe, step
@@ -20,8 +21,8 @@ from far_train.training.memory_plan import MemoryPlan
 from far_train.training.oom_fallback import OomFallback
 from far_train.training.recipe import Callbacks, train
 from far_train.training.run_folder import read_metrics
+from far_train.training.settings import TrainConfig
 from far_train.utils import files
-from far_train.utils.config import FusionConfig, TrainConfig
 from far_train.utils.errors import Interrupted, OutOfMemory, OutputError, TrainingDiverged
 
 from .conftest import disc

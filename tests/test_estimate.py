@@ -11,12 +11,13 @@ from torch.utils.checkpoint import checkpoint
 
 from far_train.data.concepts import ClassPicture
 from far_train.data.fusion import ConceptFusion
+from far_train.data.settings import FusionConfig
 from far_train.training.estimate import Cost, LiveBytes, measure_cost
-from far_train.utils.config import FusionConfig, TrainConfig
+from far_train.training.settings import TrainConfig
 from far_train.utils.errors import Interrupted
 from far_train.utils.wording import duration, rate, size_in_words
 
-CONFIG = TrainConfig(steps=40, sample_every=10, sample_steps=2, prior_pictures=7, device="cpu")
+CONFIG = TrainConfig(steps=40, sample_every=10, sample_steps=2, num_class_images=7, device="cpu")
 
 
 def test_steps_and_pictures_are_counted(base, fusion):

@@ -12,10 +12,11 @@ from torch._dynamo.utils import counters
 from far_train.mini.tiny import random_states, tiny_configs, write_folder
 from far_train.models.base import compiled, load_base, uncompiled
 from far_train.models.sampling import draw_pictures, encode_prompts
+from far_train.models.settings import SampleConfig
 from far_train.training.loss_scaler import FP16_INITIAL_SCALE
 from far_train.training.recipe import TrainingRun
+from far_train.training.settings import TrainConfig
 from far_train.training.step import accumulate_gradients, sample_batch
-from far_train.utils.config import SampleConfig, TrainConfig
 
 STEPS = 60
 QUICK = TrainConfig(steps=STEPS, batch_size=1, prior_batch_size=1, sample_every=0, device="cpu")

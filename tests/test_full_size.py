@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from far_train.data.concepts import Concept
 from far_train.data.fusion import ConceptFusion
+from far_train.data.settings import FusionConfig
 from far_train.mini.tiny import random_states, single_file_state
 from far_train.models.base import V_STATISTIC, kv_weights, load_base, packaged_configs
 from far_train.models.export import export_lora
 from far_train.models.weights import FarWeights
 from far_train.training.recipe import train
-from far_train.utils.config import FusionConfig, TrainConfig
+from far_train.training.settings import TrainConfig
 from far_train.utils.errors import BaseModelError
 
 pytestmark = pytest.mark.full_size

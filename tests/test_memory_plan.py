@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from far_train.training.memory_plan import MARGIN, MemoryPlan, Trial, choose_plan, plan_memory
-from far_train.utils.config import TrainConfig
+from far_train.training.settings import TrainConfig
 
 GB = 2**30
 

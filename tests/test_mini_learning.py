@@ -32,8 +32,8 @@ from far_train.mini.oracle import Detection, Oracle, Reading, load_oracle, read_
 from far_train.mini.world import render_scene, world_words
 from far_train.models.base import BaseModel, build_parts, load_base
 from far_train.models.sampling import draw_pictures, encode_prompts
+from far_train.models.settings import SampleConfig
 from far_train.models.tokens import Vocabulary
-from far_train.utils.config import SampleConfig
 from far_train.utils.errors import BaseModelError, CheckpointError, DatasetError, Interrupted, OutputError
 
 from .learning_runs import losses, quick

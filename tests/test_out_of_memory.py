@@ -13,9 +13,9 @@ from far_train.models import sampling
 from far_train.models.attention_maps import layer_stride, supervised_layers
 from far_train.models.base import BaseModel
 from far_train.models.sampling import draw_pictures, plain_vocabulary
+from far_train.models.settings import SampleConfig
 from far_train.models.tokens import Vocabulary
 from far_train.training import latent_cache
-from far_train.utils.config import SampleConfig
 from far_train.utils.errors import OutOfMemory
 from far_train.utils.out_of_memory import in_batches, out_of_memory, skip_without_memory, with_less_memory
 

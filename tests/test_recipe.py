@@ -11,12 +11,13 @@ import torch
 
 from far_train.data.concepts import Composite
 from far_train.data.fusion import ConceptFusion
+from far_train.data.settings import FusionConfig
 from far_train.models.attention_maps import AttentionRecorder, cross_attention_layers, supervised_layers
 from far_train.models.base import load_base
 from far_train.training import step
 from far_train.training.recipe import Callbacks, TrainingRun, train
 from far_train.training.run_folder import find_run, read_metrics, run_identity
-from far_train.utils.config import FusionConfig, TrainConfig
+from far_train.training.settings import TrainConfig
 from far_train.utils.errors import CheckpointError, ConfigError, Interrupted, OutputError, TrainingDiverged
 
 QUICK = TrainConfig(steps=4, sample_every=0, save_every=2, device="cpu")
@@ -41,7 +42,7 @@ def stop_at(step: int) -> Callbacks:
     return Callbacks(on_step=lambda step, _: done.append(step), should_stop=lambda: len(done) >= step > 0)
 
 
-@pytest.mark.parametrize(("trainable", "matrices"), [("kv", 20), ("attention", 80)])
+@pytest.mark.parametrize(("trainable", "matrices"), [("kv", 20), ("lora", 80)])
 def test_everything_trainable_moves_and_nothing_else_does(base, fusion, tmp_path: Path, trainable, matrices):
     before = state_of(base)
     run = open_run(base, fusion, tmp_path, trainable=trainable)
@@ -273,9 +274,9 @@ def test_global_randomness_is_neither_used_nor_changed(tiny_folder: Path, fusion
 
 def test_class_pictures_are_drawn_where_there_are_none(base, concepts, tmp_path: Path):
     shares = {"solo": 0.5, "beside_prior": 0.5}
-    bare = ConceptFusion(concepts, (), (), FusionConfig(size=128, count=4, recipe_weights=shares))
+    bare = ConceptFusion(concepts, (), (), FusionConfig(size=128, count=4, layout_weights=shares))
     assert any("falls away" in note for note in bare.notes)
-    config = QUICK.replace(steps=1, prior_pictures=2, prior_steps=1)
+    config = QUICK.replace(steps=1, num_class_images=2, class_image_steps=1)
     train(base, bare, config, tmp_path)
     drawn = sorted((tmp_path / "priors" / "ball").iterdir())
     assert [p.name for p in drawn] == ["0000.png", "0001.png"]
@@ -323,7 +324,7 @@ def test_bad_settings(base, concepts, tmp_path: Path):
     with pytest.raises(ConfigError, match="device: 'abacus'"):
         train(base, ConceptFusion(concepts, config=FusionConfig(size=128)), QUICK.replace(device="abacus"), tmp_path)
     with pytest.raises(ConfigError, match="nothing would be learned"):
-        TrainConfig(low_rank_lr=0, embedding_lr=0)
+        TrainConfig(lora_lr=0, embedding_lr=0)
     assert not any(tmp_path.iterdir())
 
 

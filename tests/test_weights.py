@@ -16,8 +16,8 @@ from far_train.models.apply import apply_weights
 from far_train.models.base import attention_projections, kv_weights, load_base
 from far_train.models.export import export_embeddings, file_stem
 from far_train.models.sampling import encode_prompts
+from far_train.models.settings import SampleConfig
 from far_train.models.weights import FarWeights, LowRankDelta, Provenance, describe
-from far_train.utils.config import SampleConfig
 from far_train.utils.errors import ConfigError, WeightsError
 
 

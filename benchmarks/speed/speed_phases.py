@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 from far_train.data.concepts import ClassPicture
 from far_train.data.fusion import ConceptFusion
+from far_train.data.settings import FusionConfig
 from far_train.data.subjects import Prompt, SubjectExtractor
 from far_train.mini.shipped import small_sam
 from far_train.models.base import BaseModel
 from far_train.models.sampling import draw_pictures, plain_vocabulary
+from far_train.models.settings import SampleConfig
 from far_train.training.class_images import prior_sampling
 from far_train.training.latent_cache import cache_latents
-from far_train.utils.config import FusionConfig, SampleConfig, TrainConfig
+from far_train.training.settings import TrainConfig
 
 from .speed_work import POOL, our_run, random_concepts
 
@@ -49,7 +51,7 @@ def measure_phases(
     """
     names = ("class pictures", "extraction", "fusion", "training")
     phases = [Phase("load the base", "base", 1, loading)]
-    pictures = config.prior_pictures  # both concepts are dogs
+    pictures = config.num_class_images  # both concepts are dogs
 
     on_progress("phases", 0, len(names))
     sampling = prior_sampling(config)

@@ -17,7 +17,7 @@ from far_train.data.concepts import Composite, Concept, TrainingSet
 from far_train.models.base import BaseModel, build_parts, load_tokenizer
 from far_train.models.sampling import encode_prompts, plain_vocabulary
 from far_train.training.recipe import TrainingRun
-from far_train.utils.config import TrainConfig
+from far_train.training.settings import TrainConfig
 
 from .counting import Counts, counting
 from .reference import CustomDiffusion

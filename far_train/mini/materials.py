@@ -9,8 +9,8 @@ from ..data.concepts import Background, ClassPicture
 from ..data.images import Photo
 from ..data.subjects import SubjectExtractor
 from ..models.base import BaseModel
+from ..models.settings import SampleConfig
 from ..training.class_images import EmptyScene, draw_class_images, draw_empty_scenes
-from ..utils.config import SampleConfig
 from ..utils.errors import SubjectError
 from .scenery import PLACES
 from .shipped import DRAWING, EMPTY_PLACES

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..utils.config import SampleConfig
 from ..utils.errors import ConfigError, WeightsError
 from .base import BaseModel, attention_projections
+from .settings import SampleConfig
 from .tokens import ModifierEmbedding, Vocabulary, noun_embedding
 from .weights import FarWeights
 

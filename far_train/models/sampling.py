@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..utils.config import SampleConfig
 from ..utils.errors import ConfigError
 from ..utils.out_of_memory import in_batches, with_less_memory
 from .base import BaseModel
+from .settings import SampleConfig
 from .tokens import TokenizedPrompt, Vocabulary, unknown_tokens
 
 log = logging.getLogger(__name__)

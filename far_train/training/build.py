@@ -12,7 +12,6 @@ from ..models.base import BaseModel, compiled, set_checkpointing
 from ..models.sampling import TextCache, check_size
 from ..models.tokens import ModifierEmbedding, Vocabulary
 from ..models.weights import FarWeights
-from ..utils.config import TrainConfig
 from ..utils.devices import choose_device
 from ..utils.errors import BaseModelError, ConfigError, DatasetError
 from ..utils.files import check_space
@@ -25,6 +24,7 @@ from .loss_scaler import LossScaler
 from .memory_plan import MemoryPlan, plan_memory
 from .oom_fallback import OomFallback
 from .run_folder import METRICS_FILE, cut_metrics, open_run, run_identity
+from .settings import TrainConfig
 from .state import RunState
 from .step import accumulate_gradients, sample_batch
 

@@ -17,10 +17,11 @@ from ..data.concepts import Background, ClassPicture, Composite, TrainingSet
 from ..data.images import load_photo, save_picture
 from ..models.base import BaseModel
 from ..models.sampling import draw_pictures, plain_vocabulary
-from ..utils.config import SampleConfig, TrainConfig
+from ..models.settings import SampleConfig
 from ..utils.errors import ConfigError
 from ..utils.seeding import derive_seed
 from .distributed import World
+from .settings import TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +163,7 @@ def prior_sampling(config: TrainConfig) -> SampleConfig:
     Such an image stands for its class, not for the result of a certain sampler, so a solver that needs few steps is
     good enough.
     """
-    return SampleConfig(sampler="dpm++", sampling_steps=config.prior_steps, sample_seed=config.train_seed)
+    return SampleConfig(sampler="dpm++", sampling_steps=config.class_image_steps, sample_seed=config.train_seed)
 
 
 def prior_key(base: BaseModel, sampling: SampleConfig, size: int) -> str:
@@ -195,12 +196,12 @@ def with_class_images(
 ) -> WithClassImages:
     """A training set with the regularization images that ``config`` asks for; the main process draws them.
 
-    They are saved in ``folder``, or in ``prior_cache`` of the config, where a run with the same inputs finds them.
+    They are saved in ``folder``, or in the config's ``class_image_cache``, where a run with the same inputs finds them.
     ``on_progress(done, total)`` may raise to stop, also within a batch of images.
     """
     sampling = prior_sampling(config)
-    if config.prior_cache:
-        folder = Path(config.prior_cache) / prior_key(base, sampling, training_set.size)
+    if config.class_image_cache:
+        folder = Path(config.class_image_cache) / prior_key(base, sampling, training_set.size)
 
     def draw(report: Callable[[int, int], None] = lambda done, total: None) -> list[ClassPicture]:
         last = (0, 1)
@@ -213,7 +214,7 @@ def with_class_images(
         return draw_class_images(
             base,
             [n.noun for n in training_set.names],
-            config.prior_pictures,
+            config.num_class_images,
             folder,
             sampling,
             size=training_set.size,

@@ -19,13 +19,14 @@ from ..data.captions import Name, default_prompts, with_article
 from ..data.concepts import Composite, TrainingSet
 from ..models.base import BaseModel
 from ..models.sampling import draw_pictures
+from ..models.settings import SampleConfig
 from ..models.tokens import Vocabulary
 from ..models.weights import FarWeights
-from ..utils.config import SampleConfig, TrainConfig
 from ..utils.wording import duration, size_in_words
 from .callbacks import Callbacks
 from .checkpoints import checkpoint_bytes, weights_bytes
 from .recipe import TrainingRun
+from .settings import TrainConfig
 
 TRIAL_STEPS = 2  # after a first one that warms up
 TRIAL_SAMPLING = (1, 3)  # sampling steps of two trial pictures; their difference is the time of a step
@@ -115,7 +116,7 @@ def measure_cost(
     steps = max(config.steps_for(len(training_set.names)) - steps_done, 0)
     nouns = {name.noun for name in training_set.names}
     lacks_priors = config.prior_batch_size and not training_set.prior_count() and not steps_done
-    drawn = config.prior_pictures * len(nouns) if lacks_priors else 0
+    drawn = config.num_class_images * len(nouns) if lacks_priors else 0
     rounds = steps // config.sample_every if config.sample_every else 0
     return Cost(
         device=str(device),
@@ -124,7 +125,7 @@ def measure_cost(
         encoded=training_set.composite_count() + max(training_set.prior_count(), drawn),
         encode_seconds=(ticks[-1] - ticks[0]) / (len(ticks) - 1),
         drawn=drawn,
-        draw_seconds=overhead + config.prior_steps * each,
+        draw_seconds=overhead + config.class_image_steps * each,
         sampled=rounds * len(prompts),
         sample_seconds=overhead + config.sample_steps * each,
         memory=_bytes_of(base, list(learned.values())) + counted.peak,

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from ..utils.config import TrainConfig
 from ..utils.out_of_memory import out_of_memory
+from .settings import TrainConfig
 
 log = logging.getLogger(__name__)
 

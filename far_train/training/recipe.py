@@ -18,8 +18,8 @@ from ..data.concepts import TrainingSet
 from ..data.images import save_picture
 from ..models.base import BaseModel, uncompiled
 from ..models.sampling import draw_pictures
+from ..models.settings import SampleConfig
 from ..models.weights import FarWeights, Provenance
-from ..utils.config import SampleConfig, TrainConfig
 from ..utils.errors import Interrupted
 from ..utils.out_of_memory import skip_without_memory
 from .build import build_run
@@ -28,6 +28,7 @@ from .checkpoints import save_checkpoint
 from .distributed import World
 from .metrics import Readback, StepReports
 from .run_folder import METRICS_FILE, WEIGHTS_FILE, MetricsLog
+from .settings import TrainConfig
 from .step import take_step
 
 MAX_NON_FINITE_STEPS = 3  # in a row, after which a run ends
@@ -195,7 +196,9 @@ class TrainingRun:
                 nouns={n.token: n.noun for n in names},
                 steps=state.step,
                 size=state.training_set.size,
-                config=state.config.replace(prior_cache=None).to_dict(),  # files travel; this user's folders don't
+                config=state.config.replace(
+                    class_image_cache=None
+                ).to_dict(),  # files travel; this user's folders don't
             ),
         )
         if state.world.is_main_process:

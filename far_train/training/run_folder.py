@@ -13,9 +13,10 @@ from typing import Any, Protocol
 
 from ..data.concepts import TrainingSet
 from ..models.weights import FarWeights
-from ..utils.config import SCHEMA_VERSION, TrainConfig
+from ..utils.config import SCHEMA_VERSION
 from ..utils.errors import CheckpointError, OutputError
 from ..utils.files import make_folder, parse_json, remove_leftovers, write_json, write_text
+from .settings import TrainConfig
 
 RUN_FILE = "run.json"
 WEIGHTS_FILE = "weights.safetensors"
@@ -169,6 +170,8 @@ def _differences(begun: Any, now: Any, name: str = "") -> list[str]:
     if name == "base" and isinstance(begun, dict) and "digest" in begun:
         return ["base (that run is of an earlier version of FaR, which identified a base by part of its weights)"]
     if isinstance(begun, dict) and isinstance(now, dict):
+        if name == "config":  # kept under the settings' first names
+            begun, now = TrainConfig.current_names(begun), TrainConfig.current_names(now)
         return [d for k in {**begun, **now} for d in _differences(begun.get(k), now.get(k), f"{name}.{k}".lstrip("."))]
     if begun == now:
         return []

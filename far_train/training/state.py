@@ -14,11 +14,11 @@ from ..models.attention_maps import AttentionRecorder
 from ..models.base import BaseModel
 from ..models.sampling import TextCache
 from ..models.tokens import Vocabulary
-from ..utils.config import TrainConfig
 from .distributed import World
 from .latent_cache import LatentCache
 from .loss_scaler import LossScaler
 from .oom_fallback import OomFallback
+from .settings import TrainConfig
 
 
 @dataclass(eq=False)

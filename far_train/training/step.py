@@ -68,7 +68,7 @@ def forward_backward(state: RunState, batch: Batch, ramp: float) -> Tensor:
     noisy, target = losses.add_noise(batch.latents, batch.noise, alphas, prediction_type)
     # Of each sample in the means over composites and over regularization images.
     composite_weight = batch.is_instance / config.batch_size
-    prior_weight = ~batch.is_instance / max(config.prior_batch_size, 1)
+    prior_loss_weight = ~batch.is_instance / max(config.prior_batch_size, 1)
     select = torch.cat([batch.token_select, batch.noun_select], 1)
     context = encode_prompts(state.base, batch.prompts, state.text_cache)
     recording = state.recorder.recording(select) if state.recorder else nullcontext()
@@ -80,8 +80,8 @@ def forward_backward(state: RunState, batch: Batch, ramp: float) -> Tensor:
         error = snr_weight * losses.denoising_loss(prediction, target, cell_weight)
         refinement = refinement_loss(state, batch) if state.recorder else torch.zeros_like(error)
         schedule = ramp * losses.refinement_timestep_weight(alphas)
-        denoising, prior = (composite_weight * error).sum(), (prior_weight * error).sum()
-        loss = denoising + config.prior_weight * prior
+        denoising, prior = (composite_weight * error).sum(), (prior_loss_weight * error).sum()
+        loss = denoising + config.prior_loss_weight * prior
         loss = loss + config.refinement_weight * (composite_weight * schedule * refinement).sum()
         state.scaler.scale(loss).backward()  # in this context, since checkpointed layers run forward again
     return torch.stack([loss, denoising, (composite_weight * refinement).sum(), prior]).detach()
@@ -108,7 +108,7 @@ def update(state: RunState) -> Tensor:
     """Clip the gradient and apply it; returns its norm before clipping, on the device."""
     config, optimizer, scaler = state.config, state.optimizer, state.scaler
     scaler.unscale_(optimizer)
-    norm = clip_grad_norm_(state.adapter.named_parameters().values(), config.grad_clip)
+    norm = clip_grad_norm_(state.adapter.named_parameters().values(), config.max_grad_norm)
     set_learning_rates(optimizer, state.step, state.steps, config.lr_decay)
     scaler.step(optimizer)
     scaler.update_scale()

@@ -16,9 +16,9 @@ from far_train.models.apply import apply_weights
 from far_train.models.base import BaseModel, attention_projections, kv_weights, load_base, packaged_configs
 from far_train.models.export import export_lora
 from far_train.models.sampling import encode_prompts
+from far_train.models.settings import SampleConfig
 from far_train.models.tokens import noun_embedding
 from far_train.models.weights import FarWeights, LowRankDelta, Provenance
-from far_train.utils.config import SampleConfig
 
 from .comfy_server import ComfyServer, ExecutionFailed, PromptRejected
 from .graphs import encoded, node, predicted, tiny_base
