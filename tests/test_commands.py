@@ -27,15 +27,6 @@ from .command_line import files, refused
 SIZE = 128
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The model is tiny: several threads would mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def subjects(tmp_path_factory) -> Path:
     """Two folders of subjects: photos with masks."""
@@ -149,13 +140,13 @@ def test_fuse_from_a_file_with_backgrounds(subjects, tmp_path, capsys):
     assert len(captions) == 3 and all(c.endswith(", in a meadow\n") for c in captions)
 
 
-def test_photos_without_a_mask_are_named_and_left_out(subjects, tmp_path, caplog):
+def test_photos_without_a_mask_are_named_and_skipped(subjects, tmp_path, caplog):
     folder = Path(shutil.copytree(subjects / "tom", tmp_path / "tom"))
     Image.new("RGB", (40, 40)).save(folder / "bare.png")
     argv = ["fuse", "--concept", "<tom>", "cat", str(folder), "--out", str(tmp_path / "set"), "--size", "64"]
     with caplog.at_level(logging.WARNING):
         assert main([*argv, "--count", "1"]) == 0
-    assert "bare.png has no mask and is left out" in caplog.text and "0.png has" not in caplog.text
+    assert "bare.png has no mask and is skipped" in caplog.text and "0.png has" not in caplog.text
 
 
 def test_bad_input_to_fuse(capsys, subjects, tmp_path):
@@ -165,15 +156,15 @@ def test_bad_input_to_fuse(capsys, subjects, tmp_path):
     def fuse(*argv, token="<tom>", noun="cat", folder=tom[0]):
         return ["fuse", "--size", "64", "--count", "2", "--out", out, "--concept", token, noun, folder, *argv]
 
-    refused(capsys, fuse(token="tom"), "token: 'tom' is not a modifier token", "<tom>")
-    refused(capsys, fuse(noun="Cat"), "noun: 'Cat' is no class noun", "'cat'")
+    refused(capsys, fuse(token="tom"), "token: 'tom' is not a placeholder token", "<tom>")
+    refused(capsys, fuse(noun="Cat"), "noun: 'Cat' is not a class noun", "'cat'")
     refused(capsys, fuse("--concept", "<tom>", "cat", *tom), "token: <tom> names two concepts")
     refused(capsys, fuse(folder=tmp_path / "none"), "there is no such folder", str(tmp_path / "none"))
     refused(capsys, fuse("--prior", "cat", tmp_path / "none"), "there is no such folder")
-    refused(capsys, fuse("--prior", "a cat!", *tom), "noun: 'a cat!' is no class noun")
+    refused(capsys, fuse("--prior", "a cat!", *tom), "noun: 'a cat!' is not a class noun")
     refused(capsys, fuse("--backgrounds", tmp_path / "none"), "there is no such folder")
     refused(capsys, fuse("--flip", "nan"), "flip: nan is not a finite number")
-    refused(capsys, fuse("--recipe-weights", "triple=1"), "recipe_weights: nothing is left")
+    refused(capsys, fuse("--recipe-weights", "triple=1"), "recipe_weights: none of the chosen kinds")
     bare = tmp_path / "bare"
     bare.mkdir()
     Image.new("RGB", (40, 40)).save(bare / "a.png")
@@ -203,7 +194,7 @@ def test_bad_input_to_train(capsys, dataset, tiny_folder, tmp_path):
     def train(folder=dataset, base=tiny_folder, *argv):
         return ["train", "--base", base, "--dataset", folder, "--out", out, "--steps", "1", "--device", "cpu", *argv]
 
-    refused(capsys, train(tmp_path / "none"), "is no dataset folder", "make one with 'fuse'")
+    refused(capsys, train(tmp_path / "none"), "is not a dataset folder", "make one with 'fuse'")
     refused(capsys, train(dataset, tmp_path / "sd.safetensors"), "base: there is no file or folder", "sd.safetensors")
     (tmp_path / "sd.ckpt").write_bytes(b"")
     refused(capsys, train(dataset, tmp_path / "sd.ckpt"), "sd.ckpt is no .safetensors file")

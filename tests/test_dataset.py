@@ -145,9 +145,7 @@ def test_a_caption_swapped_around_is_refused(folder):
         DatasetFolder(folder)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"), [(None, "can't be read"), (b" \n", "is empty"), (b"\xff\xfe\x00", "read")]
-)
+@pytest.mark.parametrize(("text", "message"), [(None, "is missing"), (b" \n", "is empty"), (b"\xff\xfe\x00", "read")])
 @pytest.mark.parametrize("kind", ["composites", "priors"])
 def test_a_caption_that_is_none_is_named(folder, kind, text, message):
     path = folder / kind / "0001.txt"
@@ -183,7 +181,7 @@ def test_class_pictures_can_be_added_and_deleted(folder):
 def test_a_deleted_mask_is_named(folder):
     mask = folder / "composites" / "0001.0.mask.png"
     mask.unlink()
-    with pytest.raises(DatasetError, match="is missing; restore it or delete 0001.png") as error:
+    with pytest.raises(DatasetError, match="is missing; restore it, or delete 0001.png") as error:
         DatasetFolder(folder)
     assert str(mask) in str(error.value)
 
@@ -254,7 +252,7 @@ def test_an_index_can_not_lead_out_of_its_folder(folder, field, name):
         (entry if field == "image" else entry["mentions"][0])[field] = name
 
     edit_index(folder, change)
-    with pytest.raises(DatasetError, match="dataset.json.*is no plain file name"):
+    with pytest.raises(DatasetError, match="dataset.json.*is not a plain file name"):
         DatasetFolder(folder)
 
 
@@ -292,7 +290,7 @@ def test_an_index_that_is_none_is_named(folder, text):
 
 def test_other_folders_are_refused(tmp_path):
     for folder in (tmp_path, tmp_path / "nothing"):
-        with pytest.raises(DatasetError, match="is no dataset folder"):
+        with pytest.raises(DatasetError, match="is not a dataset folder"):
             DatasetFolder(folder)
 
 
@@ -340,7 +338,7 @@ def test_places_that_can_not_be_written_are_named(fused, tmp_path, monkeypatch):
         with pytest.raises(OutputError, match=str(folder)):
             write_dataset(fused, folder)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(OutputError, match="is the folder that you work in"):
+    with pytest.raises(OutputError, match="is the current folder"):
         write_dataset(fused, Path("."))
     assert files(tmp_path) == {"file"} and file.read_text() == "mine"
 

@@ -74,7 +74,7 @@ def _(place: Place) -> Found:
     exif.get_ifd(0x8769)[0xA005] = {1: "R03"}
     Image.new("RGB", (32, 32)).save(place / "a.jpg", exif=exif)
     notes = [place.plain(n) for n in load_photo(place / "a.jpg").notes]
-    return notes, ["PLACE/a.jpg: says that its colours are Adobe RGB but has no profile; export it as sRGB"]
+    return notes, ["PLACE/a.jpg: is marked as Adobe RGB but has no profile; export it as sRGB"]
 
 
 @odd("a mask with a colour profile")
@@ -93,7 +93,7 @@ def _(place: Place) -> Found:
     argv = ["extract", "--photos", place / "photos", "--out", place / "out", "--min-area", 0, "--max-area", 1]
     said = place.run(*argv, "--sam", place / "sam.safetensors")
     return (said[0], load_photo(place / "out/a.png").mask.mean().item() == 1), (
-        "PLACE/photos/a.png: its transparency hides 0.00% of the frame, too little for a mask: not used",
+        "PLACE/photos/a.png: its alpha channel hides 0.00% of the frame, too little for a mask: ignored",
         False,  # SAM's mask and not the frame
     )
 
@@ -107,7 +107,7 @@ def _(place: Place) -> Found:
     said = place.run("extract", "--photos", place / "photos", "--out", place / "out")
     return said, [
         "PLACE/photos: not read: b.heic, d.HEIC (HEIC: save as PNG or JPEG); c.gif (GIF: save as PNG or JPEG); more (a "
-        "folder below, whose pictures don't count); x.doc (no picture); z.mask.png (a mask without its photo)",
+        "subfolder, which is not searched); x.doc (not a picture); z.mask.png (a mask without its photo)",
         "1 of 1 photos → PLACE/out; look at PLACE/out.preview.jpg",
     ]
 
@@ -127,7 +127,7 @@ def _(place: Place) -> Found:
     argv = ["extract", "--photos", place / "photos", "--out", place / "photos/out"]
     place.run(*argv)
     return place.run(*argv), [
-        "PLACE/photos: not read: out.preview.jpg (a sheet that FaR made for you to look at)",
+        "PLACE/photos: not read: out.preview.jpg (a contact sheet written by FaR)",
         "1 of 1 photos → PLACE/photos/out; look at PLACE/photos/out.preview.jpg",
     ]
 
@@ -142,7 +142,7 @@ def _(place: Place) -> Found:
     (place / "photos/c.mask.png").unlink()
     return (place.run(*argv), place.run(*argv, "--keep-others")), (
         [
-            "far_train: error: PLACE/out: holds c.png, which come from no photo in PLACE/photos; delete them with "
+            "far_train: error: PLACE/out: holds c.png, which belong to no photo in PLACE/photos; delete them with "
             "their masks, choose another folder, or give --keep-others to learn them as well"
         ],
         ["2 of 2 photos → PLACE/out; look at PLACE/out.preview.jpg"],
@@ -160,7 +160,7 @@ def _(place: Place) -> Found:
     left = sorted(p.relative_to(place / "out").as_posix() for p in (place / "out").rglob("*.png"))
     return (said, left), (
         [
-            "PLACE/out/b.png: is of an earlier run, and its photo was skipped now; it was moved to PLACE/out/leftovers",
+            "PLACE/out/b.png: is from an earlier run, but its photo is now skipped; moved to PLACE/out/leftovers",
             "skipped: PLACE/photos/b.jpg: the mask is empty: it is black all over; save the subject as white (255)",
             "1 of 2 photos → PLACE/out; look at PLACE/out.preview.jpg",
         ],
@@ -168,14 +168,14 @@ def _(place: Place) -> Found:
     )
 
 
-@odd("masks that were mended by hand where subjects are extracted anew")
+@odd("masks edited by hand, and subjects extracted again")
 def _(place: Place) -> Found:
     for name in "ab":
         photo(place / f"photos/{name}.jpg", mask())
     argv = ["extract", "--photos", place / "photos", "--out", place / "out"]
     place.run(*argv)
     mask((20, 20, 50, 50)).save(place / "out/b.mask.png")
-    return place.run(*argv)[0], "PLACE/out: other masks took the place of those of an earlier run: b.png"
+    return place.run(*argv)[0], "PLACE/out: these masks of an earlier run were replaced by different ones: b.png"
 
 
 @odd("a photo of 99 megapixels")
@@ -236,8 +236,8 @@ def mask_case(name: str, wrong: Image.Image, words: str) -> None:
         argv = ["fuse", "--concept", "<rex>", "dog", place / "subjects", "--size", 64, "--count", 1]
         said = place.run(*argv, "--out", place / "data")[0]
         if "of 255" in words:  # such a file is damaged: nothing of it can be meant
-            return said, f"far_train: error: PLACE/subjects/a.png: {words}, or leave this photo out"
-        return said, f"PLACE/subjects/a.png: {words}; the photo is left out."
+            return said, f"far_train: error: PLACE/subjects/a.png: {words}, or remove this photo"
+        return said, f"PLACE/subjects/a.png: {words}; the photo is skipped."
 
 
 for name, (wrong, words) in WRONG_MASKS.items():
@@ -251,7 +251,7 @@ def _(place: Place) -> Found:
     argv = ["fuse", "--concept", "<rex>", "dog", place / "subjects", "--prior", "dog", place / "dogs"]
     said = place.run(*argv, "--size", 64, "--count", 1, "--out", place / "data")[0]
     return said, (
-        "PLACE/dogs/a.png: the mask covers 100.00% of the frame, more than max_area (95.00%); the mask is left out."
+        "PLACE/dogs/a.png: the mask covers 100.00% of the frame, more than max_area (95.00%); the mask is ignored."
     )
 
 
@@ -284,11 +284,11 @@ def _(place: Place) -> Found:
     argv = ["fuse", "--concept", "<rex>", "dog", place / "subjects", "--prior", "dog", place / "dogs", "--size", 64]
     said = place.run(*argv, "--count", 1, "--out", place / "data", "--backgrounds", place / "dogs")
     return said[:-1], [
-        "Recipe 'beside_prior' (40% of the composites) falls away: there are no class pictures with masks that show "
-        "the subject whole.",
-        "<rex>: photos that cut the subject off at a side serve for 'original' alone: PLACE/subjects/left.png.",
-        "<rex>: photos that cut the subject off at the bottom put it on the lower edge: PLACE/subjects/low.png.",
-        "1 class picture(s) cut the subject off at a side, so it isn't put beside yours.",
+        "Layout 'beside_prior' (40% of the composites) is skipped: there are no regularization images with masks that "
+        "show the whole subject.",
+        "<rex>: photos that crop the subject at a side are used for 'original' only: PLACE/subjects/left.png.",
+        "<rex>: subjects cropped at the bottom are placed on the lower edge: PLACE/subjects/low.png.",
+        "1 regularization image(s) crop their subject, so it is not placed beside yours.",
     ]
 
 
@@ -297,9 +297,9 @@ def _(place: Place) -> Found:
     photo(place / "subjects/a.png", mask())
     argv = ["fuse", "--concept", "<rex>", "dog", place / "subjects", "--size", 64, "--count", 1]
     return place.run(*argv, "--out", place / "data")[1], (
-        "No background pictures are given: 57% of the backgrounds are photos filled in where their subject was, which "
-        "looks like fog in its outline, the others plain colours. Better give empty scenes (--backgrounds; 'far "
-        "scenes' or FaR Empty Scenes draw some)."
+        "No background pictures are given: 57% of the backgrounds are photos with their subject filled in, which "
+        "leaves a blurred outline; the others are plain colours. Empty scenes work better (--backgrounds; 'far_train "
+        "scenes' or FaR Empty Scenes draws some)."
     )
 
 
@@ -347,8 +347,8 @@ def _(place: Place) -> Found:
     Image.open(data / "composites/0001.png").save(data / "composites/0001.jpg")
     (data / "composites/0001.png").unlink()
     return place.train(), [
-        "far_train: error: PLACE/data/composites/0001.jpg: dataset.json doesn't know it (0001.png is missing); give a "
-        "composite its old name and format (PNG) again, and move other pictures out of the folder"
+        "far_train: error: PLACE/data/composites/0001.jpg: not listed in dataset.json (0001.png is missing); restore "
+        "a composite's name and format (PNG), and move other pictures out of the folder"
     ]
 
 
@@ -357,8 +357,8 @@ def _(place: Place) -> Found:
     data = place.dataset()
     photo(data / "composites/mine.png")
     return place.train(), [
-        "far_train: error: PLACE/data/composites/mine.png: dataset.json doesn't know it; give a composite its old name "
-        "and format (PNG) again, and move other pictures out of the folder"
+        "far_train: error: PLACE/data/composites/mine.png: not listed in dataset.json; restore a composite's name and "
+        "format (PNG), and move other pictures out of the folder"
     ]
 
 
