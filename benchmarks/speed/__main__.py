@@ -1,4 +1,4 @@
-"""The speed of a training step beside Custom Diffusion's, and of a run: ``python -m benchmarks.speed``."""
+"""Measure a training step next to Custom Diffusion's, and a whole run: ``python -m benchmarks.speed``."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ from pathlib import Path
 from far_train.cli.main import DEVICE, Argument, Command, Inputs, run_single
 from far_train.utils.terminal import progress_bars
 
-from .bench_speed import run_bench_speed
+from .measure import measure_speed
 from .settings import SpeedConfig
 
 COMMAND = Command(
     "speed",
-    "measure the training step beside Custom Diffusion's, and the phases of a whole run",
+    "measure a training step next to Custom Diffusion's, and the phases of a whole run",
     (Argument("out", "folder for speed.md and speed.json (default: outputs/speed)"), DEVICE),
     SpeedConfig,
 )
 
 
 def run_speed(inputs: Inputs, config: SpeedConfig) -> None:
-
     with progress_bars() as bars:
-        page = run_bench_speed(Path(inputs.get("out") or "outputs/speed"), config, bars)
+        page = measure_speed(Path(inputs.get("out") or "outputs/speed"), config, bars)
     print(page.read_text(encoding="utf-8"))
     print(f"The same as JSON → {page.with_suffix('.json')}")
 
