@@ -1,4 +1,4 @@
-"""Measure FaR and its rivals in the small world: ``python -m benchmarks.quality`` (docs/benchmark.md)."""
+"""Compare FaR with other methods in the small world: ``python -m benchmarks.quality`` (docs/benchmark.md)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .tables import write_report
 
 COMMAND = Command(
     "quality",
-    "measure FaR and its rivals in the small world (docs/benchmark.md); goes on where it stopped",
+    "compare FaR with other methods in the small world (docs/benchmark.md); resumes where it stopped",
     (
         Argument("out", "folder for the runs and the report (default: outputs/bench)"),
         Argument("weights", "folder of small models, as mini.learn exports it (default: the shipped ones)"),
@@ -31,7 +31,6 @@ COMMAND = Command(
 
 
 def run_bench(inputs: Inputs, config: BenchConfig) -> None:
-
     out, weights = Path(inputs.get("out") or "outputs/bench"), Path(inputs.get("weights") or shipped.WEIGHTS)
     device, _ = choose_device(str(inputs.get("device") or "auto"))
     plan, oracle = build_plan(config), weights / shipped.ORACLE.relative_to(shipped.WEIGHTS)
