@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from far_train.cli.main import main
 
 
-def refused(capsys, argv: list, *words: str) -> str:
-    """Run a command that must end in one line of error, with exit status 2 and no traceback."""
+def refused(
+    capsys, argv: list, *words: str, main: Callable[[list[str]], int] = main, program: str = "far_train"
+) -> str:
+    """Run a command of a program that must end in one line of error, with exit status 2 and no traceback."""
     capsys.readouterr()
     status = main([str(a) for a in argv])
     captured = capsys.readouterr()
-    lines = [line for line in captured.err.splitlines() if line.startswith("far_train: error: ")]
+    lines = [line for line in captured.err.splitlines() if line.startswith(f"{program}: error: ")]
     assert status == 2 and captured.out == "" and "Traceback" not in captured.err, captured
     assert len(lines) == 1 and captured.err.rstrip().endswith(lines[0]), captured.err
     for word in words:

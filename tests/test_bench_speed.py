@@ -53,10 +53,10 @@ def test_the_command_writes_tables_and_json(small_is_tiny, tmp_path: Path, capsy
 
 
 def test_bad_sizes(capsys, small_is_tiny, tmp_path: Path):
-    argv = ["--out", tmp_path / "out", "--device", "cpu"]
-    refused(capsys, [*argv, "--sizes", "100"], "100 px does not fit", "multiple of")
-    refused(capsys, [*argv, "--sizes", "big"], "sizes: expected int")
-    refused(capsys, [*argv, "--batches", "0"], "batches: 0 is out of range")
+    argv, speed = ["--out", tmp_path / "out", "--device", "cpu"], {"main": main, "program": "benchmarks.speed"}
+    refused(capsys, [*argv, "--sizes", "100"], "100 px does not fit", "multiple of", **speed)
+    refused(capsys, [*argv, "--sizes", "big"], "sizes: expected int", **speed)
+    refused(capsys, [*argv, "--batches", "0"], "batches: 0 is out of range", **speed)
     assert not (tmp_path / "out").exists()
 
 
