@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import attention, concepts, evaluate, fusion, host, host_ui, mini, photos, priors, training, weights
+from . import attention, concepts, evaluate, fusion, host_folders, host_ui, mini, photos, priors, training, weights
 from .previews import errors_shown
 
 
@@ -12,7 +12,7 @@ class FarExtension(ComfyExtension):
     """Everything that the pack adds to the host."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        host.register_model_folders()
+        host_folders.register_model_folders()
         host_ui.listen_to_prompts()
         host_ui.shorten_error_names()
         modules = (photos, priors, concepts, fusion, training, weights, attention, evaluate, mini)

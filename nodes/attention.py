@@ -14,7 +14,7 @@ from ..far_train.data.images import to_pil
 from ..far_train.evaluation.attention_focus import Focus, focus, heat_over, stretched
 from ..far_train.evaluation.sheets import contact_sheet
 from ..far_train.utils.errors import CaptionError, ConfigError, SubjectError
-from . import host, host_attention, host_ui
+from . import host_attention, host_models, host_ui
 from .pictures import counted, unroll_images, unroll_masks
 from .previews import MAX_SHOWN, shown
 from .sockets import Clip, Model, Vae, check_sockets, schema
@@ -118,7 +118,7 @@ class AttentionProbe(io.ComfyNode):
         masks: Tensor | None = None,
         sigmas: Tensor | None = None,
     ) -> io.NodeOutput:
-        host.check_family(model, clip)
+        host_models.check_family(model, clip)
         latents = _latents(latent)
         phrases = _phrases(concepts) or [t for t in host_attention.applied_tokens(clip) if t in text.lower()]
         if not phrases:

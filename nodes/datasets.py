@@ -15,7 +15,7 @@ from ..far_train.data.dataset import DatasetFolder, plain_name, write_dataset
 from ..far_train.data.images import from_pil
 from ..far_train.evaluation.sheets import dataset_sheet, overlay, save_sheet
 from ..far_train.utils.files import parse_json
-from . import host, host_ui
+from . import host_folders, host_ui
 from .naming import file_name
 from .photos import files_fingerprint
 from .pictures import counted
@@ -135,20 +135,22 @@ class LoadDataset(io.ComfyNode):
 
 def datasets_folder() -> Path:
     """Where datasets are written."""
-    return host.output_folder() / "far" / "datasets"
+    return host_folders.output_folder() / "far" / "datasets"
 
 
 def dataset_folders() -> list[str]:
     """Datasets by the names that FaR_LoadDataset shows: those written, then those in the input folder."""
     written = sorted(p.parent.name for p in datasets_folder().glob("*/dataset.json"))
-    brought = [f for f in host.input_subfolders() if (host.input_folder() / f / "dataset.json").is_file()]
+    brought = [
+        f for f in host_folders.input_subfolders() if (host_folders.input_folder() / f / "dataset.json").is_file()
+    ]
     return [*written, *(INPUT_PREFIX + name for name in brought)]
 
 
 def dataset_path(name: str) -> Path:
     """The folder behind a name of :func:`dataset_folders`."""
     if name.startswith(INPUT_PREFIX):
-        return host.input_folder() / name.removeprefix(INPUT_PREFIX)
+        return host_folders.input_folder() / name.removeprefix(INPUT_PREFIX)
     return datasets_folder() / plain_name(name)
 
 

@@ -23,7 +23,7 @@ from ..far_train.evaluation.detect_and_compare import (
 from ..far_train.evaluation.image_encoders import HOW_TO_GET_ONE, Encoder, FolderEncoder
 from ..far_train.evaluation.sheets import contact_sheet, evaluation_plot, tinted
 from ..far_train.utils.errors import EncoderError, SubjectError
-from . import host, host_ui, host_vision
+from . import host_folders, host_memory, host_ui, host_vision
 from .pictures import counted, unroll_images, unroll_masks
 from .previews import MAX_SHOWN, as_image, shown
 from .sockets import FarConcepts, SamModel, all_of, schema
@@ -51,7 +51,7 @@ class Evaluate(io.ComfyNode):
                 FarConcepts.Input("concepts", tooltip="From FaR Concept: names, photos and masks to compare with."),
                 io.Combo.Input(
                     "encoder",
-                    options=[AUTOMATIC, *(p.name for p in host.model_subfolders("clip_vision")), MINI_ORACLE],
+                    options=[AUTOMATIC, *(p.name for p in host_folders.model_subfolders("clip_vision")), MINI_ORACLE],
                     tooltip="What says how alike two subjects look. automatic: the connected CLIP_VISION, else the "
                     "first folder in models/clip_vision (DINOv2 is best). The mini oracle knows drawn subjects alone.",
                 ),
@@ -122,14 +122,14 @@ class Evaluate(io.ComfyNode):
             elif detect is not None:
                 found = detect(picture)
             else:
-                with host.on_compute_device(sam):
+                with host_memory.on_compute_device(sam):
                     found = propose_masks(sam, picture)
             proposed = given is None and detect is None
             features = chosen.features(picture, found)
             compared.append(compare_picture(features, references, presence=presence[0], counts_extra=not proposed))
             seen.append(tinted(picture, *_coloured(found, compared[-1], proposed)))
             progress.update(i + 1)
-        host.give_back()
+        host_memory.empty_cache()
         whole = Evaluation(references.names, references.similarity, tuple(compared))
         words = [c.words(whole.names) for c in compared]
         sheet = contact_sheet(seen[:MAX_SHOWN], words[:MAX_SHOWN])
@@ -151,7 +151,7 @@ def choose_encoder(name: str, clip_vision: Any = None) -> Encoder:
             what = type(clip_vision).__name__
             raise EncoderError(f"clip_vision: expected a CLIP_VISION of another node, got {what}; connect one")
         return host_vision.ClipVisionEncoder(clip_vision)
-    folders = {path.name: path for path in host.model_subfolders("clip_vision")}
+    folders = {path.name: path for path in host_folders.model_subfolders("clip_vision")}
     if name == AUTOMATIC and folders:
         name = next(iter(folders))
     if name not in folders:
@@ -159,7 +159,7 @@ def choose_encoder(name: str, clip_vision: Any = None) -> Encoder:
             f"encoder: there is no image encoder in models/clip_vision: {HOW_TO_GET_ONE}. Or connect Load CLIP Vision. "
             f"For the drawn subjects of the small world choose '{MINI_ORACLE}'"
         )
-    return FolderEncoder(folders[name], host.compute_device())
+    return FolderEncoder(folders[name], host_memory.compute_device())
 
 
 def sort_masks(masks: Sequence[Tensor], pictures: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -18,7 +18,7 @@ from ..far_train.data.subjects import Prompt, Subject, SubjectExtractor, subject
 from ..far_train.mini.shipped import SAM, small_sam
 from ..far_train.utils.config import ExtractConfig
 from ..far_train.utils.errors import FarError, PhotoError, SubjectError
-from . import host, host_ui
+from . import host_folders, host_memory, host_ui
 from .pictures import HOW_TO_GET_MASKS, counted, doubts, match_masks, photo_labels, some_of, unroll_images, unroll_masks
 from .previews import as_image, refusal_shown, shown, subject_sheet
 from .prompts import BOX_FORMATS, read_prompts
@@ -43,7 +43,7 @@ class LoadPhotos(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "folder",
-                    options=host.input_subfolders(),
+                    options=host_folders.input_subfolders(),
                     tooltip="A folder inside ComfyUI's input folder that holds the photos of one subject. 4 to 20 "
                     "photos, with different surroundings, are a good number.",
                 ),
@@ -73,17 +73,17 @@ class LoadPhotos(io.ComfyNode):
     @classmethod
     @refusal_shown
     def validate_inputs(cls, folder: str) -> bool | str:
-        if folder is None or folder in host.input_subfolders():
+        if folder is None or folder in host_folders.input_subfolders():
             return True
         return (
-            f"folder: there is no folder '{folder}' in {host.input_folder()}; "
+            f"folder: there is no folder '{folder}' in {host_folders.input_folder()}; "
             "make one there and put the photos of a subject in it"
         )
 
     @classmethod
     def fingerprint_inputs(cls, folder: str, max_side: int) -> str:
         try:
-            photos = list_photos(host.input_folder() / folder)
+            photos = list_photos(host_folders.input_folder() / folder)
         except (PhotoError, TypeError):
             return "none"
         return files_fingerprint([f for p in photos for f in (p, mask_path(p))])
@@ -92,8 +92,8 @@ class LoadPhotos(io.ComfyNode):
     def execute(cls, folder: str, max_side: int) -> io.NodeOutput:
         check_choice(cls.validate_inputs(folder or ""))
         photos, skipped = [], []
-        paths = list_photos(host.input_folder() / folder)
-        unread = describe_unread(host.input_folder() / folder)
+        paths = list_photos(host_folders.input_folder() / folder)
+        unread = describe_unread(host_folders.input_folder() / folder)
         progress = host_ui.Progress(len(paths), cls.hidden.unique_id)
         for i, path in enumerate(paths):
             host_ui.stop_if_interrupted()
@@ -134,7 +134,7 @@ class LoadSam(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=[*host.model_files("sams"), SMALL_SAM],
+                    options=[*host_folders.model_files("sams"), SMALL_SAM],
                     tooltip="A segment-anything file in models/sams. sam_vit_b (375 MB) is enough for clear photos; "
                     "sam_vit_h (2.6 GB) finds finer outlines. SAM 2 and HQ-SAM are other models and don't fit. "
                     f"'{SMALL_SAM}' comes with the pack and knows the drawn subjects of FaR Mini Photos alone.",
@@ -149,7 +149,7 @@ class LoadSam(io.ComfyNode):
     @classmethod
     @refusal_shown
     def validate_inputs(cls, model_name: str) -> bool | str:
-        if model_name in (None, SMALL_SAM) or model_name in host.model_files("sams"):
+        if model_name in (None, SMALL_SAM) or model_name in host_folders.model_files("sams"):
             return True
         return (
             f"model_name: there is no '{model_name}' in models/sams; put a segment-anything file there, such as "
@@ -168,13 +168,13 @@ class LoadSam(io.ComfyNode):
         check_choice(cls.validate_inputs(model_name or ""))
         # It rests on the CPU, and is on the compute device only while a node works with it.
         sam = small_sam() if model_name == SMALL_SAM else load_sam(sam_path(model_name))
-        host_ui.tell(f"{model_name} is loaded", cls.hidden.unique_id)
+        host_ui.log_and_show(f"{model_name} is loaded", cls.hidden.unique_id)
         return io.NodeOutput(sam)
 
 
 def sam_path(name: str) -> Path:
     """The file behind a choice of FaR Load SAM. Raises FileNotFoundError."""
-    return SAM if name == SMALL_SAM else host.model_path("sams", name)
+    return SAM if name == SMALL_SAM else host_folders.model_path("sams", name)
 
 
 class ExtractSubject(io.ComfyNode):
@@ -329,7 +329,7 @@ def find_subjects(
         raise SubjectError(
             "this SAM_MODEL is HQ-SAM, which is called in another way; load an original SAM ViT-B, -L or -H"
         )
-    with host.on_compute_device(sam):
+    with host_memory.on_compute_device(sam):
         for photo, prompt in zip(photos, prompts):
             host_ui.stop_if_interrupted()
             try:

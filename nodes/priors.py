@@ -29,7 +29,7 @@ from ..far_train.utils.config import ExtractConfig, SampleConfig
 from ..far_train.utils.devices import choose_device
 from ..far_train.utils.errors import FarError
 from ..far_train.utils.files import make_folder, write_json
-from . import host, host_ui
+from . import host_folders, host_memory, host_models, host_ui
 from .photos import find_subjects
 from .pictures import INVERT_TOOLTIP, counted, doubts, match_masks, photo_labels, tidy_noun, unroll_images, unroll_masks
 from .previews import MAX_SHOWN, as_image, shown, subject_sheet
@@ -238,13 +238,13 @@ def draw_once(
 
     ``models``: MODEL, CLIP and VAE. The base goes to the device only if one of ``paths(folder)`` is missing.
     """
-    with host.no_inference_mode():
-        base = host.read_base(*models)
+    with host_memory.no_inference_mode():
+        base = host_models.read_base(*models)
         folder = drawn_folder(kind, base, config, size or base.native_size)
         try:
             if not all(path.exists() for path in paths(folder)):
-                host.free_everything()
-                base.to(*choose_device(str(host.compute_device())))
+                host_memory.unload_models()
+                base.to(*choose_device(str(host_memory.compute_device())))
             drawn = draw(
                 base,
                 folder,
@@ -254,7 +254,7 @@ def draw_once(
         finally:
             del base
             gc.collect()
-            host.free_everything()
+            host_memory.unload_models()
     return drawn, folder
 
 
@@ -277,7 +277,7 @@ def drawn_folder(kind: str, base: BaseModel, config: SampleConfig, size: int) ->
         "guidance": config.guidance,
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    folder = make_folder(host.output_folder() / "far" / kind / key)
+    folder = make_folder(host_folders.output_folder() / "far" / kind / key)
     write_json(folder / "settings.json", settings)
     return folder
 

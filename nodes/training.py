@@ -26,7 +26,7 @@ from ..far_train.training.recipe import Callbacks, train
 from ..far_train.training.run_folder import WEIGHTS_FILE, find_run, run_identity, what_changed
 from ..far_train.utils.config import TrainConfig
 from ..far_train.utils.errors import ConfigError, Interrupted
-from . import host, host_ui, sockets
+from . import host_folders, host_memory, host_models, host_ui, sockets
 from .live_view import LiveView, metrics_of
 from .naming import file_name
 
@@ -225,22 +225,22 @@ class Train(io.ComfyNode):
                 "steps": steps or None,
                 "batch_size": batch_size,
                 "train_seed": train_seed,
-                "device": str(host.compute_device()),
-                "prior_cache": str(host.output_folder() / "far" / "priors"),
+                "device": str(host_memory.compute_device()),
+                "prior_cache": str(host_folders.output_folder() / "far" / "priors"),
                 "sample_prompts": [line.strip() for line in sample_prompt.splitlines() if line.strip()],
             }
         )
         check_sample_prompts(config.sample_prompts, [name.token for name in dataset.names])
         total = config.steps_for(len(dataset.names))
         config = config.replace(sample_every=min(config.sample_every, total))  # so that a short run has samples, too
-        with host.no_inference_mode():
+        with host_memory.no_inference_mode():
             if continue_from is not None:
                 sockets.check_sockets(continue_from=(continue_from, FarWeights, "FAR_WEIGHTS"))
-            identity = run_identity(host.identify_base(model, clip, vae), dataset, config, continue_from)
+            identity = run_identity(host_models.identify_base(model, clip, vae), dataset, config, continue_from)
             name = file_name(name, "run")
-            folder, finished = find_run(host.output_folder() / "far", name, identity)
+            folder, finished = find_run(host_folders.output_folder() / "far", name, identity)
             if finished:
-                host_ui.tell(f"{folder.name} is trained already: loaded from {folder}", cls.hidden.unique_id)
+                host_ui.log_and_show(f"{folder.name} is trained already: loaded from {folder}", cls.hidden.unique_id)
             elif dry_run:
                 with _freed_base(model, clip, vae) as base:
                     cost = measure_cost(
@@ -251,8 +251,8 @@ class Train(io.ComfyNode):
                         steps_done=len(metrics_of(folder)),
                         should_stop=host_ui.interrupted,
                     )
-                host_ui.tell(f"dry run of {folder.name}\n{cost.words}", cls.hidden.unique_id)
-                return io.NodeOutput(*[host_ui.nothing()] * 4, ui={"text": (cost.words,)})
+                host_ui.log_and_show(f"dry run of {folder.name}\n{cost.words}", cls.hidden.unique_id)
+                return io.NodeOutput(*[host_ui.blocked_output()] * 4, ui={"text": (cost.words,)})
             else:
                 live = LiveView(cls.hidden.unique_id, folder, total, new_run_note(folder, name, identity))
                 _train(model, clip, vae, dataset, config, folder, continue_from, options.time_limit, live)
@@ -321,14 +321,14 @@ def _train(
 @contextmanager
 def _freed_base(model: Any, clip: Any, vae: Any) -> Iterator[BaseModel]:
     """The graph's base for a while, with the device to itself; gives the memory back however it ends."""
-    base = host.read_base(model, clip, vae)
+    base = host_models.read_base(model, clip, vae)
     try:
-        host.free_everything()
+        host_memory.unload_models()
         yield base
     finally:
         base.to("meta")  # frees the weights even where a traceback still holds the modules
         del base
-        host.give_back()
+        host_memory.empty_cache()
 
 
 def _last_samples(folder: Path) -> Tensor:
