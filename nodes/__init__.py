@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import attention, concepts, evaluate, fusion, host_folders, host_ui, mini, photos, priors, training, weights
+from . import (
+    attention,
+    concepts,
+    evaluate,
+    fusion,
+    host_folders,
+    host_ui,
+    mini,
+    photos,
+    priors,
+    train_options,
+    training,
+    weights,
+)
 from .previews import errors_shown
 
 
@@ -15,5 +28,5 @@ class FarExtension(ComfyExtension):
         host_folders.register_model_folders()
         host_ui.listen_to_prompts()
         host_ui.shorten_error_names()
-        modules = (photos, priors, concepts, fusion, training, weights, attention, evaluate, mini)
+        modules = (photos, priors, concepts, fusion, train_options, training, weights, attention, evaluate, mini)
         return [errors_shown(node) for module in modules for node in module.NODES]

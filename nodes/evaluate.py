@@ -41,52 +41,55 @@ class Evaluate(io.ComfyNode):
         return schema(
             node_id="FaR_Evaluate",
             display_name="FaR Evaluate",
-            description="Compares the subjects of pictures with the photos of the concepts: how alike each is, whether "
-            "it is there, and whether its looks are mixed with another's (Detect-and-Compare).",
+            description="Compare the subjects of generated images with the photos of the concepts: similarity, "
+            "presence, and attribute leakage between concepts (Detect-and-Compare).",
             search_aliases=["metric", "similarity", "dino score", "clip score", "detect and compare"],
             is_input_list=True,
             is_output_node=True,
             inputs=[
-                io.Image.Input("images", tooltip="The pictures to judge, as a list or a batch."),
-                FarConcepts.Input("concepts", tooltip="From FaR Concept: names, photos and masks to compare with."),
+                io.Image.Input("images", tooltip="The images to evaluate, as a list or a batch."),
+                FarConcepts.Input("concepts", tooltip="The concepts with their photos and masks, from FaR Concept."),
                 io.Combo.Input(
                     "encoder",
                     options=[AUTOMATIC, *(p.name for p in host_folders.model_subfolders("clip_vision")), MINI_ORACLE],
-                    tooltip="What says how alike two subjects look. automatic: the connected CLIP_VISION, else the "
-                    "first folder in models/clip_vision (DINOv2 is best). The mini oracle knows drawn subjects alone.",
+                    tooltip="The image encoder that measures similarity. automatic: the connected CLIP_VISION, else "
+                    "the first folder in models/clip_vision (DINOv2 is best). The mini oracle only knows the drawn "
+                    "subjects of FaR Mini Photos.",
                 ),
                 io.Float.Input(
                     "presence",
+                    display_name="presence threshold",
                     default=0.6,
                     min=0.0,
                     max=1.0,
                     step=0.05,
-                    tooltip="A subject counts as there if it is at least this many times as similar to the photos as "
-                    "they are to each other.",
+                    tooltip="A subject counts as present if its similarity to the photos is at least this multiple of "
+                    "the photos' similarity to each other.",
                 ),
                 io.ClipVision.Input(
-                    "clip_vision", optional=True, tooltip="An encoder from Load CLIP Vision: CLIP, SigLIP or DINOv2."
+                    "clip_vision",
+                    optional=True,
+                    tooltip="An image encoder from Load CLIP Vision: CLIP, SigLIP or DINOv2.",
                 ),
                 io.Mask.Input(
                     "masks",
                     optional=True,
-                    tooltip="Where the subjects are: for each picture one mask, whose separate pieces are the "
-                    "subjects, or a batch with one mask per subject.",
+                    tooltip="The subjects in each image: one mask whose separate regions are the subjects, or a batch "
+                    "with one mask per subject.",
                 ),
                 SamModel.Input(
                     "sam_model",
                     optional=True,
-                    tooltip="Proposes what might be a subject where there are no masks; then subjects too many "
-                    "can't be counted.",
+                    tooltip="Proposes subjects if no masks are connected. Surplus subjects are not counted then.",
                 ),
             ],
             outputs=[
-                io.String.Output("table", tooltip="Similarity, presence and mixing of each concept."),
-                io.Image.Output("plot", tooltip="The same as a picture, with the matrices of similarities."),
+                io.String.Output("table", tooltip="Similarity, presence and leakage of each concept."),
+                io.Image.Output("plot", tooltip="The same as an image, with the similarity matrices."),
                 io.Image.Output(
-                    "seen", is_output_list=True, tooltip="The pictures, each subject in its concept's colour."
+                    "seen", is_output_list=True, tooltip="The images, each subject tinted in its concept's colour."
                 ),
-                io.Float.Output("score", tooltip="Mean Detect-and-Compare: 1 at best."),
+                io.Float.Output("score", tooltip="Mean Detect-and-Compare score; 1 is best."),
             ],
             hidden=[io.Hidden.unique_id],
         )

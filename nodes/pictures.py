@@ -22,7 +22,8 @@ HOW_TO_GET_MASKS = (
 )
 
 INVERT_TOOLTIP = (
-    "On if the masks are 1 on the background: LoadImage's masks of cut-outs are. Off for FaR nodes and segmenters."
+    "Turn on if the masks are 1 on the background, as LoadImage's masks of transparent images are. Leave off for FaR "
+    "nodes and segmenters."
 )
 
 

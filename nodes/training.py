@@ -1,12 +1,10 @@
-"""Training in the graph: the rare knobs, and the trainer itself."""
+"""Training in the graph."""
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,93 +27,7 @@ from ..far_train.utils.errors import ConfigError, Interrupted
 from . import host_folders, host_memory, host_models, host_ui, sockets
 from .live_view import LiveView, metrics_of
 from .naming import file_name
-
-# TrainConfig's fields that FaR_TrainOptions shows, in order; FaR_Train itself asks for the few that matter most.
-COMMON = ("prior_batch_size", "micro_batch", "gradient_checkpointing", "precision", "sample_every", "save_every")
-RARE = (
-    "embedding_lr",
-    "kv_lr",
-    "weight_decay",
-    "grad_clip",
-    "vectors_per_token",
-    "prior_weight",
-    "background_weight",
-    "min_snr_gamma",
-    "refinement_weight",
-    "refinement_ramp",
-    "noun_weight",
-    "competition_weight",
-    "localization",
-    "attention_cells",
-    "prior_pictures",
-    "prior_steps",
-    "sample_steps",
-    "keep_checkpoints",
-    "trainable",  # last, since saved graphs keep their widgets' values by position
-    "low_rank",
-    "low_rank_lr",
-    "lr_decay",
-)
-
-
-@dataclass(frozen=True)
-class Options:
-    """What FAR_OPTIONS carries: fields of TrainConfig, and after how many minutes a training rests (0: never)."""
-
-    settings: dict[str, Any] = field(default_factory=dict)
-    time_limit: float = 0.0
-
-
-class TrainOptions(io.ComfyNode):
-    """The settings of the recipe that are seldom changed."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
-        limit = io.Float.Input(
-            "time_limit",
-            default=0.0,
-            min=0.0,
-            max=100_000.0,
-            step=1.0,
-            tooltip="Minutes after which the training saves and rests; queue the graph again to go on. 0: no limit.",
-        )
-        common = [_setting_input(fields[name], advanced=False) for name in COMMON]
-        return sockets.schema(
-            node_id="FaR_TrainOptions",
-            display_name="FaR Train Options",
-            description="Settings of the FaR training that are seldom changed. The defaults are the method's.",
-            search_aliases=["fuse and refine", "training settings"],
-            inputs=[limit, *common, *(_setting_input(fields[name], advanced=True) for name in RARE)],
-            outputs=[sockets.FarOptions.Output(display_name="options", tooltip="For FaR Train.")],
-        )
-
-    @classmethod
-    def execute(cls, time_limit: float, **settings: Any) -> io.NodeOutput:
-        optional = {f.name for f in dataclasses.fields(TrainConfig) if f.default is None or f.name == "min_snr_gamma"}
-        settings = {k: None if k in optional and not v else v for k, v in settings.items()}
-        TrainConfig(**settings)  # a bad combination is reported here, where it was made
-        return io.NodeOutput(Options(settings, time_limit))
-
-
-def _setting_input(setting: dataclasses.Field, advanced: bool) -> io.Input:
-    """A widget for a field of TrainConfig, with the field's own help and range; 0 stands for "none"."""
-    about, default = setting.metadata, setting.default
-    shared = {"tooltip": about["help"][0].upper() + about["help"][1:] + ".", "extra_dict": {"advanced": advanced}}
-    if about["choices"]:
-        return io.Combo.Input(setting.name, options=list(about["choices"]), default=default, **shared)
-    if isinstance(default, bool):
-        return io.Boolean.Input(setting.name, default=default, **shared)
-    none_allowed = "None" in str(setting.type)
-    if none_allowed:
-        shared["tooltip"] += " 0 stands for none."
-    low = 0 if none_allowed else about["low"]
-    if "float" in str(setting.type):
-        step = 1e-6 if setting.name.endswith("_lr") else 0.001
-        return io.Float.Input(
-            setting.name, default=default or 0.0, min=low, max=about["high"], step=step, round=False, **shared
-        )
-    return io.Int.Input(setting.name, default=default or 0, min=low, max=about["high"], **shared)
+from .train_options import Options
 
 
 class Train(io.ComfyNode):
@@ -127,76 +39,82 @@ class Train(io.ComfyNode):
             node_id="FaR_Train",
             display_name="FaR Train",
             description=(
-                "Teaches Stable Diffusion 2.1 the concepts of a dataset (Fuse-and-Refine). The run is kept in "
-                "output/far/NAME: an unchanged graph never trains twice, a cancelled run goes on when queued again."
+                "Fine-tune Stable Diffusion 2.1 on the concepts of a dataset (Fuse-and-Refine). The run is saved in "
+                "output/far/NAME: a finished run is loaded instead of trained again, and a cancelled run resumes."
             ),
             search_aliases=["fuse and refine", "dreambooth", "custom diffusion", "textual inversion", "finetune"],
             inputs=[
-                sockets.Model.Input(
-                    "model", tooltip="The base: Stable Diffusion 2.1, with any LoRA you like. Not changed."
+                *sockets.base_inputs(
+                    model="The base model: Stable Diffusion 2.1, with any LoRA applied. It is not changed.",
+                    clip="The CLIP of the same checkpoint. It is not changed.",
+                    vae="The VAE of the same checkpoint. It is not changed.",
                 ),
-                sockets.Clip.Input("clip", tooltip="The CLIP that belongs to MODEL. Not changed."),
-                sockets.Vae.Input("vae", tooltip="The VAE that belongs to MODEL. Not changed."),
                 sockets.FarDataset.Input("dataset", tooltip="From FaR Concept Fusion or FaR Load Dataset."),
                 io.Int.Input(
                     "steps",
                     default=0,
                     min=0,
                     max=10_000_000,
-                    tooltip="Training steps. 0: 500 per concept, at most 2500.",
+                    tooltip="Optimizer steps. 0: 500 per concept, at most 2500.",
                 ),
                 io.Int.Input(
                     "batch_size",
                     default=2,
                     min=1,
                     max=4096,
-                    tooltip="Composites per step; as many class pictures come on top (see FaR Train Options).",
+                    tooltip="Composites per step. Regularization images are added to them (see FaR Train Options).",
                 ),
                 io.Int.Input(
                     "train_seed",
+                    display_name="seed",
                     default=0,
                     min=0,
                     max=2**53 - 1,
                     control_after_generate=False,
-                    tooltip="Seed of noise, timesteps and order. Another seed is another run.",
+                    tooltip="Seed of noise, timesteps and batch order. Another seed starts another run.",
                 ),
                 io.String.Input(
                     "name",
+                    display_name="run name",
                     default="my-concepts",
-                    tooltip="Folder below output/far. Where another run has that name, a number is added.",
+                    tooltip="Folder of the run in output/far. A number is added if another run has that name.",
                 ),
                 io.String.Input(
                     "sample_prompt",
+                    display_name="sample prompts",
                     default="",
                     multiline=True,
                     optional=True,
-                    tooltip="Prompts of the sample pictures, one a line, with your tokens: a photo of a <corgi-dog> "
-                    "dog on a beach. Empty: each concept, and all together.",
+                    tooltip="Prompts of the sample images, one per line, with placeholder tokens: a photo of a "
+                    "<corgi-dog> dog on a beach. Empty: each concept, and all together.",
                 ),
                 sockets.FarOptions.Input(
-                    "options", optional=True, tooltip="From FaR Train Options: the rare settings."
+                    "options",
+                    display_name="advanced options",
+                    optional=True,
+                    tooltip="Advanced options, from FaR Train Options.",
                 ),
                 sockets.FarWeightsSocket.Input(
                     "continue_from",
                     optional=True,
-                    tooltip="Weights of the same base to learn on from, for more steps or with one more concept. They "
-                    "make it another run.",
+                    tooltip="FaR weights of the same base model to continue from, with more steps or another concept. "
+                    "This starts a new run.",
                 ),
                 io.Boolean.Input(
                     "dry_run",
                     default=False,
                     optional=True,
-                    tooltip="Only say what the training will cost: steps, time, memory, disk. Takes a few steps aside "
-                    "to measure it and keeps nothing; what is behind this node doesn't run.",
+                    tooltip="Only estimate the cost of the training: steps, time, memory, disk. Runs a few throw-away "
+                    "steps. Nodes after this one don't run.",
                 ),
             ],
             outputs=[
                 sockets.FarWeightsSocket.Output(
                     display_name="weights", tooltip="For FaR Apply Weights and Save Weights."
                 ),
-                io.Image.Output(display_name="curve", tooltip="The losses over the steps."),
-                io.Image.Output(display_name="samples", tooltip="The last sample pictures of the run."),
-                io.String.Output(display_name="run_folder", tooltip="Where the run is kept: log, samples, weights."),
+                io.Image.Output(display_name="curve", tooltip="The loss curves."),
+                io.Image.Output(display_name="samples", tooltip="The latest sample images."),
+                io.String.Output(display_name="run_folder", tooltip="The folder of the run: log, samples, weights."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -338,4 +256,4 @@ def _last_samples(folder: Path) -> Tensor:
     return torch.stack([load_photo(p).image for p in newest]) if newest else torch.zeros(1, 64, 64, 3)
 
 
-NODES: list[type[io.ComfyNode]] = [TrainOptions, Train]
+NODES: list[type[io.ComfyNode]] = [Train]

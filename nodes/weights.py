@@ -36,33 +36,34 @@ class SaveWeights(io.ComfyNode):
             node_id="FaR_SaveWeights",
             display_name="FaR Save Weights",
             description=(
-                "Saves FaR weights to models/far, and if wanted as a LoRA (models/loras) and embeddings "
-                "(models/embeddings) for stock nodes. Nothing is overwritten: a taken name gets a number."
+                "Save FaR weights to models/far, and optionally as a LoRA (models/loras) and embeddings "
+                "(models/embeddings) for stock nodes. Nothing is overwritten: a number is added to a name in use."
             ),
             search_aliases=["export lora", "export embedding"],
             inputs=[
                 sockets.FarWeightsSocket.Input("weights", tooltip="From FaR Train or FaR Load Weights."),
-                io.String.Input("name", default="my-concepts", tooltip="File name without folder and suffix."),
+                io.String.Input("name", default="my-concepts", tooltip="File name without folder and extension."),
                 io.Boolean.Input(
                     "export_lora",
                     default=False,
-                    tooltip="Also write the cross-attention changes as a LoRA; use it with the embeddings.",
+                    tooltip="Also save a LoRA for the stock LoRA loader. Use it together with the embeddings.",
                 ),
                 io.Boolean.Input(
                     "export_embeddings",
                     default=False,
-                    tooltip="Also write one embedding per concept, used in prompts as embedding:corgi-dog.",
+                    tooltip="Also save one embedding per concept. In prompts: embedding:corgi-dog.",
                 ),
                 io.Int.Input(
                     "lora_rank",
                     default=0,
                     min=0,
                     max=1024,
-                    tooltip="Rank of the LoRA: a smaller file that comes near. 0: the changes as they are.",
+                    tooltip="Rank of the exported LoRA. A lower rank gives a smaller file, but only an approximation. "
+                    "0: exact.",
                     extra_dict={"advanced": True},
                 ),
             ],
-            outputs=[io.String.Output(display_name="files", tooltip="The files written, one a line.")],
+            outputs=[io.String.Output(display_name="files", tooltip="The saved files, one per line.")],
             is_output_node=True,
         )
 
@@ -97,11 +98,11 @@ class LoadWeights(io.ComfyNode):
         return sockets.schema(
             node_id="FaR_LoadWeights",
             display_name="FaR Load Weights",
-            description="Loads FaR weights from models/far: those that FaR Save Weights or the command line wrote.",
+            description="Load FaR weights from models/far, saved by FaR Save Weights or the command line.",
             inputs=[io.Combo.Input("file", options=host_folders.model_files("far"), tooltip="A file in models/far.")],
             outputs=[
                 sockets.FarWeightsSocket.Output(display_name="weights", tooltip="For FaR Apply Weights."),
-                io.String.Output(display_name="about", tooltip="Concepts, base and training settings, as JSON."),
+                io.String.Output(display_name="about", tooltip="Concepts, base model and training settings, as JSON."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -139,13 +140,16 @@ class ApplyWeights(io.ComfyNode):
             node_id="FaR_ApplyWeights",
             display_name="FaR Apply Weights",
             description=(
-                "Makes MODEL and CLIP know the concepts: write <corgi-dog> dog in any prompt node behind it. Several "
-                "of these nodes can follow each other."
+                "Apply FaR weights to MODEL and CLIP. Then use the placeholder tokens in any prompt: <corgi-dog> dog. "
+                "Several of these nodes can be chained."
             ),
             search_aliases=["fuse and refine", "lora loader"],
             inputs=[
-                sockets.Model.Input("model", tooltip="The base that the weights were trained on."),
-                sockets.Clip.Input("clip", tooltip="The CLIP that belongs to MODEL."),
+                *sockets.base_inputs(
+                    model="The base model that the weights were trained on.",
+                    clip="The CLIP of the same checkpoint.",
+                    vae=None,
+                ),
                 sockets.FarWeightsSocket.Input("weights", tooltip="From FaR Train or FaR Load Weights."),
                 io.Float.Input(
                     "strength",
@@ -153,20 +157,20 @@ class ApplyWeights(io.ComfyNode):
                     min=-4.0,
                     max=4.0,
                     step=0.05,
-                    tooltip="Strength of the change of MODEL, which all concepts share. 0: MODEL as it is.",
+                    tooltip="Strength of the LoRA, which all concepts share. 0: MODEL is not changed.",
                 ),
                 io.String.Input(
                     "concept_strength",
                     default="",
                     multiline=True,
                     optional=True,
-                    tooltip="How much each token differs from its bare noun, one a line: <corgi-dog>=0.8. "
-                    "1: as learned (the default), 0: the noun alone. JSON is fine, too.",
+                    tooltip="Strength of single placeholder tokens, one per line or as JSON: <corgi-dog>=0.8. "
+                    "1: as trained (the default), 0: the class noun only.",
                 ),
             ],
             outputs=[
                 sockets.Model.Output(tooltip="For the sampler."),
-                sockets.Clip.Output(tooltip="For prompts with your tokens."),
+                sockets.Clip.Output(tooltip="For prompts with placeholder tokens."),
             ],
             hidden=[io.Hidden.prompt],
         )

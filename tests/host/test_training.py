@@ -21,7 +21,8 @@ from far_train.training.recipe import train
 from far_train.training.run_folder import read_metrics
 from far_train.utils.config import FusionConfig, TrainConfig
 
-from .comfy_server import ComfyServer, ExecutionFailed, Host
+from .comfy_server import ComfyServer, ExecutionFailed
+from .find_host import Host
 from .graphs import defaults, encoded, node, predicted
 from .listener import NODE_TEXT, PREVIEW, Listener
 from .test_weights import diffusers_configs

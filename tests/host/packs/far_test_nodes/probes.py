@@ -41,7 +41,7 @@ def disc(colour: tuple[float, float, float], side: int = 96) -> tuple[torch.Tens
 
 
 class Dataset(io.ComfyNode):
-    """Two balls, red and blue, with two class pictures."""
+    """Two balls, red and blue, with two regularization images."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
