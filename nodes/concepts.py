@@ -10,7 +10,6 @@ from torch import Tensor
 from ..far_train.data.captions import check_token
 from ..far_train.data.concepts import Concept
 from ..far_train.utils.errors import SubjectError, TokenError
-from . import priors
 from .pictures import (
     HOW_TO_GET_MASKS,
     INVERT_TOOLTIP,
@@ -107,4 +106,4 @@ class MakeConcept(io.ComfyNode):
         return io.NodeOutput(Carried((*before, concept)), ui=shown(cls, sheet, text, warnings))
 
 
-NODES = [MakeConcept, *priors.NODES]
+NODES = [MakeConcept]
