@@ -37,6 +37,7 @@ from far_train.mini.scenery import BACKGROUNDS, PLACES
 from far_train.mini.shipped import DRAWING, EMPTY_PLACES, SIZE
 from far_train.mini.verdicts import judge_subjects
 from far_train.mini.world import reference_photos, render_scene
+from far_train.models.apply import apply_weights
 from far_train.models.base import BaseModel, load_base
 from far_train.models.sampling import draw_pictures, plain_vocabulary
 from far_train.models.tokens import Vocabulary
@@ -212,7 +213,7 @@ class Bench:
         )
         weights = train(base, training_set, config, folder, resume=folder.exists(), callbacks=callbacks)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        return weights.apply(base)
+        return apply_weights(weights, base)
 
     # ---- what is measured
 

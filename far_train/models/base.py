@@ -55,7 +55,7 @@ class BaseModel:
     """A base with all that training and sampling need. Modules are frozen and in eval mode.
 
     ``alphas_cumprod`` [T] in fp32; ``digest`` identifies the cross-attention K/V by content; ``native_size`` in pixels.
-    A base is to be changed within :meth:`placed` or ``FarWeights.applied`` alone, which leave it as it was.
+    A base is to be changed within :meth:`placed` or :func:`.apply.applied_weights` alone, which leave it as it was.
     """
 
     family: str

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..data.captions import default_prompts
 from ..data.concepts import TrainingSet
 from ..data.images import save_picture
-from ..models.adapters import Trainables, put_trainables, set_learning_rates
+from ..models.adapters import Adapter, inject_adapter, set_learning_rates
 from ..models.attention_maps import AttentionRecorder, layer_stride, supervised_layers
 from ..models.base import BaseModel, set_checkpointing, set_compiled, uncompiled
 from ..models.sampling import TextCache, check_size, draw_pictures, encode_prompts
@@ -89,7 +89,7 @@ class TrainingRun:
     ):
         if isinstance(base.text_encoder.get_input_embeddings(), ModifierEmbedding):
             raise BaseModelError(
-                "base: FaR weights are applied to it; load it anew, or train outside of 'with weights.applied(base)'. "
+                "base: FaR weights are applied to it; load it anew, or train outside of 'with applied_weights'. "
                 "To train on from weights, give them as start (continue_from)"
             )
         if not training_set.composite_count():
@@ -103,7 +103,7 @@ class TrainingRun:
         self.steps = config.steps_for(len(training_set.names))
         self.vocabulary = Vocabulary(base.tokenizer, training_set.names, base.tokenizer_size, config.vectors_per_token)
         self.device, self.dtype = choose_device(config.device, config.precision)
-        self.trainables: Trainables | None = None
+        self.trainables: Adapter | None = None
         self.recorder: AttentionRecorder | None = None
         self.world = World.current()
         if config.batch_size < self.world.size:
@@ -131,9 +131,8 @@ class TrainingRun:
         self.pools = encode_pool(self.training_set, base, self.vocabulary, stride, seed=seed, on_progress=report)
         self.alphas_cumprod = base.alphas_cumprod.to(self.device)
         self.text_cache = TextCache(base, [sample.prompt for pool in self.pools for sample in pool])
-        self.trainables = put_trainables(base, self.vocabulary, config)
+        self.trainables = inject_adapter(base, self.vocabulary, config)
         if self.start is not None:
-            self.start.initialize(self.vocabulary, self.trainables.rows)
             self.trainables.start_from(self.start)
         if config.refinement_weight > 0:
             self.recorder = AttentionRecorder(base.unet, layers)
@@ -247,7 +246,7 @@ class TrainingRun:
         select = torch.cat([batch.token_select, batch.noun_select], 1)
         context = encode_prompts(self.base, batch.prompts, self.text_cache)
         recording = self.recorder.recording(select) if self.recorder else nullcontext()
-        with recording, self.trainables.projecting(context):
+        with recording, self.trainables.prepared_for(context):
             prediction = self.base.unet(noisy.to(context.dtype), batch.timesteps, context).sample
             weight = losses.subject_weight(batch.cell_masks, config.background_weight, config.per_mention)
             weight = torch.where(batch.is_instance[:, None, None, None], weight, 1.0)
@@ -303,11 +302,11 @@ class TrainingRun:
     def save_weights(self) -> FarWeights:
         """Write the weights file that a finished run is known by."""
         names, rows = self.training_set.names, self.trainables.rows.detach().cpu()
-        deltas, products = self.trainables.learned()
+        deltas, low_rank_deltas = self.trainables.export_state()
         weights = FarWeights(
             embeddings={n.token: rows[list(self.vocabulary.rows(n.token))].clone() for n in names},
             deltas=deltas,
-            products=products,
+            low_rank_deltas=low_rank_deltas,
             provenance=Provenance(
                 family=self.base.family,
                 base_digest=self.base.digest,
