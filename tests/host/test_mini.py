@@ -275,7 +275,7 @@ def test_from_photos_to_pictures_of_both(comfy: ComfyServer):
     assert [m["step"] for m in read_metrics(run / "metrics.jsonl")] == [1, 2]
     learned = FarWeights.load(run / "weights.safetensors")
     assert list(learned.embeddings) == ["<rex-dog>", "<max-dog>"]
-    assert any(learned.change(name).any() for name in learned.shapes())
+    assert any(learned.delta(name).any() for name in learned.shapes())
 
 
 def test_the_small_ones_fuse_as_the_demo_does(comfy: ComfyServer):
