@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import attention, concepts, evaluate, fusion, host, host_ui, mini, photos, priors, training, weights
+from . import (
+    attention,
+    concepts,
+    evaluate,
+    fusion,
+    host_folders,
+    host_ui,
+    mini,
+    photos,
+    priors,
+    train_options,
+    training,
+    weights,
+)
 from .previews import errors_shown
 
 
@@ -12,8 +25,8 @@ class FarExtension(ComfyExtension):
     """Everything that the pack adds to the host."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        host.register_model_folders()
+        host_folders.register_model_folders()
         host_ui.listen_to_prompts()
         host_ui.shorten_error_names()
-        modules = (photos, priors, concepts, fusion, training, weights, attention, evaluate, mini)
+        modules = (photos, priors, concepts, fusion, train_options, training, weights, attention, evaluate, mini)
         return [errors_shown(node) for module in modules for node in module.NODES]

@@ -14,10 +14,10 @@ from ..far_train.data.images import to_pil
 from ..far_train.evaluation.attention_focus import Focus, focus, heat_over, stretched
 from ..far_train.evaluation.sheets import contact_sheet
 from ..far_train.utils.errors import CaptionError, ConfigError, SubjectError
-from . import host, host_attention, host_ui
+from . import host_attention, host_models, host_ui
 from .pictures import counted, unroll_images, unroll_masks
 from .previews import MAX_SHOWN, shown
-from .sockets import Clip, Model, Vae, check_sockets, schema
+from .sockets import Vae, base_inputs, check_sockets, schema
 
 DEFAULT_WHEN = "0.4, 0.5, 0.6"
 
@@ -30,73 +30,80 @@ class AttentionProbe(io.ComfyNode):
         return schema(
             node_id="FaR_AttentionProbe",
             display_name="FaR Attention Probe",
-            description="Where the model looks for each concept: heat maps of its own cross-attention over a picture. "
-            "An extra pass that changes nothing; with masks it also counts how well each concept keeps to its subject.",
+            description="Show the cross-attention of each concept as heat maps over an image. With masks, the report "
+            "also says how much attention falls inside each concept's own region. Sampling is not affected.",
             search_aliases=["heat map", "cross attention", "daam", "attention map"],
             is_output_node=True,
             inputs=[
-                Model.Input("model", tooltip="The model that is looked into, behind FaR Apply Weights. Not changed."),
-                Clip.Input("clip", tooltip="The CLIP of the prompts, behind FaR Apply Weights."),
-                io.Latent.Input("latent", tooltip="The picture that is looked at: from a sampler or from VAE Encode."),
+                *base_inputs(
+                    model="The model to inspect, from FaR Apply Weights. It is not changed.",
+                    clip="The CLIP from FaR Apply Weights.",
+                    vae=None,
+                ),
+                io.Latent.Input("latent", tooltip="The image to inspect, from a sampler or VAE Encode."),
                 io.String.Input(
                     "text",
+                    display_name="prompt",
                     multiline=True,
                     default="a photo of a <corgi-dog> dog and a <chow-dog> dog",
-                    tooltip="The prompt of the picture, with your tokens.",
+                    tooltip="The prompt of the image, with your placeholder tokens.",
                 ),
                 io.String.Input(
                     "concepts",
                     multiline=True,
                     default="",
                     optional=True,
-                    tooltip="Which words to look for, one a line, as they stand in the prompt: <corgi-dog>, dog, "
-                    "beach. Empty: every token of FaR Apply Weights in the prompt.",
+                    tooltip="The words to show, one per line, as they are written in the prompt: <corgi-dog>, dog, "
+                    "beach. Empty: every placeholder token in the prompt.",
                 ),
                 io.String.Input(
                     "when",
+                    display_name="denoising progress",
                     default=DEFAULT_WHEN,
                     optional=True,
-                    tooltip="Where on the way from noise (0) to the finished picture (1) to look; the maps of several "
-                    "are averaged. Early on the layout is settled, later the looks.",
+                    tooltip="At which points of the denoising to read the maps, from 0 (pure noise) to 1 (finished "
+                    "image). The maps of several points are averaged.",
                 ),
                 io.Int.Input(
                     "probe_seed",
+                    display_name="seed",
                     default=0,
                     min=0,
                     max=2**53 - 1,
                     optional=True,
                     control_after_generate=False,
-                    tooltip="Seed of the noise that is put on the picture before the model looks.",
+                    tooltip="Seed of the noise that is added to the image.",
                 ),
                 io.Int.Input(
                     "cells",
+                    display_name="map size",
                     default=16,
                     min=2,
                     max=256,
                     optional=True,
-                    tooltip="Smallest maps of at least this many cells a side. 16: the layers that the training "
-                    "supervises. 32 or 64 show finer maps that know less of meaning.",
+                    tooltip="Use the layers with the smallest attention maps of at least this many cells per side. "
+                    "16: the layers that the training supervises. 32 or 64: finer, but less meaningful maps.",
                     extra_dict={"advanced": True},
                 ),
-                io.Image.Input("image", optional=True, tooltip="The picture to lay the maps over."),
+                io.Image.Input("image", optional=True, tooltip="The image to draw the maps on."),
                 Vae.Input(
-                    "vae", optional=True, tooltip="Decodes the latent to lay the maps over, if no image is given."
+                    "vae", optional=True, tooltip="Decodes the latent to draw the maps on, if no image is connected."
                 ),
                 io.Mask.Input(
                     "masks",
                     optional=True,
-                    tooltip="Each concept's own region, in the order of the concepts, or one mask for all. The report "
-                    "then compares the attention inside with that outside.",
+                    tooltip="The region of each concept, in the order of the concepts, or one mask for all. The report "
+                    "then compares the attention inside and outside.",
                 ),
                 io.Sigmas.Input(
                     "sigmas",
                     optional=True,
-                    tooltip="Noise levels to look at, instead of the input when. 0 is left out.",
+                    tooltip="Noise levels to use instead of 'denoising progress'. 0 is ignored.",
                 ),
             ],
             outputs=[
-                io.Image.Output("heat", tooltip="The maps over the picture: one picture per concept."),
-                io.Mask.Output("maps", tooltip="The maps as masks, each as a share of its own maximum."),
+                io.Image.Output("heat", tooltip="The maps drawn on the image: one image per concept."),
+                io.Mask.Output("maps", tooltip="The maps as masks, each scaled to its own maximum."),
                 io.String.Output("report", tooltip="Attention per concept, as a table."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -118,7 +125,7 @@ class AttentionProbe(io.ComfyNode):
         masks: Tensor | None = None,
         sigmas: Tensor | None = None,
     ) -> io.NodeOutput:
-        host.check_family(model, clip)
+        host_models.check_family(model, clip)
         latents = _latents(latent)
         phrases = _phrases(concepts) or [t for t in host_attention.applied_tokens(clip) if t in text.lower()]
         if not phrases:

@@ -10,7 +10,6 @@ from torch import Tensor
 from ..far_train.data.captions import check_token
 from ..far_train.data.concepts import Concept
 from ..far_train.utils.errors import SubjectError, TokenError
-from . import priors
 from .pictures import (
     HOW_TO_GET_MASKS,
     INVERT_TOOLTIP,
@@ -34,38 +33,38 @@ class MakeConcept(io.ComfyNode):
         return schema(
             node_id="FaR_Concept",
             display_name="FaR Concept",
-            description="Name a subject and give it its photos. Chain several: one concept's output goes into the next "
-            "one's 'concepts'.",
+            description="Define a subject to train: its photos, masks, placeholder token and class noun. For several "
+            "subjects, connect one node's output to the next node's 'concepts'.",
             search_aliases=["subject", "token", "dreambooth", "personalization"],
             is_input_list=True,
             inputs=[
-                io.Image.Input(
-                    "images", tooltip="The subject's photos, as a list or a batch. 4 to 20 are a good number."
-                ),
+                io.Image.Input("images", tooltip="Photos of the subject, as a list or a batch. 4 to 20 work well."),
                 io.Mask.Input(
                     "masks",
-                    tooltip="One mask per photo, of its size, 1 = subject, from any node. Photos whose mask is empty "
-                    "are left out and named.",
+                    tooltip="One mask per photo, of the same size, 1 = subject, from any node. Photos with an empty "
+                    "mask are skipped and listed on the node.",
                 ),
-                FarConcepts.Input(
-                    "concepts", optional=True, tooltip="The concepts before this one, if there are several."
-                ),
+                FarConcepts.Input("concepts", optional=True, tooltip="Other concepts to train together with this one."),
                 io.String.Input(
                     "token",
+                    display_name="placeholder token",
                     default="<corgi-dog>",
-                    tooltip="The new word for this subject, as you will write it in prompts: lower-case letters, "
-                    "digits and hyphens between < and >, such as <corgi-dog>.",
+                    tooltip="The new word that stands for this subject in prompts: lower-case letters, digits and "
+                    "hyphens between < and >, such as <corgi-dog>.",
                 ),
                 io.String.Input(
                     "noun",
+                    display_name="class noun",
                     default="dog",
-                    tooltip="What kind of thing it is, in a plain word that the model knows: dog, cat, person, "
-                    "backpack. Look-alike subjects share their noun. Prompts say both: a <corgi-dog> dog.",
+                    tooltip="The class of the subject, in a common word that the model knows: dog, cat, person, "
+                    "backpack. Use the same noun for look-alikes. Prompts contain both: a <corgi-dog> dog.",
                 ),
                 io.Boolean.Input("invert_mask", default=False, tooltip=INVERT_TOOLTIP),
             ],
             outputs=[
-                FarConcepts.Output("concepts", tooltip="All concepts so far: for FaR Concept Fusion or the next one.")
+                FarConcepts.Output(
+                    "concepts", tooltip="All concepts so far, for FaR Concept Fusion or the next FaR Concept."
+                )
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -100,11 +99,11 @@ class MakeConcept(io.ComfyNode):
             raise SubjectError(f"concept {token[0]}: {some} empty; {HOW_TO_GET_MASKS}")
         concept = Concept(token[0], tidy_noun(noun[0]), tuple(p for p, _ in kept), tuple(m for _, m in kept))
         text = f"{concept.name.phrase}: {counted(len(kept), 'photo')}"
-        warnings = [f"left out, since their masks are empty: {', '.join(without)}"] if without else []
+        warnings = [f"skipped, since their masks are empty: {', '.join(without)}"] if without else []
         labels = [label for label, mask in zip(photo_labels(len(pictures)), found) if mask is not None]
         warnings += doubts(concept.images, concept.masks, labels)
         sheet = subject_sheet(concept.images, concept.masks)
         return io.NodeOutput(Carried((*before, concept)), ui=shown(cls, sheet, text, warnings))
 
 
-NODES = [MakeConcept, *priors.NODES]
+NODES = [MakeConcept]

@@ -15,7 +15,7 @@ from ..far_train.data.dataset import DatasetFolder, plain_name, write_dataset
 from ..far_train.data.images import from_pil
 from ..far_train.evaluation.sheets import dataset_sheet, overlay, save_sheet
 from ..far_train.utils.files import parse_json
-from . import host, host_ui
+from . import host_folders, host_ui
 from .naming import file_name
 from .photos import files_fingerprint
 from .pictures import counted
@@ -35,20 +35,20 @@ class SaveDataset(io.ComfyNode):
         return schema(
             node_id="FaR_SaveDataset",
             display_name="FaR Save Dataset",
-            description="Write a dataset as a folder of pictures, masks and captions that you can look at, edit, and "
-            "load again with FaR Load Dataset or the command line. Nothing is overwritten.",
+            description="Save a dataset as a folder of images, masks and captions. You can edit it and load it again "
+            "with FaR Load Dataset or the command line. Nothing is overwritten.",
             is_output_node=True,
             inputs=[
                 FarDataset.Input("dataset", tooltip="From FaR Concept Fusion."),
                 io.String.Input(
                     "name",
                     default="dataset",
-                    tooltip="Name of the folder in output/far/datasets. If another dataset has it, a number is added; "
-                    "the same dataset is found again and not written twice.",
+                    tooltip="Name of the folder in output/far/datasets. A number is added if another dataset has that "
+                    "name. The same dataset is not written twice.",
                 ),
             ],
             outputs=[
-                FarDataset.Output("dataset", tooltip="The dataset as it lies in the folder."),
+                FarDataset.Output("dataset", tooltip="The saved dataset."),
                 io.String.Output("folder", tooltip="The folder's path."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -92,20 +92,20 @@ class LoadDataset(io.ComfyNode):
         return schema(
             node_id="FaR_LoadDataset",
             display_name="FaR Load Dataset",
-            description="Load a dataset folder that FaR Save Dataset or the command line's 'fuse' made, with whatever "
-            "you have edited in it.",
+            description="Load a dataset folder made by FaR Save Dataset or by 'fuse' on the command line, including "
+            "your edits.",
             inputs=[
                 io.Combo.Input(
                     "folder",
                     options=dataset_folders(),
-                    tooltip="A dataset in output/far/datasets, or, with input/ before its name, in ComfyUI's input "
-                    "folder.",
+                    tooltip="A dataset in output/far/datasets, or in ComfyUI's input folder if its name starts "
+                    "with input/.",
                 )
             ],
             outputs=[
                 FarDataset.Output("dataset", tooltip="For FaR Train."),
-                io.Image.Output("previews", tooltip="The first sixteen pictures with each subject's mask tinted."),
-                io.String.Output("report", tooltip="What the dataset holds."),
+                io.Image.Output("previews", tooltip="The first 16 images, with the subjects' masks tinted."),
+                io.String.Output("report", tooltip="What the dataset contains."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -135,20 +135,22 @@ class LoadDataset(io.ComfyNode):
 
 def datasets_folder() -> Path:
     """Where datasets are written."""
-    return host.output_folder() / "far" / "datasets"
+    return host_folders.output_folder() / "far" / "datasets"
 
 
 def dataset_folders() -> list[str]:
     """Datasets by the names that FaR_LoadDataset shows: those written, then those in the input folder."""
     written = sorted(p.parent.name for p in datasets_folder().glob("*/dataset.json"))
-    brought = [f for f in host.input_subfolders() if (host.input_folder() / f / "dataset.json").is_file()]
+    brought = [
+        f for f in host_folders.input_subfolders() if (host_folders.input_folder() / f / "dataset.json").is_file()
+    ]
     return [*written, *(INPUT_PREFIX + name for name in brought)]
 
 
 def dataset_path(name: str) -> Path:
     """The folder behind a name of :func:`dataset_folders`."""
     if name.startswith(INPUT_PREFIX):
-        return host.input_folder() / name.removeprefix(INPUT_PREFIX)
+        return host_folders.input_folder() / name.removeprefix(INPUT_PREFIX)
     return datasets_folder() / plain_name(name)
 
 
@@ -179,7 +181,7 @@ def describe(dataset: TrainingSet, notes: Sequence[str] = ()) -> str:
     lines = [
         f"{counted(len(dataset.names), 'concept')}: {names}",
         f"{counted(dataset.composite_count(), 'picture')} of {dataset.size} px, "
-        f"{counted(dataset.prior_count(), 'class picture')}",
+        f"{counted(dataset.prior_count(), 'regularization image')}",
     ]
     for title in ("layouts", "background_kinds"):
         shares = getattr(dataset, title, None)

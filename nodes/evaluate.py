@@ -23,7 +23,7 @@ from ..far_train.evaluation.detect_and_compare import (
 from ..far_train.evaluation.image_encoders import HOW_TO_GET_ONE, Encoder, FolderEncoder
 from ..far_train.evaluation.sheets import contact_sheet, evaluation_plot, tinted
 from ..far_train.utils.errors import EncoderError, SubjectError
-from . import host, host_ui, host_vision
+from . import host_folders, host_memory, host_ui, host_vision
 from .pictures import counted, unroll_images, unroll_masks
 from .previews import MAX_SHOWN, as_image, shown
 from .sockets import FarConcepts, SamModel, all_of, schema
@@ -41,52 +41,55 @@ class Evaluate(io.ComfyNode):
         return schema(
             node_id="FaR_Evaluate",
             display_name="FaR Evaluate",
-            description="Compares the subjects of pictures with the photos of the concepts: how alike each is, whether "
-            "it is there, and whether its looks are mixed with another's (Detect-and-Compare).",
+            description="Compare the subjects of generated images with the photos of the concepts: similarity, "
+            "presence, and attribute leakage between concepts (Detect-and-Compare).",
             search_aliases=["metric", "similarity", "dino score", "clip score", "detect and compare"],
             is_input_list=True,
             is_output_node=True,
             inputs=[
-                io.Image.Input("images", tooltip="The pictures to judge, as a list or a batch."),
-                FarConcepts.Input("concepts", tooltip="From FaR Concept: names, photos and masks to compare with."),
+                io.Image.Input("images", tooltip="The images to evaluate, as a list or a batch."),
+                FarConcepts.Input("concepts", tooltip="The concepts with their photos and masks, from FaR Concept."),
                 io.Combo.Input(
                     "encoder",
-                    options=[AUTOMATIC, *(p.name for p in host.model_subfolders("clip_vision")), MINI_ORACLE],
-                    tooltip="What says how alike two subjects look. automatic: the connected CLIP_VISION, else the "
-                    "first folder in models/clip_vision (DINOv2 is best). The mini oracle knows drawn subjects alone.",
+                    options=[AUTOMATIC, *(p.name for p in host_folders.model_subfolders("clip_vision")), MINI_ORACLE],
+                    tooltip="The image encoder that measures similarity. automatic: the connected CLIP_VISION, else "
+                    "the first folder in models/clip_vision (DINOv2 is best). The mini oracle only knows the drawn "
+                    "subjects of FaR Mini Photos.",
                 ),
                 io.Float.Input(
                     "presence",
+                    display_name="presence threshold",
                     default=0.6,
                     min=0.0,
                     max=1.0,
                     step=0.05,
-                    tooltip="A subject counts as there if it is at least this many times as similar to the photos as "
-                    "they are to each other.",
+                    tooltip="A subject counts as present if its similarity to the photos is at least this multiple of "
+                    "the photos' similarity to each other.",
                 ),
                 io.ClipVision.Input(
-                    "clip_vision", optional=True, tooltip="An encoder from Load CLIP Vision: CLIP, SigLIP or DINOv2."
+                    "clip_vision",
+                    optional=True,
+                    tooltip="An image encoder from Load CLIP Vision: CLIP, SigLIP or DINOv2.",
                 ),
                 io.Mask.Input(
                     "masks",
                     optional=True,
-                    tooltip="Where the subjects are: for each picture one mask, whose separate pieces are the "
-                    "subjects, or a batch with one mask per subject.",
+                    tooltip="The subjects in each image: one mask whose separate regions are the subjects, or a batch "
+                    "with one mask per subject.",
                 ),
                 SamModel.Input(
                     "sam_model",
                     optional=True,
-                    tooltip="Proposes what might be a subject where there are no masks; then subjects too many "
-                    "can't be counted.",
+                    tooltip="Proposes subjects if no masks are connected. Surplus subjects are not counted then.",
                 ),
             ],
             outputs=[
-                io.String.Output("table", tooltip="Similarity, presence and mixing of each concept."),
-                io.Image.Output("plot", tooltip="The same as a picture, with the matrices of similarities."),
+                io.String.Output("table", tooltip="Similarity, presence and leakage of each concept."),
+                io.Image.Output("plot", tooltip="The same as an image, with the similarity matrices."),
                 io.Image.Output(
-                    "seen", is_output_list=True, tooltip="The pictures, each subject in its concept's colour."
+                    "seen", is_output_list=True, tooltip="The images, each subject tinted in its concept's colour."
                 ),
-                io.Float.Output("score", tooltip="Mean Detect-and-Compare: 1 at best."),
+                io.Float.Output("score", tooltip="Mean Detect-and-Compare score; 1 is best."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -122,14 +125,14 @@ class Evaluate(io.ComfyNode):
             elif detect is not None:
                 found = detect(picture)
             else:
-                with host.on_compute_device(sam):
+                with host_memory.on_compute_device(sam):
                     found = propose_masks(sam, picture)
             proposed = given is None and detect is None
             features = chosen.features(picture, found)
             compared.append(compare_picture(features, references, presence=presence[0], counts_extra=not proposed))
             seen.append(tinted(picture, *_coloured(found, compared[-1], proposed)))
             progress.update(i + 1)
-        host.give_back()
+        host_memory.empty_cache()
         whole = Evaluation(references.names, references.similarity, tuple(compared))
         words = [c.words(whole.names) for c in compared]
         sheet = contact_sheet(seen[:MAX_SHOWN], words[:MAX_SHOWN])
@@ -151,7 +154,7 @@ def choose_encoder(name: str, clip_vision: Any = None) -> Encoder:
             what = type(clip_vision).__name__
             raise EncoderError(f"clip_vision: expected a CLIP_VISION of another node, got {what}; connect one")
         return host_vision.ClipVisionEncoder(clip_vision)
-    folders = {path.name: path for path in host.model_subfolders("clip_vision")}
+    folders = {path.name: path for path in host_folders.model_subfolders("clip_vision")}
     if name == AUTOMATIC and folders:
         name = next(iter(folders))
     if name not in folders:
@@ -159,7 +162,7 @@ def choose_encoder(name: str, clip_vision: Any = None) -> Encoder:
             f"encoder: there is no image encoder in models/clip_vision: {HOW_TO_GET_ONE}. Or connect Load CLIP Vision. "
             f"For the drawn subjects of the small world choose '{MINI_ORACLE}'"
         )
-    return FolderEncoder(folders[name], host.compute_device())
+    return FolderEncoder(folders[name], host_memory.compute_device())
 
 
 def sort_masks(masks: Sequence[Tensor], pictures: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -1,15 +1,15 @@
-"""Concept Fusion in the graph: concepts, class pictures and backgrounds become a dataset; datasets become folders."""
+"""Concept Fusion in the graph: concepts, regularization images and backgrounds become a dataset."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..far_train.data.concepts import Background, ClassPicture, Concept
 from ..far_train.data.fusion import ConceptFusion
-from ..far_train.data.settings import LAYOUT_SHARES, LAYOUTS, MANY_CONCEPTS, FusionConfig
+from ..far_train.data.settings import BACKGROUND_SHARES, LAYOUT_SHARES, LAYOUTS, MANY_CONCEPTS, FusionConfig
 from ..far_train.evaluation.sheets import dataset_sheet
 from ..far_train.utils.errors import ConfigError
 from .datasets import NODES as DATASET_NODES
@@ -20,13 +20,26 @@ from .sockets import FarConcepts, FarDataset, FarPrior, ReportsMemory, all_of, s
 
 AUTOMATIC = -1.0
 
-LAYOUT_TOOLTIPS = {
-    "original": "Share of the photos as they are.",
-    "solo": "Share of one subject alone on another background.",
-    "pair": "Share of two of your subjects together: this is what keeps look-alikes apart.",
-    "triple": "Share of three of your subjects together.",
-    "beside_prior": "Share of one subject beside another member of its class; needs class pictures with masks.",
+# Label and tooltip of a layout's share.
+LAYOUT_TEXTS = {
+    "original": ("original photos", "Share of the unchanged photos."),
+    "solo": ("one subject", "Share of one subject on another background."),
+    "pair": ("two subjects", "Share of two of your subjects together. They keep look-alikes apart."),
+    "triple": ("three subjects", "Share of three of your subjects together."),
+    "beside_prior": (
+        "subject beside its class",
+        "Share of one subject beside another member of its class. Needs regularization images with masks.",
+    ),
 }
+# Label and tooltip of a background's share.
+BACKGROUNDS = {
+    "scene": ("connected backgrounds", "Share of the images connected to 'backgrounds'."),
+    "infilled": ("filled-in photos", "Share of your photos with the subject filled in."),
+    "prior": ("filled-in regularization images", "Share of regularization images with the subject filled in."),
+    "plain": ("plain colours", "Share of plain colours."),
+}
+# Settings whose inputs a graph of an earlier version may lack.
+OPTIONAL = ("shadow", "min_area", "rotation", "brightness", "row_probability", "collage_caption_probability")
 
 
 class Fusion(ReportsMemory, ConceptFusion):
@@ -38,49 +51,41 @@ class FuseConcepts(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        shares = [
-            io.Float.Input(
-                layout,
-                default=AUTOMATIC,
-                min=AUTOMATIC,
-                max=1.0,
-                step=0.05,
-                tooltip=f"{LAYOUT_TOOLTIPS[layout]} -1: as the number of concepts wants it; 0: never.",
-                extra_dict={"advanced": True},
-            )
-            for layout in LAYOUTS
+        layouts = [_share_input(name, *LAYOUT_TEXTS[name], "by the number of concepts") for name in LAYOUTS]
+        backgrounds = [
+            _share_input(f"background_{name}", label, tooltip, f"{BACKGROUND_SHARES[name]:g}", optional=True)
+            for name, (label, tooltip) in BACKGROUNDS.items()
         ]
         return schema(
             node_id="FaR_ConceptFusion",
             display_name="FaR Concept Fusion",
-            description="Recombine your subjects, class pictures and backgrounds into training pictures with their "
-            "captions and masks. Nothing is built before it is needed; the preview shows the first sixteen.",
+            description="Compose training images with captions and masks from your subjects, regularization images and "
+            "backgrounds. They are composed when needed; the preview shows the first 16.",
             search_aliases=["dataset", "composite", "collage", "augmentation"],
             is_input_list=True,
             is_output_node=True,
             inputs=[
-                FarConcepts.Input("concepts", tooltip="One or more subjects, from FaR Concept."),
+                FarConcepts.Input("concepts", tooltip="One or more concepts, from FaR Concept."),
                 FarPrior.Input(
                     "prior",
+                    display_name="regularization images",
                     optional=True,
-                    tooltip="Class pictures, from FaR Class Prior or FaR Prior From Images. Strongly advised: they "
-                    "keep the class noun's meaning, and beside them a subject learns what is its own.",
+                    tooltip="From FaR Regularization Images, generated or own. Recommended: they keep the meaning of "
+                    "the class noun, and the model learns what sets your subject apart from its class.",
                 ),
                 io.Image.Input(
                     "backgrounds",
                     optional=True,
-                    tooltip="Empty scenes without any such subject, from FaR Empty Scenes or as a list or batch of "
-                    "your own. Ten or more are a good number; without them, the photos' own surroundings and plain "
-                    "colours serve.",
+                    tooltip="Background images without subjects, from FaR Empty Scenes or your own. Ten or more work "
+                    "well. Without them, filled-in photos and plain colours are used.",
                 ),
                 io.String.Input(
                     "background_captions",
                     default="",
                     multiline=True,
                     optional=True,
-                    tooltip="The captions of FaR Empty Scenes, or one line per background, in their order: words that "
-                    "a caption can end with, such as 'in a garden'. An empty line says nothing about it; empty "
-                    "altogether is fine.",
+                    tooltip="The captions of FaR Empty Scenes, or one line per background, in the same order: a phrase "
+                    "that ends the caption, such as 'in a garden'. Lines may be empty.",
                 ),
                 io.Int.Input(
                     "size",
@@ -88,33 +93,36 @@ class FuseConcepts(io.ComfyNode):
                     min=64,
                     max=2048,
                     step=64,
-                    tooltip="Side of the training pictures in pixels: the base's own, 768 for Stable Diffusion 2.1.",
+                    tooltip="Width and height of the training images: the native size of the base model, 768 for "
+                    "Stable Diffusion 2.1.",
                 ),
                 io.Int.Input(
                     "count",
                     default=400,
                     min=1,
                     max=100_000,
-                    tooltip="How many training pictures. 200 per concept are a good number.",
+                    tooltip="Number of training images. 200 per concept work well.",
                 ),
                 io.Int.Input(
                     "fusion_seed",
+                    display_name="seed",
                     default=0,
                     min=0,
                     max=2**53 - 1,
                     control_after_generate=False,
-                    tooltip="Every picture is made from this seed and its number. Another seed makes another dataset.",
+                    tooltip="Another seed makes another dataset.",
                 ),
                 io.Float.Input(
                     "flip",
+                    display_name="flip probability",
                     default=0.5,
                     min=0.0,
                     max=1.0,
                     step=0.05,
-                    tooltip="Share of mirrored subjects. 0 for subjects whose sides differ: writing, a parting, one "
-                    "dark eye.",
+                    tooltip="Probability that a subject is flipped horizontally. Use 0 for asymmetric subjects, for "
+                    "example with text.",
                 ),
-                *shares,
+                *layouts,
                 io.Float.Input(
                     "shadow",
                     default=FusionConfig.shadow,
@@ -122,28 +130,70 @@ class FuseConcepts(io.ComfyNode):
                     max=1.0,
                     step=0.05,
                     optional=True,
-                    tooltip="How dark the soft shadow at a pasted subject's foot is. 0 for subjects that don't stand "
-                    "on ground, such as birds in the air, and for photos from above.",
+                    tooltip="Strength of the shadow under a pasted subject. Use 0 for subjects that don't stand on the "
+                    "ground and for photos from above.",
                     extra_dict={"advanced": True},
                 ),
                 io.Float.Input(
                     "min_area",
+                    display_name="minimum area",
                     default=FusionConfig.min_area,
                     min=0.0,
                     max=0.9,
                     step=0.01,
                     optional=True,
-                    tooltip="A photo whose mask marks less than this share of it is left out, and named in the report. "
-                    "0.03 by default. Lower it together with min_area of FaR Extract Subject.",
+                    tooltip="A photo is skipped if its mask covers less than this fraction of it. Default: 0.03. Lower "
+                    "it together with that of FaR Extract Subject.",
                     extra_dict={"advanced": True},
                 ),
+                io.Float.Input(
+                    "rotation",
+                    default=FusionConfig.rotation,
+                    min=0.0,
+                    max=180.0,
+                    step=1.0,
+                    optional=True,
+                    tooltip="Subjects are rotated by up to this many degrees.",
+                    extra_dict={"advanced": True},
+                ),
+                io.Float.Input(
+                    "brightness",
+                    display_name="brightness jitter",
+                    default=FusionConfig.brightness,
+                    min=0.0,
+                    max=0.9,
+                    step=0.05,
+                    optional=True,
+                    tooltip="The brightness of subjects is changed by up to this fraction.",
+                    extra_dict={"advanced": True},
+                ),
+                io.Float.Input(
+                    "row_probability",
+                    default=FusionConfig.row_probability,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="Probability that several subjects stand close together in a row, at the same size.",
+                    extra_dict={"advanced": True},
+                ),
+                io.Float.Input(
+                    "collage_caption_probability",
+                    default=FusionConfig.collage_caption_probability,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="Probability that the caption calls the image a collage, so that the model ties pasting "
+                    "artifacts to that word.",
+                    extra_dict={"advanced": True},
+                ),
+                *backgrounds,
             ],
             outputs=[
                 FarDataset.Output("dataset", tooltip="For FaR Train or FaR Save Dataset."),
-                io.Image.Output("previews", tooltip="The first sixteen pictures with each subject's mask tinted."),
-                io.String.Output(
-                    "report", tooltip="What the dataset is made of, and what was left out for want of input."
-                ),
+                io.Image.Output("previews", tooltip="The first 16 images, with the subjects' masks tinted."),
+                io.String.Output("report", tooltip="What the dataset is made of, and what was skipped."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -164,21 +214,19 @@ class FuseConcepts(io.ComfyNode):
         prior: Sequence[Sequence[ClassPicture]] = (),
         backgrounds: Sequence[Tensor] = (),
         background_captions: Sequence[str] = (),
-        shadow: Sequence[float] = (FusionConfig.shadow,),
-        min_area: Sequence[float] = (FusionConfig.min_area,),
+        **optional: Sequence[float],
     ) -> io.NodeOutput:
         named = all_of("concepts", concepts, Concept, "FAR_CONCEPTS")
-        weights = layout_weights(
-            len(named), dict(zip(LAYOUTS, (original[0], solo[0], pair[0], triple[0], beside_prior[0])))
-        )
+        layouts = dict(zip(LAYOUTS, (original[0], solo[0], pair[0], triple[0], beside_prior[0])))
+        backdrops = {name: optional.get(f"background_{name}", (AUTOMATIC,))[0] for name in BACKGROUNDS}
         config = FusionConfig(
             size=size[0],
             count=count[0],
             fusion_seed=fusion_seed[0],
             flip=flip[0],
-            shadow=shadow[0],
-            min_area=min_area[0],
-            layout_weights=weights,
+            layout_weights=shares(layouts, LAYOUT_SHARES.get(len(named), MANY_CONCEPTS)),
+            background_weights=shares(backdrops, BACKGROUND_SHARES),
+            **{name: optional[name][0] for name in OPTIONAL if name in optional},
         )
         pictures = all_of("prior", prior, ClassPicture, "FAR_PRIOR")
         scenes = with_phrases(unroll_images(backgrounds, "background"), background_captions)
@@ -189,12 +237,26 @@ class FuseConcepts(io.ComfyNode):
         return io.NodeOutput(fusion, overlays(composites, fusion), report, ui=shown(cls, sheet, report))
 
 
-def layout_weights(concepts: int, chosen: dict[str, float]) -> dict[str, float] | None:
-    """The shares of the layouts: those chosen, and the method's own where a share is below 0. None if all are."""
+def shares(chosen: Mapping[str, float], defaults: Mapping[str, float]) -> dict[str, float] | None:
+    """The chosen shares, with the default where one is below 0. None if all are."""
     if all(share < 0 for share in chosen.values()):
         return None
-    usual = LAYOUT_SHARES.get(concepts, MANY_CONCEPTS)
-    return {layout: usual[layout] if share < 0 else share for layout, share in chosen.items()}
+    return {name: defaults[name] if share < 0 else share for name, share in chosen.items()}
+
+
+def _share_input(name: str, label: str, tooltip: str, default: str, optional: bool = False) -> io.Input:
+    """A share of the training images; ``default`` says what -1 stands for."""
+    return io.Float.Input(
+        name,
+        display_name=f"{label} (share)",
+        default=AUTOMATIC,
+        min=AUTOMATIC,
+        max=1.0,
+        step=0.05,
+        optional=optional,
+        tooltip=f"{tooltip} -1: {default}; 0: never.",
+        extra_dict={"advanced": True},
+    )
 
 
 def with_phrases(scenes: Sequence[Tensor], captions: Sequence[str]) -> list[Background]:

@@ -16,14 +16,15 @@ from torch import Tensor
 
 from ..far_train.models.attention_maps import attention_columns, supervised_side
 from ..far_train.utils.errors import CaptionError
-from .host import check_family, inner_tokenizer
+from .host_models import check_family
+from .host_tokens import inner_tokenizer
 
 _LAYER = re.compile(r"(input|middle|output)_blocks?\.(?:(\d+)\.)?\d+\.transformer_blocks\.(\d+)\.attn2")
 Replacement = Callable[[Tensor, Tensor, Tensor, Mapping[str, Any]], Tensor]
 
 
 def applied_tokens(clip: Any) -> tuple[str, ...]:
-    """The modifier tokens that FaR Apply Weights has put into CLIP. Raises BaseModelError."""
+    """The placeholder tokens that FaR Apply Weights has put into CLIP. Raises BaseModelError."""
     return tuple(getattr(inner_tokenizer(clip), "far_tokens", ()))
 
 
@@ -157,7 +158,7 @@ def _token_rows(clip: Any, text: str, phrases: Sequence[str]) -> Tensor:
         wanted = _words(clip, phrase)
         places, start = [], 0
         for batch in batches:
-            places += [(start + i, _is_modifier(batch[i - 1])) for i in _occurrences(batch, wanted)]
+            places += [(start + i, _is_placeholder(batch[i - 1])) for i in _occurrences(batch, wanted)]
             start += len(batch)
         if not places:
             raise CaptionError(f"concepts: {phrase!r} isn't in the text {text!r}; write it as it stands there")
@@ -177,7 +178,7 @@ def _tokens(clip: Any, text: str) -> list[list[Any]]:
 def _words(clip: Any, phrase: str) -> list[Any]:
     """A phrase's own tokens, without those that begin, end and fill a prompt."""
     tokens, end = _tokens(clip, phrase)[0][1:], inner_tokenizer(clip).end_token
-    return tokens[: next(i for i, token in enumerate(tokens) if not _is_modifier(token) and token == end)]
+    return tokens[: next(i for i, token in enumerate(tokens) if not _is_placeholder(token) and token == end)]
 
 
 def _occurrences(tokens: Sequence[Any], wanted: Sequence[Any]) -> list[int]:
@@ -187,11 +188,11 @@ def _occurrences(tokens: Sequence[Any], wanted: Sequence[Any]) -> list[int]:
     return [i for i in spans if all(map(_same, tokens[i : i + len(wanted)], wanted))]
 
 
-def _is_modifier(token: Any) -> bool:
+def _is_placeholder(token: Any) -> bool:
     return isinstance(token, Tensor)
 
 
 def _same(a: Any, b: Any) -> bool:
-    if _is_modifier(a) or _is_modifier(b):
-        return _is_modifier(a) and _is_modifier(b) and torch.equal(a, b)
+    if _is_placeholder(a) or _is_placeholder(b):
+        return _is_placeholder(a) and _is_placeholder(b) and torch.equal(a, b)
     return a == b

@@ -65,13 +65,13 @@ def stop_if_interrupted() -> None:
         raise_interrupted()
 
 
-def tell(text: str, node_id: str | None) -> None:
+def log_and_show(text: str, node_id: str | None) -> None:
     """Show a line of text on a node that is being executed, and log it."""
     log.info("%s", text)
-    show(text, node_id)
+    show_text(text, node_id)
 
 
-def show(text: str, node_id: str | None) -> None:
+def show_text(text: str, node_id: str | None) -> None:
     """Show a line of text on a node that is being executed."""
     _send(text, node_id, _running_client())
 
@@ -89,7 +89,7 @@ def show_error(error: Exception) -> None:
     words = str(error)
     if not isinstance(error, FarError):  # a fault of some library, whose words alone may say little
         words = f"{type(error).__name__}: {words}"
-    show(words, context.node_id)
+    show_text(words, context.node_id)
 
 
 def shorten_error_names() -> None:
@@ -104,7 +104,8 @@ def shorten_error_names() -> None:
 
 def listen_to_prompts() -> None:
     """Have the host say who posts a prompt before it validates the prompt, which :func:`show_refusal` needs."""
-    if (server := _server()) is not None:
+    server = _server()
+    if server is not None and _note_client not in server.on_prompt_handlers:
         server.add_on_prompt_handler(_note_client)
 
 
@@ -130,6 +131,6 @@ def _send(text: str, node_id: str | None, client: str | None) -> None:
         _server().send_progress_text(html.escape(text, quote=False), node_id, sid=client)
 
 
-def nothing() -> Any:
+def blocked_output() -> Any:
     """In the place of a node's output: what is connected to it doesn't run, and no error is shown."""
     return ExecutionBlocker(None)

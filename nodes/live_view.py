@@ -15,7 +15,7 @@ from ..far_train.evaluation.sheets import loss_curves, picture_grid
 from ..far_train.training.checkpoints import newest_step
 from ..far_train.training.run_folder import METRICS_FILE, read_metrics
 from ..far_train.utils.wording import duration, rate, size_in_words
-from . import host, host_ui
+from . import host_memory, host_ui
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class LiveView:
     def on_phase(self, phase: str, done: int, total: int) -> None:
         if phase != self.phase:
             self.phase = phase
-            self._tell(f"{phase} ({total} pictures)")
+            self._show(f"{phase} ({total} pictures)")
         self.progress.update(done, total)
 
     def on_step(self, step: int, metrics: dict[str, float]) -> None:
@@ -62,8 +62,8 @@ class LiveView:
             picture = self.samples if self.shows_samples else preview(lambda: loss_curves(self.metrics))
             self.next_picture = time.monotonic() + PREVIEW_SECONDS
             pace = (now - self.began) / max(step - self.first, 1)
-            used, total = map(size_in_words, host.memory_in_use())
-            self._tell(
+            used, total = map(size_in_words, host_memory.memory_in_use())
+            self._show(
                 f"step {step} of {self.steps}, loss {metrics['loss']:.4f}, {rate(pace)}, "
                 f"{duration(pace * (self.steps - step))} left, {used} of {total} in use"
             )
@@ -76,14 +76,14 @@ class LiveView:
 
     def on_cancel(self) -> None:
         """Say where the run stands, which is saved."""
-        step = self.metrics[-1]["step"] if self.metrics else self.saved
+        step = newest_step(self.folder / "checkpoints")
         if step:
-            host_ui.tell(f"stopped at step {step} of {self.steps} and saved; press Run to resume", self.node_id)
+            host_ui.log_and_show(f"stopped at step {step} of {self.steps} and saved; press Run to resume", self.node_id)
         else:
-            host_ui.tell("stopped before the first step; press Run to start over", self.node_id)
+            host_ui.log_and_show("stopped before the first step; press Run to start over", self.node_id)
 
-    def _tell(self, line: str) -> None:
-        host_ui.tell(f"{self.note}\n{line}" if self.note else line, self.node_id)
+    def _show(self, line: str) -> None:
+        host_ui.log_and_show(f"{self.note}\n{line}" if self.note else line, self.node_id)
 
 
 def preview(draw: Callable[[], Image.Image]) -> Image.Image | None:

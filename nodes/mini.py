@@ -19,14 +19,14 @@ class MiniCheckpoint(io.ComfyNode):
         return schema(
             node_id="FaR_MiniCheckpoint",
             display_name="FaR Mini Checkpoint",
-            description="A small model of Stable Diffusion 2.1's kind that comes with the pack. It knows a drawn world "
-            f"of {SIZE} px pictures: 'a photo of a red cat with a hat and a blue robot, on the beach'. It trains in "
-            "minutes, also without a GPU.",
+            description="A small model of the Stable Diffusion 2.1 architecture that comes with the pack. It generates "
+            f"drawings of {SIZE} px: 'a photo of a red cat with a hat and a blue robot, on the beach'. Training takes "
+            "minutes, even without a GPU.",
             search_aliases=["tiny model", "demo checkpoint", "test model"],
             outputs=[
-                Model.Output("model", tooltip="v-prediction, as Stable Diffusion 2.1's."),
-                Clip.Output("clip", tooltip="Its text encoder. It knows the words of its world."),
-                Vae.Output("vae", tooltip=f"Its VAE. Draw at {SIZE} × {SIZE} pixels."),
+                Model.Output("model", tooltip="The UNet (v-prediction, like Stable Diffusion 2.1)."),
+                Clip.Output("clip", tooltip="The text encoder."),
+                Vae.Output("vae", tooltip=f"The VAE. Generate at {SIZE} × {SIZE} pixels."),
             ],
         )
 
@@ -44,16 +44,15 @@ class MiniPhotos(io.ComfyNode):
         return schema(
             node_id="FaR_MiniPhotos",
             display_name="FaR Mini Photos",
-            description="Photos of a subject of the small world, for trying everything on. Two subjects of one kind "
-            "look alike on purpose.",
+            description="Sample photos for the mini checkpoint. The two subjects of each class look alike on purpose.",
             search_aliases=["sample photos", "demo images"],
             inputs=[
-                io.Combo.Input("subject", options=list(SUBJECTS), tooltip=f"Whose photos. {who}."),
-                io.Int.Input("count", default=5, min=1, max=20, tooltip="How many photos. 4 to 5 are enough."),
+                io.Combo.Input("subject", options=list(SUBJECTS), tooltip=f"The subject of the photos. {who}."),
+                io.Int.Input("count", default=5, min=1, max=20, tooltip="Number of photos. 4 or 5 are enough."),
             ],
             outputs=[
                 io.Image.Output("images", is_output_list=True, tooltip="The photos, one by one."),
-                io.String.Output("names", is_output_list=True, tooltip="Their names."),
+                io.String.Output("names", is_output_list=True, tooltip="The names of the photos."),
             ],
             hidden=[io.Hidden.unique_id],
         )

@@ -18,7 +18,7 @@ from ..far_train.data.settings import ExtractConfig
 from ..far_train.data.subjects import Prompt, Subject, SubjectExtractor, subject_from_mask
 from ..far_train.mini.shipped import SAM, small_sam
 from ..far_train.utils.errors import FarError, PhotoError, SubjectError
-from . import host, host_ui
+from . import host_folders, host_memory, host_ui
 from .pictures import HOW_TO_GET_MASKS, counted, doubts, match_masks, photo_labels, some_of, unroll_images, unroll_masks
 from .previews import as_image, refusal_shown, shown, subject_sheet
 from .prompts import BOX_FORMATS, read_prompts
@@ -37,35 +37,36 @@ class LoadPhotos(io.ComfyNode):
         return schema(
             node_id="FaR_LoadPhotos",
             display_name="FaR Load Photos",
-            description="Load all photos of a folder as a list: upright, each in its own size, in the order of their "
-            "names.",
+            description="Load all photos of a folder as a list, in their own sizes, sorted by name, with EXIF rotation "
+            "applied.",
             search_aliases=["load images from folder", "image folder", "batch load"],
             inputs=[
                 io.Combo.Input(
                     "folder",
-                    options=host.input_subfolders(),
-                    tooltip="A folder inside ComfyUI's input folder that holds the photos of one subject. 4 to 20 "
-                    "photos, with different surroundings, are a good number.",
+                    options=host_folders.input_subfolders(),
+                    tooltip="A folder in ComfyUI's input folder with photos of one subject. 4 to 20 photos in "
+                    "different surroundings work well.",
                 ),
                 io.Int.Input(
                     "max_side",
+                    display_name="longest side",
                     default=1024,
                     min=0,
                     max=MAX_SIDE,
                     step=64,
-                    tooltip="Larger photos are scaled down to this longest side, in pixels. 1024 suits training at "
-                    "768; 0 keeps every photo as it is, which needs much memory.",
+                    tooltip="Larger photos are scaled down to this size, in pixels. 1024 suits training at 768. "
+                    "0: original size, which needs a lot of memory.",
                 ),
             ],
             outputs=[
-                io.Image.Output("images", is_output_list=True, tooltip="The photos, one by one, each in its own size."),
+                io.Image.Output("images", is_output_list=True, tooltip="The photos as a list, each in its own size."),
                 io.Mask.Output(
                     "masks",
                     is_output_list=True,
-                    tooltip="One mask per photo, of its size, 1 = subject: NAME.mask.png beside NAME.jpg, else the "
-                    "photo's transparency. All zeros where a photo has neither.",
+                    tooltip="One mask per photo, of the same size, 1 = subject: from NAME.mask.png beside NAME.jpg, or "
+                    "from the photo's transparency. All zeros if there is neither.",
                 ),
-                io.String.Output("names", is_output_list=True, tooltip="The file names without suffix, one per photo."),
+                io.String.Output("names", is_output_list=True, tooltip="The file names without extension."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -73,17 +74,17 @@ class LoadPhotos(io.ComfyNode):
     @classmethod
     @refusal_shown
     def validate_inputs(cls, folder: str) -> bool | str:
-        if folder is None or folder in host.input_subfolders():
+        if folder is None or folder in host_folders.input_subfolders():
             return True
         return (
-            f"folder: there is no folder '{folder}' in {host.input_folder()}; "
+            f"folder: there is no folder '{folder}' in {host_folders.input_folder()}; "
             "make one there and put the photos of a subject in it"
         )
 
     @classmethod
     def fingerprint_inputs(cls, folder: str, max_side: int) -> str:
         try:
-            photos = list_photos(host.input_folder() / folder)
+            photos = list_photos(host_folders.input_folder() / folder)
         except (PhotoError, TypeError):
             return "none"
         return files_fingerprint([f for p in photos for f in (p, mask_path(p))])
@@ -92,8 +93,8 @@ class LoadPhotos(io.ComfyNode):
     def execute(cls, folder: str, max_side: int) -> io.NodeOutput:
         check_choice(cls.validate_inputs(folder or ""))
         photos, skipped = [], []
-        paths = list_photos(host.input_folder() / folder)
-        unread = describe_unread(host.input_folder() / folder)
+        paths = list_photos(host_folders.input_folder() / folder)
+        unread = describe_unread(host_folders.input_folder() / folder)
         progress = host_ui.Progress(len(paths), cls.hidden.unique_id)
         for i, path in enumerate(paths):
             host_ui.stop_if_interrupted()
@@ -110,7 +111,7 @@ class LoadPhotos(io.ComfyNode):
         names = [p.name for p in photos]
         masked = sum(p.mask is not None for p in photos)
         text = f"{counted(len(photos), 'photo')}, {masked} of them with a mask"
-        warnings = [f"left out: {reason}" for reason in skipped]
+        warnings = [f"skipped: {reason}" for reason in skipped]
         warnings += [note for photo in photos for note in photo.notes]
         warnings += [unread] if unread else []
         warnings += doubts(images, [p.mask for p in photos], names)
@@ -129,19 +130,20 @@ class LoadSam(io.ComfyNode):
         return schema(
             node_id="FaR_LoadSAM",
             display_name="FaR Load SAM",
-            description="Load segment-anything (ViT-B, -L or -H) from models/sams. Nothing is unpickled.",
+            description="Load a Segment Anything model (ViT-B, ViT-L or ViT-H) from models/sams. Files are read "
+            "without running pickled code.",
             search_aliases=["segment anything", "SAMLoader"],
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=[*host.model_files("sams"), SMALL_SAM],
-                    tooltip="A segment-anything file in models/sams. sam_vit_b (375 MB) is enough for clear photos; "
-                    "sam_vit_h (2.6 GB) finds finer outlines. SAM 2 and HQ-SAM are other models and don't fit. "
-                    f"'{SMALL_SAM}' comes with the pack and knows the drawn subjects of FaR Mini Photos alone.",
+                    options=[*host_folders.model_files("sams"), SMALL_SAM],
+                    tooltip="A Segment Anything file in models/sams. sam_vit_b (375 MB) is enough for clear photos; "
+                    "sam_vit_h (2.6 GB) finds finer outlines. SAM 2 and HQ-SAM are not supported. "
+                    f"'{SMALL_SAM}' comes with the pack and only knows the drawn subjects of FaR Mini Photos.",
                 )
             ],
             outputs=[
-                SamModel.Output("sam_model", tooltip="For FaR Extract Subject, or any node that takes a SAM_MODEL.")
+                SamModel.Output("sam_model", tooltip="For FaR Extract Subject or any node that takes a SAM_MODEL.")
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -149,7 +151,7 @@ class LoadSam(io.ComfyNode):
     @classmethod
     @refusal_shown
     def validate_inputs(cls, model_name: str) -> bool | str:
-        if model_name in (None, SMALL_SAM) or model_name in host.model_files("sams"):
+        if model_name in (None, SMALL_SAM) or model_name in host_folders.model_files("sams"):
             return True
         return (
             f"model_name: there is no '{model_name}' in models/sams; put a segment-anything file there, such as "
@@ -168,13 +170,13 @@ class LoadSam(io.ComfyNode):
         check_choice(cls.validate_inputs(model_name or ""))
         # It rests on the CPU, and is on the compute device only while a node works with it.
         sam = small_sam() if model_name == SMALL_SAM else load_sam(sam_path(model_name))
-        host_ui.tell(f"{model_name} is loaded", cls.hidden.unique_id)
+        host_ui.log_and_show(f"{model_name} is loaded", cls.hidden.unique_id)
         return io.NodeOutput(sam)
 
 
 def sam_path(name: str) -> Path:
     """The file behind a choice of FaR Load SAM. Raises FileNotFoundError."""
-    return SAM if name == SMALL_SAM else host.model_path("sams", name)
+    return SAM if name == SMALL_SAM else host_folders.model_path("sams", name)
 
 
 class ExtractSubject(io.ComfyNode):
@@ -185,72 +187,73 @@ class ExtractSubject(io.ComfyNode):
         return schema(
             node_id="FaR_ExtractSubject",
             display_name="FaR Extract Subject",
-            description="Find the subject of each photo with segment-anything: by a box, by points, or, without "
-            "either, in the middle. Photos without a usable subject are left out and named in the report.",
+            description="Segment the subject of each photo with Segment Anything, from a box, points, or the centre of "
+            "the photo. Photos without a usable subject are skipped and listed in the report.",
             search_aliases=["segment", "cut out", "remove background", "mask"],
             is_input_list=True,
             is_output_node=True,
             inputs=[
-                io.Image.Input("images", tooltip="The photos of one subject: a list (FaR Load Photos) or a batch."),
+                io.Image.Input("images", tooltip="Photos of one subject, as a list (FaR Load Photos) or a batch."),
                 SamModel.Input(
                     "sam_model",
                     optional=True,
-                    tooltip="From FaR Load SAM or another pack's SAM loader. Not needed if every photo has a mask.",
+                    tooltip="From FaR Load SAM or the SAM loader of another pack. Not needed if every photo has a mask."
+                    "",
                 ),
                 io.Mask.Input(
                     "masks",
                     optional=True,
-                    tooltip="Masks that the photos already have, such as those of FaR Load Photos. A photo whose mask "
-                    "isn't empty keeps it; SAM looks only at the others.",
+                    tooltip="Existing masks, such as those of FaR Load Photos. SAM only segments photos whose mask is "
+                    "empty.",
                 ),
                 io.MultiType.Input(
                     "box",
                     [io.BBOX, BoundingBox],
                     optional=True,
-                    tooltip="A box around the subject in pixels of the photo: one for all photos, or a list with one "
-                    "for each. If a detector sends several, the one with the best score is used.",
+                    tooltip="A bounding box around the subject, in pixels: one for all photos, or a list with one per "
+                    "photo. Of several detections, the one with the highest score is used.",
                 ),
                 io.String.Input(
                     "names",
                     optional=True,
                     force_input=True,
-                    tooltip="The photos' names, for the report and for 'points'. Connect FaR Load Photos.",
+                    tooltip="The names of the photos, for the report and for 'points'. Connect FaR Load Photos.",
                 ),
                 io.Combo.Input(
                     "box_format",
                     options=list(BOX_FORMATS),
-                    tooltip="What the four numbers of a box mean; packs differ. Boxes with named sides need no choice.",
+                    tooltip="What the four numbers of a box mean. Boxes with named sides don't need this.",
                 ),
                 io.String.Input(
                     "points",
                     default="",
                     multiline=True,
-                    tooltip="JSON, in pixels of the photo. Empty: the middle. For all photos: [[x, y], [x, y, 0]], "
-                    "where 0 "
-                    'marks what is not the subject. For some: {"2": [[x, y]], "garden": {"box": [x0, y0, x1, y1]}}, by '
-                    "number or name.",
+                    tooltip="JSON, in pixels. Empty: the centre of the photo. For all photos: [[x, y], [x, y, 0]], "
+                    "where 0 marks background. For single photos, by number or name: "
+                    '{"2": [[x, y]], "garden": {"box": [x0, y0, x1, y1]}}.',
                 ),
                 io.Float.Input(
                     "min_area",
+                    display_name="minimum area",
                     default=ExtractConfig().min_area,
                     min=0.0,
                     max=0.9,
                     step=0.01,
-                    tooltip="A subject that covers less than this share of the photo is not taken. 0.03 by default.",
+                    tooltip="A photo is skipped if its subject covers less than this fraction of it. Default: 0.03.",
                 ),
                 io.Combo.Input(
                     "use_masks",
                     options=list(MASK_USES),
                     optional=True,
-                    tooltip=f"'{MASK_USES[0]}': a photo's mask is its subject. '{MASK_USES[1]}': SAM looks for the "
-                    "exact outline around a roughly painted mask, such as one from the mask editor.",
+                    tooltip=f"'{MASK_USES[0]}': keep the masks. '{MASK_USES[1]}': SAM refines the outline of roughly "
+                    "painted masks, such as those of the mask editor.",
                 ),
             ],
             outputs=[
-                io.Image.Output("images", is_output_list=True, tooltip="The photos that show a subject."),
+                io.Image.Output("images", is_output_list=True, tooltip="The photos with a subject."),
                 io.Mask.Output("masks", is_output_list=True, tooltip="Their masks, 1 = subject, in the same order."),
-                io.String.Output("report", tooltip="One line per photo: SAM's score, or why it was left out."),
-                io.Image.Output("preview", tooltip="The subjects on a checkerboard, as one picture."),
+                io.String.Output("report", tooltip="One line per photo: SAM's score, or why it was skipped."),
+                io.Image.Output("preview", tooltip="The subjects on a checkerboard, as one image."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -284,7 +287,7 @@ class ExtractSubject(io.ComfyNode):
         config = ExtractConfig(min_area=min_area[0], use_masks="hint" if use_masks[0] == MASK_USES[1] else "keep")
         for photo, subject in find_subjects(photos, sam, prompts, config):
             if isinstance(subject, FarError):
-                report.append(f"left out: {subject}")
+                report.append(f"skipped: {subject}")
             else:
                 subjects.append(subject)
                 report.append(
@@ -296,7 +299,7 @@ class ExtractSubject(io.ComfyNode):
         found, cut = [s.image for s in subjects], [s.mask for s in subjects]
         sheet = subject_sheet(found, cut, [s.name for s in subjects])
         text = f"a subject in {len(subjects)} of {counted(len(photos), 'photo')}"
-        warnings = [line for line in report if line.startswith("left out")]
+        warnings = [line for line in report if line.startswith("skipped")]
         guessed = [label for label, p, m in zip(labels, prompts, given) if m is None and p == Prompt()]
         if guessed and len(box):
             warnings.append(f"{some_of(guessed)}: no box was given; SAM looked in the middle of the photo")
@@ -329,7 +332,7 @@ def find_subjects(
         raise SubjectError(
             "this SAM_MODEL is HQ-SAM, which is called in another way; load an original SAM ViT-B, -L or -H"
         )
-    with host.on_compute_device(sam):
+    with host_memory.on_compute_device(sam):
         for photo, prompt in zip(photos, prompts):
             host_ui.stop_if_interrupted()
             try:

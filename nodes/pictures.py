@@ -9,11 +9,10 @@ from torch import Tensor
 
 from ..far_train.data.captions import check_noun
 from ..far_train.data.masks import describe_faint, looks_inverted
+from ..far_train.data.settings import ExtractConfig
 from ..far_train.utils.errors import SubjectError
 
 FAINT_SHARE = 0.01  # of the photo: a mask that is dark everywhere but not black on this much was meant to mark it
-# A mask that marks more than this hardly is one of a subject.
-WHOLE_SHARE = 0.95
 # A grey picture of which two shades make up this much is a mask, maybe with a soft edge, and not a photo.
 TWO_SHADES_SHARE = 0.95
 
@@ -23,7 +22,8 @@ HOW_TO_GET_MASKS = (
 )
 
 INVERT_TOOLTIP = (
-    "On if the masks are 1 on the background: LoadImage's masks of cut-outs are. Off for FaR nodes and segmenters."
+    "Turn on if the masks are 1 on the background, as LoadImage's masks of transparent images are. Leave off for FaR "
+    "nodes and segmenters."
 )
 
 
@@ -111,7 +111,7 @@ def doubts(images: Sequence[Tensor], masks: Sequence[Tensor | None], labels: Seq
     drawn = [label for image, label in zip(images, labels) if looks_like_mask(image)]
     lines = []
     if whole:
-        share = f"more than {WHOLE_SHARE:.0%} of the picture"
+        share = f"more than {ExtractConfig.max_area:.0%} of the picture"
         lines.append(f"{some_of(whole)}: the mask covers {share}; all of it counts as the subject")
     if drawn:
         lines.append(f"{some_of(drawn)}: has only two grey values; is it a mask and not a photo?")
@@ -120,7 +120,7 @@ def doubts(images: Sequence[Tensor], masks: Sequence[Tensor | None], labels: Seq
 
 def covers_all(mask: Tensor) -> bool:
     """Whether a mask [H,W] marks all but the whole picture."""
-    return float((mask >= 0.5).float().mean()) > WHOLE_SHARE
+    return float((mask >= 0.5).float().mean()) > ExtractConfig.max_area
 
 
 def looks_like_mask(image: Tensor) -> bool:

@@ -31,7 +31,7 @@ def shown(
     display = dict(ui.PreviewImage(as_image(picture), cls=cls).as_dict())
     text = "\n".join([*warnings, text])
     if text:
-        host_ui.tell(text, cls.hidden.unique_id)
+        host_ui.log_and_show(text, cls.hidden.unique_id)
         display["text"] = [text]
     return display
 
@@ -55,11 +55,13 @@ def refusal_shown(validate: Callable[..., bool | str]) -> Callable[..., bool | s
 
 
 def errors_shown(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
-    """Decorator of a node: what goes wrong while it is executed also appears on it.
+    """Decorator of a node: what goes wrong while it is executed also appears on it. A second time it changes nothing.
 
     Else it would go on showing what it last said, and the front end keeps an error's own words behind a button.
     """
     execute = node.execute.__func__
+    if hasattr(execute, "shows_errors"):
+        return node
 
     @functools.wraps(execute)
     def execute_and_show(cls: type[io.ComfyNode], *args: Any, **inputs: Any) -> io.NodeOutput:
@@ -69,6 +71,7 @@ def errors_shown(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
             host_ui.show_error(e)
             raise
 
+    execute_and_show.shows_errors = True
     node.execute = classmethod(execute_and_show)
     return node
 

@@ -14,6 +14,8 @@ from ..far_train.models.weights import FarWeights
 from ..far_train.utils.errors import ConfigError
 
 CATEGORY = "FaR"
+# Words of input ids as labels spell them.
+ABBREVIATIONS = {"clip": "CLIP", "vae": "VAE", "lora": "LoRA", "sam": "SAM", "lr": "learning rate"}
 
 Model = io.Model
 Clip = getattr(io, "Clip", None) or io.CLIP
@@ -22,10 +24,20 @@ Vae = getattr(io, "Vae", None) or io.VAE
 FarConcepts = io.Custom("FAR_CONCEPTS")  # Carried(far_train.data.concepts.Concept, …)
 FarPrior = io.Custom("FAR_PRIOR")  # Carried(far_train.data.concepts.ClassPicture, …)
 FarDataset = io.Custom("FAR_DATASET")  # a far_train.data.concepts.TrainingSet
-FarOptions = io.Custom("FAR_OPTIONS")  # nodes.training.Options
+FarOptions = io.Custom("FAR_OPTIONS")  # nodes.train_options.Options
 FarWeightsSocket = io.Custom("FAR_WEIGHTS")  # CarriedWeights
 BoundingBox = io.Custom("BOUNDING_BOX")  # boxes of the host's newer nodes; other packs send BBOX
 SamModel = io.Custom("SAM_MODEL")  # the segment-anything instance that other packs use
+
+
+def base_inputs(
+    model: str = "The base model that will be trained: Stable Diffusion 2.1.",
+    clip: str = "Its CLIP.",
+    vae: str | None = "Its VAE.",
+) -> list[io.Input]:
+    """The sockets of a base model with these tooltips; without VAE if it has none."""
+    inputs = [Model.Input("model", tooltip=model), Clip.Input("clip", tooltip=clip)]
+    return inputs if vae is None else [*inputs, Vae.Input("vae", tooltip=vae)]
 
 
 class ReportsMemory:
@@ -36,7 +48,7 @@ class ReportsMemory:
 
 
 class Carried(ReportsMemory, tuple):
-    """A tuple of concepts or class pictures."""
+    """A tuple of concepts or regularization images."""
 
 
 class CarriedWeights(ReportsMemory, FarWeights):
@@ -91,6 +103,17 @@ def all_of(name: str, given: Sequence[Any], kind: type, called: str) -> list[Any
 
 
 def schema(**settings: Any) -> io.Schema:
-    """A node's schema in the pack's category; settings that this host doesn't know (search_aliases …) are left out."""
+    """A node's schema in the pack's category; settings that this host doesn't know (search_aliases …) are skipped.
+
+    Ids of several words are shown with spaces: ``lora_rank`` as "LoRA rank".
+    """
+    for node_input in settings.get("inputs", ()):
+        if node_input.display_name is None and "_" in node_input.id:
+            node_input.display_name = label(node_input.id)
     known = {field.name for field in dataclasses.fields(io.Schema)}
     return io.Schema(**{"category": CATEGORY} | {name: value for name, value in settings.items() if name in known})
+
+
+def label(input_id: str) -> str:
+    """An input's id in words."""
+    return " ".join(ABBREVIATIONS.get(word, word) for word in input_id.split("_"))

@@ -1,12 +1,10 @@
-"""Training in the graph: the rare knobs, and the trainer itself."""
+"""Training in the graph."""
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,104 +23,11 @@ from ..far_train.training.latent_cache import check_captions
 from ..far_train.training.recipe import Callbacks, train
 from ..far_train.training.run_folder import WEIGHTS_FILE, find_run, run_identity, what_changed
 from ..far_train.training.settings import TrainConfig
-from ..far_train.utils.config import first_name
 from ..far_train.utils.errors import ConfigError, Interrupted
-from . import host, host_ui, sockets
+from . import host_folders, host_memory, host_models, host_ui, sockets
 from .live_view import LiveView, metrics_of
 from .naming import file_name
-
-# TrainConfig's fields that FaR_TrainOptions shows, in order; FaR_Train itself asks for the few that matter most.
-COMMON = ("prior_batch_size", "micro_batch", "gradient_checkpointing", "precision", "sample_every", "save_every")
-RARE = (
-    "embedding_lr",
-    "kv_lr",
-    "weight_decay",
-    "max_grad_norm",
-    "vectors_per_token",
-    "prior_loss_weight",
-    "background_weight",
-    "min_snr_gamma",
-    "refinement_weight",
-    "refinement_ramp",
-    "noun_weight",
-    "competition_weight",
-    "localization",
-    "attention_cells",
-    "num_class_images",
-    "class_image_steps",
-    "sample_steps",
-    "keep_checkpoints",
-    "trainable",  # last, since saved graphs keep their widgets' values by position
-    "lora_rank",
-    "lora_lr",
-    "lr_decay",
-)
-
-
-@dataclass(frozen=True)
-class Options:
-    """What FAR_OPTIONS carries: fields of TrainConfig, and after how many minutes a training rests (0: never)."""
-
-    settings: dict[str, Any] = field(default_factory=dict)
-    time_limit: float = 0.0
-
-
-class TrainOptions(io.ComfyNode):
-    """The settings of the recipe that are seldom changed."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
-        limit = io.Float.Input(
-            "time_limit",
-            default=0.0,
-            min=0.0,
-            max=100_000.0,
-            step=1.0,
-            tooltip="Minutes after which the training saves and rests; queue the graph again to go on. 0: no limit.",
-        )
-        common = [_setting_input(fields[name], advanced=False) for name in COMMON]
-        return sockets.schema(
-            node_id="FaR_TrainOptions",
-            display_name="FaR Train Options",
-            description="Settings of the FaR training that are seldom changed. The defaults are the method's.",
-            search_aliases=["fuse and refine", "training settings"],
-            inputs=[limit, *common, *(_setting_input(fields[name], advanced=True) for name in RARE)],
-            outputs=[sockets.FarOptions.Output(display_name="options", tooltip="For FaR Train.")],
-        )
-
-    @classmethod
-    def execute(cls, time_limit: float, **settings: Any) -> io.NodeOutput:
-        kinds = TrainConfig.kinds()
-        settings = TrainConfig.current_names(settings)
-        settings = {k: None if kinds[k].optional and not v else v for k, v in settings.items()}
-        TrainConfig(**settings)  # a bad combination is reported here, where it was made
-        return io.NodeOutput(Options(settings, time_limit))
-
-
-def _setting_input(setting: dataclasses.Field, advanced: bool) -> io.Input:
-    """A widget for a field of TrainConfig, with the field's own help and range; 0 stands for "none".
-
-    Its id is the setting's first name, and former choices stay behind those of today: saved graphs hold them.
-    """
-    about, default, name = setting.metadata, setting.default, first_name(setting)
-    kind = TrainConfig.kinds()[setting.name]
-    tooltip = about["help"][0].upper() + about["help"][1:] + "."
-    for old, new in about["was_values"].items():
-        tooltip += f" {old} is the former name of {new}."
-    if kind.optional:
-        tooltip += " 0 stands for none."
-    shared = {"tooltip": tooltip, "extra_dict": {"advanced": advanced}}
-    if about["choices"]:
-        return io.Combo.Input(name, options=[*about["choices"], *about["was_values"]], default=default, **shared)
-    if kind.type is bool:
-        return io.Boolean.Input(name, default=default, **shared)
-    low = 0 if kind.optional else about["low"]
-    bounds = {"min": low, "max": about["high"], **shared}
-    if kind.type is float:
-        step = 1e-6 if name.endswith("_lr") else 0.001
-        return io.Float.Input(name, default=default or 0.0, step=step, round=False, **bounds)
-    return io.Int.Input(name, default=default or 0, **bounds)
+from .train_options import Options
 
 
 class Train(io.ComfyNode):
@@ -134,76 +39,82 @@ class Train(io.ComfyNode):
             node_id="FaR_Train",
             display_name="FaR Train",
             description=(
-                "Teaches Stable Diffusion 2.1 the concepts of a dataset (Fuse-and-Refine). The run is kept in "
-                "output/far/NAME: an unchanged graph never trains twice, a cancelled run goes on when queued again."
+                "Fine-tune Stable Diffusion 2.1 on the concepts of a dataset (Fuse-and-Refine). The run is saved in "
+                "output/far/NAME: a finished run is loaded instead of trained again, and a cancelled run resumes."
             ),
             search_aliases=["fuse and refine", "dreambooth", "custom diffusion", "textual inversion", "finetune"],
             inputs=[
-                sockets.Model.Input(
-                    "model", tooltip="The base: Stable Diffusion 2.1, with any LoRA you like. Not changed."
+                *sockets.base_inputs(
+                    model="The base model: Stable Diffusion 2.1, with any LoRA applied. It is not changed.",
+                    clip="The CLIP of the same checkpoint. It is not changed.",
+                    vae="The VAE of the same checkpoint. It is not changed.",
                 ),
-                sockets.Clip.Input("clip", tooltip="The CLIP that belongs to MODEL. Not changed."),
-                sockets.Vae.Input("vae", tooltip="The VAE that belongs to MODEL. Not changed."),
                 sockets.FarDataset.Input("dataset", tooltip="From FaR Concept Fusion or FaR Load Dataset."),
                 io.Int.Input(
                     "steps",
                     default=0,
                     min=0,
                     max=10_000_000,
-                    tooltip="Training steps. 0: 500 per concept, at most 2500.",
+                    tooltip="Optimizer steps. 0: 500 per concept, at most 2500.",
                 ),
                 io.Int.Input(
                     "batch_size",
                     default=2,
                     min=1,
                     max=4096,
-                    tooltip="Composites per step; as many class pictures come on top (see FaR Train Options).",
+                    tooltip="Composites per step. Regularization images are added to them (see FaR Train Options).",
                 ),
                 io.Int.Input(
                     "train_seed",
+                    display_name="seed",
                     default=0,
                     min=0,
                     max=2**53 - 1,
                     control_after_generate=False,
-                    tooltip="Seed of noise, timesteps and order. Another seed is another run.",
+                    tooltip="Seed of noise, timesteps and batch order. Another seed starts another run.",
                 ),
                 io.String.Input(
                     "name",
+                    display_name="run name",
                     default="my-concepts",
-                    tooltip="Folder below output/far. Where another run has that name, a number is added.",
+                    tooltip="Folder of the run in output/far. A number is added if another run has that name.",
                 ),
                 io.String.Input(
                     "sample_prompt",
+                    display_name="sample prompts",
                     default="",
                     multiline=True,
                     optional=True,
-                    tooltip="Prompts of the sample pictures, one a line, with your tokens: a photo of a <corgi-dog> "
-                    "dog on a beach. Empty: each concept, and all together.",
+                    tooltip="Prompts of the sample images, one per line, with placeholder tokens: a photo of a "
+                    "<corgi-dog> dog on a beach. Empty: each concept, and all together.",
                 ),
                 sockets.FarOptions.Input(
-                    "options", optional=True, tooltip="From FaR Train Options: the rare settings."
+                    "options",
+                    display_name="advanced options",
+                    optional=True,
+                    tooltip="Advanced options, from FaR Train Options.",
                 ),
                 sockets.FarWeightsSocket.Input(
                     "continue_from",
                     optional=True,
-                    tooltip="Weights of the same base to learn on from, for more steps or with one more concept. They "
-                    "make it another run.",
+                    tooltip="FaR weights of the same base model to continue from, with more steps or another concept. "
+                    "This starts a new run.",
                 ),
                 io.Boolean.Input(
                     "dry_run",
                     default=False,
                     optional=True,
-                    tooltip="Only say what the training will cost: steps, time, memory, disk. Takes a few steps aside "
-                    "to measure it and keeps nothing; what is behind this node doesn't run.",
+                    tooltip="Only estimate the cost of the training: steps, time, memory, disk. Runs a few throw-away "
+                    "steps. Nodes after this one don't run.",
                 ),
             ],
             outputs=[
                 sockets.FarWeightsSocket.Output(
                     display_name="weights", tooltip="For FaR Apply Weights and Save Weights."
                 ),
-                io.Image.Output(display_name="curve", tooltip="The losses over the steps."),
-                io.Image.Output(display_name="samples", tooltip="The last sample pictures of the run."),
-                io.String.Output(display_name="run_folder", tooltip="Where the run is kept: log, samples, weights."),
+                io.Image.Output(display_name="curve", tooltip="The loss curves."),
+                io.Image.Output(display_name="samples", tooltip="The latest sample images."),
+                io.String.Output(display_name="run_folder", tooltip="The folder of the run: log, samples, weights."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -232,22 +143,22 @@ class Train(io.ComfyNode):
                 "steps": steps or None,
                 "batch_size": batch_size,
                 "train_seed": train_seed,
-                "device": str(host.compute_device()),
-                "class_image_cache": str(host.output_folder() / "far" / "priors"),
+                "device": str(host_memory.compute_device()),
+                "class_image_cache": str(host_folders.output_folder() / "far" / "priors"),
                 "sample_prompts": [line.strip() for line in sample_prompt.splitlines() if line.strip()],
             }
         )
         check_sample_prompts(config.sample_prompts, [name.token for name in dataset.names])
         total = config.steps_for(len(dataset.names))
         config = config.replace(sample_every=min(config.sample_every, total))  # so that a short run has samples, too
-        with host.no_inference_mode():
+        with host_memory.no_inference_mode():
             if continue_from is not None:
                 sockets.check_sockets(continue_from=(continue_from, FarWeights, "FAR_WEIGHTS"))
-            identity = run_identity(host.identify_base(model, clip, vae), dataset, config, continue_from)
+            identity = run_identity(host_models.identify_base(model, clip, vae), dataset, config, continue_from)
             name = file_name(name, "run")
-            folder, finished = find_run(host.output_folder() / "far", name, identity)
+            folder, finished = find_run(host_folders.output_folder() / "far", name, identity)
             if finished:
-                host_ui.tell(f"{folder.name} is trained already: loaded from {folder}", cls.hidden.unique_id)
+                host_ui.log_and_show(f"{folder.name} is trained already: loaded from {folder}", cls.hidden.unique_id)
             elif dry_run:
                 with _freed_base(model, clip, vae) as base:
                     cost = measure_cost(
@@ -258,8 +169,8 @@ class Train(io.ComfyNode):
                         steps_done=len(metrics_of(folder)),
                         should_stop=host_ui.interrupted,
                     )
-                host_ui.tell(f"dry run of {folder.name}\n{cost.words}", cls.hidden.unique_id)
-                return io.NodeOutput(*[host_ui.nothing()] * 4, ui={"text": (cost.words,)})
+                host_ui.log_and_show(f"dry run of {folder.name}\n{cost.words}", cls.hidden.unique_id)
+                return io.NodeOutput(*[host_ui.blocked_output()] * 4, ui={"text": (cost.words,)})
             else:
                 live = LiveView(cls.hidden.unique_id, folder, total, new_run_note(folder, name, identity))
                 _train(model, clip, vae, dataset, config, folder, continue_from, options.time_limit, live)
@@ -328,14 +239,14 @@ def _train(
 @contextmanager
 def _freed_base(model: Any, clip: Any, vae: Any) -> Iterator[BaseModel]:
     """The graph's base for a while, with the device to itself; gives the memory back however it ends."""
-    base = host.read_base(model, clip, vae)
+    base = host_models.read_base(model, clip, vae)
     try:
-        host.free_everything()
+        host_memory.unload_models()
         yield base
     finally:
         base.to("meta")  # frees the weights even where a traceback still holds the modules
         del base
-        host.give_back()
+        host_memory.empty_cache()
 
 
 def _last_samples(folder: Path) -> Tensor:
@@ -345,4 +256,4 @@ def _last_samples(folder: Path) -> Tensor:
     return torch.stack([load_photo(p).image for p in newest]) if newest else torch.zeros(1, 64, 64, 3)
 
 
-NODES: list[type[io.ComfyNode]] = [TrainOptions, Train]
+NODES: list[type[io.ComfyNode]] = [Train]

@@ -18,7 +18,7 @@ from ..far_train.models.fingerprint import kv_digest
 from ..far_train.models.weights import FarWeights, describe
 from ..far_train.utils.errors import ConfigError, WeightsError
 from ..far_train.utils.files import parse_json
-from . import host, host_ui, sockets
+from . import host_folders, host_memory, host_models, host_tokens, host_ui, sockets
 from .naming import file_name, place
 from .previews import refusal_shown
 from .prompt_graph import unpatched_prompts
@@ -37,33 +37,34 @@ class SaveWeights(io.ComfyNode):
             node_id="FaR_SaveWeights",
             display_name="FaR Save Weights",
             description=(
-                "Saves FaR weights to models/far, and if wanted as a LoRA (models/loras) and embeddings "
-                "(models/embeddings) for stock nodes. Nothing is overwritten: a taken name gets a number."
+                "Save FaR weights to models/far, and optionally as a LoRA (models/loras) and embeddings "
+                "(models/embeddings) for stock nodes. Nothing is overwritten: a number is added to a name in use."
             ),
             search_aliases=["export lora", "export embedding"],
             inputs=[
                 sockets.FarWeightsSocket.Input("weights", tooltip="From FaR Train or FaR Load Weights."),
-                io.String.Input("name", default="my-concepts", tooltip="File name without folder and suffix."),
+                io.String.Input("name", default="my-concepts", tooltip="File name without folder and extension."),
                 io.Boolean.Input(
                     "export_lora",
                     default=False,
-                    tooltip="Also write the cross-attention changes as a LoRA; use it with the embeddings.",
+                    tooltip="Also save a LoRA for the stock LoRA loader. Use it together with the embeddings.",
                 ),
                 io.Boolean.Input(
                     "export_embeddings",
                     default=False,
-                    tooltip="Also write one embedding per concept, used in prompts as embedding:corgi-dog.",
+                    tooltip="Also save one embedding per concept. In prompts: embedding:corgi-dog.",
                 ),
                 io.Int.Input(
                     "lora_rank",
                     default=0,
                     min=0,
                     max=1024,
-                    tooltip="Rank of the LoRA: a smaller file that comes near. 0: the changes as they are.",
+                    tooltip="Rank of the exported LoRA. A lower rank gives a smaller file, but only an approximation. "
+                    "0: exact.",
                     extra_dict={"advanced": True},
                 ),
             ],
-            outputs=[io.String.Output(display_name="files", tooltip="The files written, one a line.")],
+            outputs=[io.String.Output(display_name="files", tooltip="The saved files, one per line.")],
             is_output_node=True,
         )
 
@@ -75,17 +76,17 @@ class SaveWeights(io.ComfyNode):
         stem = file_name(name.removesuffix(".safetensors"), "weights")
         files = []
         # Exports are made aside and then placed, so that none of them lands on a file of the same name.
-        with host.no_inference_mode(), TemporaryDirectory(prefix="far-") as made:
+        with host_memory.no_inference_mode(), TemporaryDirectory(prefix="far-") as made:
             whole = Path(made) / "weights.safetensors"
             weights.save(whole)
-            files.append(place(whole, host.model_folder("far"), stem))
+            files.append(place(whole, host_folders.model_folder("far"), stem))
             if export_lora:
                 lora = Path(made) / "lora.safetensors"
                 export.export_lora(weights, lora, lora_rank or None)
-                files.append(place(lora, host.model_folder("loras"), stem))
+                files.append(place(lora, host_folders.model_folder("loras"), stem))
             if export_embeddings:
                 for path in export.export_embeddings(weights, Path(made) / "embeddings"):
-                    files.append(place(path, host.model_folder("embeddings"), path.stem))
+                    files.append(place(path, host_folders.model_folder("embeddings"), path.stem))
         text = "\n".join(map(str, files))
         return io.NodeOutput(text, ui={"text": (text,)})
 
@@ -98,11 +99,11 @@ class LoadWeights(io.ComfyNode):
         return sockets.schema(
             node_id="FaR_LoadWeights",
             display_name="FaR Load Weights",
-            description="Loads FaR weights from models/far: those that FaR Save Weights or the command line wrote.",
-            inputs=[io.Combo.Input("file", options=host.model_files("far"), tooltip="A file in models/far.")],
+            description="Load FaR weights from models/far, saved by FaR Save Weights or the command line.",
+            inputs=[io.Combo.Input("file", options=host_folders.model_files("far"), tooltip="A file in models/far.")],
             outputs=[
                 sockets.FarWeightsSocket.Output(display_name="weights", tooltip="For FaR Apply Weights."),
-                io.String.Output(display_name="about", tooltip="Concepts, base and training settings, as JSON."),
+                io.String.Output(display_name="about", tooltip="Concepts, base model and training settings, as JSON."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -110,7 +111,7 @@ class LoadWeights(io.ComfyNode):
     @classmethod
     @refusal_shown
     def validate_inputs(cls, file: str | None) -> bool | str:
-        if file is None or file in host.model_files("far"):  # None: linked, known only when it runs
+        if file is None or file in host_folders.model_files("far"):  # None: linked, known only when it runs
             return True
         return f"file: models/far holds no file '{file}'; train with FaR Train and FaR Save Weights, or copy it there"
 
@@ -118,16 +119,16 @@ class LoadWeights(io.ComfyNode):
     def fingerprint_inputs(cls, file: str | None) -> str:
         if file is None:
             return ""
-        about = host.model_path("far", file).stat()
+        about = host_folders.model_path("far", file).stat()
         return f"{file} {about.st_size} {about.st_mtime_ns}"
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
         sockets.check_choice(cls.validate_inputs(file or ""))
-        with host.no_inference_mode():
-            weights = sockets.CarriedWeights.load(host.model_path("far", file))
+        with host_memory.no_inference_mode():
+            weights = sockets.CarriedWeights.load(host_folders.model_path("far", file))
         nouns = weights.provenance.nouns
-        host_ui.tell(", ".join(f"{token} {nouns[token]}" for token in weights.embeddings), cls.hidden.unique_id)
+        host_ui.log_and_show(", ".join(f"{token} {nouns[token]}" for token in weights.embeddings), cls.hidden.unique_id)
         return io.NodeOutput(weights, json.dumps(describe(weights), indent=2))
 
 
@@ -140,13 +141,16 @@ class ApplyWeights(io.ComfyNode):
             node_id="FaR_ApplyWeights",
             display_name="FaR Apply Weights",
             description=(
-                "Makes MODEL and CLIP know the concepts: write <corgi-dog> dog in any prompt node behind it. Several "
-                "of these nodes can follow each other."
+                "Apply FaR weights to MODEL and CLIP. Then use the placeholder tokens in any prompt: <corgi-dog> dog. "
+                "Several of these nodes can be chained."
             ),
             search_aliases=["fuse and refine", "lora loader"],
             inputs=[
-                sockets.Model.Input("model", tooltip="The base that the weights were trained on."),
-                sockets.Clip.Input("clip", tooltip="The CLIP that belongs to MODEL."),
+                *sockets.base_inputs(
+                    model="The base model that the weights were trained on.",
+                    clip="The CLIP of the same checkpoint.",
+                    vae=None,
+                ),
                 sockets.FarWeightsSocket.Input("weights", tooltip="From FaR Train or FaR Load Weights."),
                 io.Float.Input(
                     "strength",
@@ -154,20 +158,20 @@ class ApplyWeights(io.ComfyNode):
                     min=-4.0,
                     max=4.0,
                     step=0.05,
-                    tooltip="Strength of the change of MODEL, which all concepts share. 0: MODEL as it is.",
+                    tooltip="Strength of the LoRA, which all concepts share. 0: MODEL is not changed.",
                 ),
                 io.String.Input(
                     "concept_strength",
                     default="",
                     multiline=True,
                     optional=True,
-                    tooltip="How much each token differs from its bare noun, one a line: <corgi-dog>=0.8. "
-                    "1: as learned (the default), 0: the noun alone. JSON is fine, too.",
+                    tooltip="Strength of single placeholder tokens, one per line or as JSON: <corgi-dog>=0.8. "
+                    "1: as trained (the default), 0: the class noun only.",
                 ),
             ],
             outputs=[
                 sockets.Model.Output(tooltip="For the sampler."),
-                sockets.Clip.Output(tooltip="For prompts with your tokens."),
+                sockets.Clip.Output(tooltip="For prompts with placeholder tokens."),
             ],
             hidden=[io.Hidden.prompt],
         )
@@ -181,14 +185,16 @@ class ApplyWeights(io.ComfyNode):
             raise ConfigError(f"strength: {strength} is out of range; it must be between -4 and 4")
         strengths = parse_strengths(concept_strength, weights)
         for node_id, tokens in unpatched_prompts(cls.hidden.prompt or {}, list(weights.embeddings)).items():
-            host_ui.tell(
+            host_ui.log_and_show(
                 f"{' and '.join(tokens)} will be read as plain text here: connect the CLIP of FaR Apply Weights",
                 node_id,
             )
-        with host.no_inference_mode(), torch.no_grad():
+        with host_memory.no_inference_mode(), torch.no_grad():
             check_fits(weights, model, clip)
             rows = {t: _between(clip, weights, t, strengths.get(t, 1.0)) for t in weights.embeddings}
-            return io.NodeOutput(host.apply_changes(model, weights, strength), host.apply_tokens(clip, rows))
+            return io.NodeOutput(
+                host_models.patch_model(model, weights, strength), host_tokens.apply_tokens(clip, rows)
+            )
 
 
 def check_fits(weights: FarWeights, model: Any, clip: Any) -> None:
@@ -197,14 +203,16 @@ def check_fits(weights: FarWeights, model: Any, clip: Any) -> None:
     Raises BaseModelError, WeightsError. Shapes are checked where the weights are put in.
     """
     about = weights.provenance
-    mark = host.mark_base(model, clip)
-    if about.prediction_type != mark.prediction_type:
+    host_models.check_family(model, clip)
+    prediction_type = host_models.prediction_type(model)
+    if about.prediction_type != prediction_type:
         raise WeightsError(
-            f"weights: trained on a base with {about.prediction_type}, MODEL has {mark.prediction_type}; use the base "
-            "that they were trained on"
+            f"weights: trained on a base with {about.prediction_type}, MODEL has {prediction_type}; use the base that "
+            "they were trained on"
         )
     # MODEL without the graph's patches counts as well: other FaR weights or a LoRA may have been applied before.
-    if about.base_digest not in (mark.digest, kv_digest(host.kv_weights(model, patched=False))):
+    digests = (kv_digest(host_models.kv_weights(model, patched=patched)) for patched in (True, False))
+    if about.base_digest not in digests:
         log.warning("These FaR weights were trained on another base of the same shape than MODEL; likeness may suffer.")
 
 
@@ -235,7 +243,7 @@ def _between(clip: Any, weights: FarWeights, token: str, strength: float) -> Ten
     learned = weights.embeddings[token].float()
     if strength == 1:
         return learned
-    bare = host.noun_embedding(clip, weights.provenance.nouns[token])
+    bare = host_tokens.noun_embedding(clip, weights.provenance.nouns[token])
     if bare.shape[-1] != learned.shape[-1]:
         return learned  # refused with the right words where it is put in
     return torch.lerp(bare.expand_as(learned), learned, strength)

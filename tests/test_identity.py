@@ -84,6 +84,15 @@ def test_a_fingerprint_is_computed_anew_only_for_other_weights(base: BaseModel, 
     assert len(seen) == 5
 
 
+def test_a_fingerprint_from_elsewhere_holds_until_the_weights_change(base: BaseModel):
+    own = base.fingerprint
+    base.remember_fingerprint("known")
+    assert base.fingerprint == "known"
+    with torch.no_grad():
+        base.vae.decoder.conv_out.bias.add_(1)
+    assert base.fingerprint not in ("known", own)
+
+
 def test_a_run_of_an_earlier_version_is_called_so(base: BaseModel, fusion, tmp_path: Path):
     train(base, fusion, QUICK, tmp_path)
     begun = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))

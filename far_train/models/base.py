@@ -75,15 +75,24 @@ class BaseModel:
 
         Writes through ``.data`` are seen by samples of each tensor alone.
         """
-        states = {part: getattr(self, part).state_dict(keep_vars=True) for part in PARTS}
-        tensors = [tensor for state in states.values() for tensor in state.values()]
+        tensors, seen = self._tensors()
         # The objects themselves, since the memory of one that was replaced is given to another.
         known = self._fingerprint.get("tensors", [])
-        seen = [(t.data_ptr(), t._version, *_samples(t)) for t in tensors]
         same = len(known) == len(tensors) and all(a is b for a, b in zip(known, tensors))
         if not same or self._fingerprint["seen"] != seen:
-            self._fingerprint.update(tensors=tensors, seen=seen, value=base_fingerprint(states))
+            self.remember_fingerprint(base_fingerprint({part: getattr(self, part).state_dict() for part in PARTS}))
         return self._fingerprint["value"]
+
+    def remember_fingerprint(self, value: str) -> None:
+        """Take ``value`` for the fingerprint of the weights as they are: for callers that computed it elsewhere."""
+        tensors, seen = self._tensors()
+        self._fingerprint.update(tensors=tensors, seen=seen, value=value)
+
+    def _tensors(self) -> tuple[list[Tensor], list[tuple]]:
+        """All parameters and buffers, and by what a write to each of them is noticed."""
+        states = (getattr(self, part).state_dict(keep_vars=True) for part in PARTS)
+        tensors = [tensor for state in states for tensor in state.values()]
+        return tensors, [(t.data_ptr(), t._version, *_samples(t)) for t in tensors]
 
     @cached_property
     def alphas_cumprod(self) -> Tensor:

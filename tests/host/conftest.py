@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from .comfy_server import HOW_TO_GET_A_HOST, ComfyServer, Host, find_host, find_python
+from ..tiny_sam import save_tiny, tiny_sam
+from .comfy_server import ComfyServer
+from .find_host import HOW_TO_GET_A_HOST, Host, find_host, find_python
 
 
 @pytest.fixture(scope="session")
@@ -43,3 +46,9 @@ def template_files(comfy: ComfyServer) -> Iterator[None]:
         path.unlink()
     for folder in folders:
         folder.rmdir()
+
+
+@pytest.fixture(scope="module")
+def sam_file(comfy: ComfyServer) -> Path:
+    """A small SAM with random weights in models/sams."""
+    return save_tiny(comfy.folder("models/sams") / "tiny.safetensors", tiny_sam(3))

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from .comfy_server import HOW_TO_GET_A_HOST, Host, HostError, find_host, find_python
+from .find_host import HOW_TO_GET_A_HOST, Host, HostError, find_host, find_python
 
 FOLDER = "tests/host/"
 

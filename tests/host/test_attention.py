@@ -17,8 +17,8 @@ from far_train.models.weights import FarWeights
 
 from .comfy_server import ComfyServer, ExecutionFailed
 from .graphs import node
+from .photos import pictures
 from .test_mini import drawn, mini, random_weights
-from .test_photos import pictures
 
 TEXT = "a photo of a <rex-dog> dog and a <max-dog> dog, on the beach"
 TIMESTEPS = (500, 250)

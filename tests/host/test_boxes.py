@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from .comfy_server import ComfyServer
-from .test_photos import extraction, node, photo_folder, pictures, sam_file  # noqa: F401  (a fixture)
+from .graphs import node
+from .photos import extraction, photo_folder, pictures
 
 pytestmark = pytest.mark.usefixtures("sam_file")
 

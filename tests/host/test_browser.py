@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from ..test_workflows import inside, overlap
-from .comfy_server import REPO, ComfyServer, script
+from .comfy_server import ComfyServer
+from .find_host import REPO, script
 
 locales = script("locales")
 TEMPLATES = sorted((REPO / "workflows").glob("*.json"))
@@ -24,7 +25,7 @@ MINUTES = 60_000  # milliseconds
 LOWERED = {
     "Photos of Rex": {"count": 2},
     "Photos of Max": {"count": 2},
-    "Class pictures": {"count": 2, "steps": 2},
+    "Regularization images": {"count": 2, "steps": 2},
     "Empty places": {"each": 1, "steps": 2},
     "Training pictures": {"count": 4},
     "Settings for a small model": {"prior_batch_size": 1, "sample_steps": 2},
@@ -108,7 +109,7 @@ def test_the_small_one_runs_by_its_button(front_end: FrontEnd):
     there = f"([title, count]) => ({LOADED_PICTURES})(title).length === count"
     page.wait_for_function(there, arg=["Rex and Max", 4], timeout=2 * MINUTES)
     assert page.evaluate(LOADED_PICTURES, "Rex and Max") == [[128, 128]] * 4
-    singles = ("Photos of Rex", "Cut out Max", "Name Rex", "Class pictures", "Training pictures", "Loss curve")
+    singles = ("Photos of Rex", "Cut out Max", "Name Rex", "Regularization images", "Training pictures", "Loss curve")
     for title, count in {"Samples while it learned": 3, **dict.fromkeys(singles, 1)}.items():
         page.wait_for_function(there, arg=[title, count])  # made before, yet it may load after
     assert "<rex-dog> dog: 2 photos" in page.inner_text("body")  # as text: the front end would read a token as HTML

@@ -17,8 +17,8 @@ from far_train.models.weights import FarWeights
 from .comfy_server import ComfyServer
 from .graphs import encoded, node, predicted
 from .listener import NODE_TEXT, Listener
+from .photos import pictures
 from .test_mini import drawn, mini, random_weights
-from .test_photos import pictures
 from .test_weights import TOLERANCE, difference
 
 TEXT = "a photo of a <rex-dog> dog and a <max-dog> dog, on the beach"

@@ -9,7 +9,7 @@ import pytest
 from ..tiny_encoders import write_encoder
 from .comfy_server import ComfyServer, ExecutionFailed
 from .graphs import node
-from .test_photos import pictures
+from .photos import pictures
 
 ORACLE = "FaR mini oracle (built in)"
 

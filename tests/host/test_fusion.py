@@ -1,4 +1,4 @@
-"""Class pictures, Concept Fusion and dataset folders in the real host."""
+"""Regularization images, Concept Fusion and dataset folders in the real host."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from PIL import Image
 from far_train.data.dataset import DatasetFolder
 
 from .comfy_server import ComfyServer, ExecutionFailed, PromptRejected
-from .test_photos import node, photo_folder, pictures, refusal, sam_file  # noqa: F401  (a fixture)
+from .graphs import node
+from .photos import photo_folder, pictures, refusal
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "two_dogs"
 AUTOMATIC = dict.fromkeys(("original", "solo", "pair", "triple", "beside_prior"), -1.0)
@@ -98,7 +99,7 @@ def test_priors_and_backgrounds_with_their_words(comfy: ComfyServer, folders: di
     outputs = comfy.run(prompt)
     assert "2 pictures of a disc, 2 of them with a mask" in outputs["31"]["text"][0]
     assert "beside_prior 20%" in report(outputs) and "scene 45%" in report(outputs)
-    assert "30 pictures of 128 px, 2 class pictures" in report(outputs)
+    assert "30 pictures of 128 px, 2 regularization images" in report(outputs)
     dataset = DatasetFolder(comfy.folder("output") / "far" / "datasets" / "with priors")
     captions = [dataset.composite(i).caption for i in range(30)]
     assert any("by the sea" in caption for caption in captions)
@@ -237,9 +238,9 @@ def test_class_pictures_are_drawn_once_and_more_are_added(comfy: ComfyServer):
     outputs = comfy.run(drawing_priors(comfy))
     first = {p: t for p, t in drawn(comfy).items() if p not in before}
     assert len(first) == 2
-    assert "2 class pictures, 0 of them with a mask" in outputs["40"]["text"][0]
+    assert "2 regularization images, 0 of them with a mask" in outputs["40"]["text"][0]
     assert all(np.asarray(Image.open(p)).shape == (64, 64, 3) for p in first)
-    assert "2 class pictures" in report(outputs)
+    assert "2 regularization images" in report(outputs)
 
     comfy.run(drawing_priors(comfy, count=3))
     later = {p: t for p, t in drawn(comfy).items() if p not in before}
@@ -258,11 +259,11 @@ def test_masks_of_class_pictures_are_made_once(comfy: ComfyServer, sam_file: Pat
     outputs = comfy.run(prompt)
     folder = Path(outputs["40"]["text"][0].rpartition(" in ")[2])
     masks = list(folder.glob("disc/*.mask.png"))
-    assert f"2 class pictures, {len(masks)} of them with a mask" in outputs["40"]["text"][0]
+    assert f"2 regularization images, {len(masks)} of them with a mask" in outputs["40"]["text"][0]
     mended = folder / "disc" / "0000.mask.png"
     Image.new("L", (64, 64), 255).save(mended)
     prompt["40"]["inputs"]["count"] = 1
-    assert "1 class picture, 1 of them with a mask" in comfy.run(prompt)["40"]["text"][0]
+    assert "1 regularization image, 1 of them with a mask" in comfy.run(prompt)["40"]["text"][0]
 
 
 def test_a_cancel_keeps_what_is_drawn(comfy: ComfyServer):
@@ -350,7 +351,7 @@ def test_two_dogs(comfy: ComfyServer):
     outputs = comfy.run(prompt)
     assert "5 photos, 5 of them with a mask" in outputs["10"]["text"][0]
     text = report(outputs)
-    assert "2 concepts: <corgi-dog> dog, <chow-dog> dog" in text and "12 class pictures" in text
+    assert "2 concepts: <corgi-dog> dog, <chow-dog> dog" in text and "12 regularization images" in text
     assert "is skipped" not in text
     dataset = DatasetFolder(comfy.folder("output") / "far" / "datasets" / "two_dogs")
     assert dataset.composite_count() == 8 and dataset.prior_count() == 12

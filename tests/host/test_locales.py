@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .comfy_server import ComfyServer, script
+from .comfy_server import ComfyServer
+from .find_host import script
 
 locales = script("locales")
 

@@ -13,7 +13,7 @@ from PIL import Image
 from .comfy_server import ComfyServer, PromptRejected
 from .graphs import defaults, node
 from .listener import Listener
-from .test_photos import SIZES, concept, photo_folder, preview_of
+from .photos import SIZES, concept, photo_folder, preview_of
 from .test_training import training
 
 STRANGER = "stranger"
@@ -164,7 +164,7 @@ def test_masks_of_whole_pictures_and_masks_for_photos_are_told(comfy: ComfyServe
     for node_id, (whole, drawn) in (labels | {"5": labels["2"]}).items():
         first, second, _ = outputs[node_id]["text"][0].splitlines()
         if node_id == "4":  # which leaves out what can't be a subject's mask
-            assert first == f"left out: {whole}: the mask covers 100.00% of the frame, more than max_area (95.00%)"
+            assert first == f"skipped: {whole}: the mask covers 100.00% of the frame, more than max_area (95.00%)"
         else:
             assert first == f"{whole}: the mask covers more than 95% of the picture; all of it counts as the subject"
         assert second == f"{drawn}: has only two grey values; is it a mask and not a photo?"

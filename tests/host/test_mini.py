@@ -16,7 +16,7 @@ from torch import Tensor
 from far_train.data.dataset import DatasetFolder
 from far_train.data.images import to_pil
 from far_train.data.subjects import SubjectExtractor
-from far_train.mini.shipped import SIZE, SUBJECTS, sample_photos, small_base, small_sam
+from far_train.mini.shipped import FUSING, SIZE, SUBJECTS, sample_photos, small_base, small_sam
 from far_train.models.base import BaseModel, kv_weights
 from far_train.models.sampling import encode_prompts, plain_vocabulary
 from far_train.models.weights import FarWeights, Provenance
@@ -25,8 +25,9 @@ from far_train.training.run_folder import read_metrics
 from far_train.training.settings import TrainConfig
 
 from .comfy_server import ComfyServer, PromptRejected
+from .find_host import REPO
 from .graphs import defaults, encoded, node, predicted
-from .test_photos import pictures
+from .photos import concept, photo_folder, pictures
 from .test_weights import TOLERANCE, difference, diffusers_result
 
 PROMPTS = (
@@ -274,4 +275,26 @@ def test_from_photos_to_pictures_of_both(comfy: ComfyServer):
     assert [m["step"] for m in read_metrics(run / "metrics.jsonl")] == [1, 2]
     learned = FarWeights.load(run / "weights.safetensors")
     assert list(learned.embeddings) == ["<rex-dog>", "<max-dog>"]
-    assert any(learned.change(name).any() for name in learned.shapes())
+    assert any(learned.delta(name).any() for name in learned.shapes())
+
+
+def test_the_small_ones_fuse_as_the_demo_does(comfy: ComfyServer):
+    """What suits the small world is in the templates too, since the nodes' defaults are for Stable Diffusion 2.1."""
+    for path in [next((REPO / "workflows" / "api").glob(f"{number} *.json")) for number in (0, 6)]:
+        prompt = json.loads(path.read_text(encoding="utf-8"))
+        (fusion,) = (i for i, entry in prompt.items() if entry["class_type"] == "FaR_ConceptFusion")
+        inputs = prompt[fusion]["inputs"]
+        for name in ("concepts", "prior", "backgrounds", "background_captions"):
+            del inputs[name]
+        photo_folder(comfy, "as_the_demo", sizes={"a": (128, 128)})
+        prompt = {
+            "1": node("FaR_LoadPhotos", folder="as_the_demo", max_side=1024),
+            "2": concept(["1", 0], ["1", 1]),
+            "3": node("FaR_ConceptFusion", **inputs | {"concepts": ["2", 0], "backgrounds": ["1", 0]}),
+            "4": node("FaR_SaveDataset", dataset=["3", 0], name=f"fused as {path.stem[0]}"),
+        }
+        comfy.run(prompt)
+        dataset = comfy.base / "output/far/datasets" / f"fused as {path.stem[0]}" / "dataset.json"
+        made = json.loads(dataset.read_text(encoding="utf-8"))["about"]["fusion"]
+        made["background_weights"] = {k: share for k, share in made["background_weights"].items() if share}
+        assert made == FUSING.replace(count=inputs["count"]).to_dict()

@@ -8,7 +8,7 @@ from PIL import Image
 
 from .comfy_server import ComfyServer
 from .graphs import node
-from .test_photos import concept, extraction, photo_folder, preview_of, refusal
+from .photos import concept, extraction, photo_folder, preview_of, refusal
 
 pytestmark = pytest.mark.usefixtures("comfy")
 
@@ -44,7 +44,7 @@ def test_own_masks_are_judged_where_subjects_are_extracted(comfy: ComfyServer):
     del prompt["2"], prompt["3"]["inputs"]["sam_model"]
     report = comfy.run(prompt)["4"]["text"][0].splitlines()
     assert report[0].startswith(
-        "left out: photo 1 (a): the subject covers 0.42% of the frame, less than min_area (3.00%)"
+        "skipped: photo 1 (a): the subject covers 0.42% of the frame, less than min_area (3.00%)"
     )
     assert report[1:] == ["photo 2 (b): own mask", "photo 3 (c): own mask"]
 

@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from .comfy_server import ComfyServer, ExecutionFailed, Host, PromptRejected
+from .comfy_server import ComfyServer, ExecutionFailed, PromptRejected
+from .find_host import Host
 
 
 def drawing(prediction: str = "v_prediction", size: int = 128, **loader) -> dict:

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw
 
-from .comfy_server import ComfyServer, Host, PromptRejected, default_packs
+from .comfy_server import ComfyServer, PromptRejected, default_packs
+from .find_host import Host
 from .graphs import defaults, encoded, node, tiny_base
 from .test_training import training
 

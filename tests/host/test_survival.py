@@ -15,7 +15,8 @@ import pytest
 from far_train.models.weights import FarWeights
 from far_train.training.run_folder import read_metrics
 
-from .comfy_server import REPO, ComfyServer, ExecutionFailed, Host, default_packs
+from .comfy_server import ComfyServer, ExecutionFailed, default_packs
+from .find_host import REPO, Host
 from .graphs import node
 from .listener import Listener
 from .test_mini import line

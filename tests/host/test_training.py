@@ -22,7 +22,8 @@ from far_train.training.recipe import train
 from far_train.training.run_folder import read_metrics
 from far_train.training.settings import TrainConfig
 
-from .comfy_server import ComfyServer, ExecutionFailed, Host
+from .comfy_server import ComfyServer, ExecutionFailed
+from .find_host import Host
 from .graphs import defaults, encoded, node, predicted
 from .listener import NODE_TEXT, PREVIEW, Listener
 from .test_weights import diffusers_configs
@@ -82,7 +83,7 @@ def test_a_training_gives_pictures_and_a_finished_run(comfy: ComfyServer):
     kept = FarWeights.load(comfy.base / "models" / "far" / "first.safetensors")
     run = FarWeights.load(folder / "weights.safetensors")
     assert kept.provenance == run.provenance
-    assert kept.digest() == run.digest() and any(run.change(name).any() for name in run.shapes())
+    assert kept.digest() == run.digest() and any(run.delta(name).any() for name in run.shapes())
 
 
 def test_progress_and_pictures_are_seen_while_it_trains(comfy: ComfyServer):
@@ -290,7 +291,7 @@ def test_another_seed_trains_anew_beside_the_first(comfy: ComfyServer):
     comfy.run(training(comfy, "seeds", train_seed=1))
     assert state_of(run_folder(comfy, "seeds")) == before
     first, second = (FarWeights.load(run_folder(comfy, n) / "weights.safetensors") for n in ("seeds", "seeds-2"))
-    assert any(not torch.equal(first.change(k), second.change(k)) for k in first.shapes())
+    assert any(not torch.equal(first.delta(k), second.delta(k)) for k in first.shapes())
     # Back to the first seed: both are found again.
     comfy.run(training(comfy, "seeds", sample_prompt="a ball"))
     assert not run_folder(comfy, "seeds-3").exists()

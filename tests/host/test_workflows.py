@@ -21,7 +21,8 @@ from far_train.cli.comfy_client import RunningHost, run_workflow, set_inputs
 from far_train.data.sam import build_sam
 
 from ..tiny_sam import TINY, save_tiny
-from .comfy_server import REPO, ComfyServer, Host, script
+from .comfy_server import ComfyServer
+from .find_host import REPO, Host, script
 from .graphs import tiny_base
 
 WORKFLOWS = {path.stem[0]: path for path in sorted((REPO / "workflows").glob("*.json"))}
@@ -131,8 +132,8 @@ def test_the_small_one_runs_to_the_end_as_it_is(comfy: ComfyServer, tmp_path):
     changes = (
         "Photos of Rex.count=2",
         "Photos of Max.count=2",
-        "Class pictures.count=2",
-        "Class pictures.steps=2",
+        "Regularization images.count=2",
+        "Regularization images.steps=2",
         "Empty places.scenes=an empty beach | on the beach",
         "Empty places.steps=2",
         "Training pictures.count=4",
@@ -153,7 +154,7 @@ def test_the_small_one_runs_to_the_end_as_it_is(comfy: ComfyServer, tmp_path):
         "Photos of Rex",
         "Cut out Max",
         "Name Max",
-        "Class pictures",
+        "Regularization images",
         "Empty places",
         "Training pictures",
         "Loss curve",
@@ -206,11 +207,11 @@ def prepared(dogs: ComfyServer, tmp_path_factory) -> list[Path]:
         "Segment Anything.model_name=tiny.safetensors",
         "Photos of the corgi.max_side=256",
         "Photos of the chow.max_side=256",
-        "Class pictures.count=2",
-        "Class pictures.steps=2",
+        "Regularization images.count=2",
+        "Regularization images.steps=2",
         "Empty places.scenes=an empty beach | on the beach",
         "Empty places.steps=2",
-        f"Class pictures.size={SIZE}",
+        f"Regularization images.size={SIZE}",
         f"Empty places.size={SIZE}",
         f"Training pictures.size={SIZE}",
         "Training pictures.count=6",
@@ -229,7 +230,7 @@ def test_three_subjects_in_one_graph(dogs: ComfyServer, tmp_path):
     # Another size than elsewhere: of nodes that the host finds in its cache it shows nothing again.
     changes = [f"Photos of {who}.max_side=240" for who in ("the corgi", "the chow", "the husky")]
     changes += ["Photos of the husky.folder=chow", "Segment Anything.model_name=tiny.safetensors"]
-    changes += ["Class pictures.count=2", "Class pictures.steps=2", f"Class pictures.size={SIZE}"]
+    changes += ["Regularization images.count=2", "Regularization images.steps=2", f"Regularization images.size={SIZE}"]
     changes += ["Empty places.each=1", "Empty places.steps=2", f"Empty places.size={SIZE}"]
     changes += [f"Training pictures.size={SIZE}", "Training pictures.count=8", "Training pictures.triple=1"]
     changes += ["Learn the dogs.steps=2", "Learn the dogs.batch_size=1", "Draw.steps=2"]
@@ -243,7 +244,13 @@ def test_three_subjects_in_one_graph(dogs: ComfyServer, tmp_path):
 
 def test_prepare_runs_to_the_end(dogs: ComfyServer, prepared):
     shown = {path.stem for path in prepared}
-    assert {"Cut out the corgi", "Cut out the chow", "Name the chow", "Class pictures", "Training pictures"} <= shown
+    assert {
+        "Cut out the corgi",
+        "Cut out the chow",
+        "Name the chow",
+        "Regularization images",
+        "Training pictures",
+    } <= shown
     dataset = dogs.base / "output/far/datasets/two-dogs"
     about = json.loads((dataset / "dataset.json").read_text(encoding="utf-8"))
     assert about["size"] == SIZE and "<corgi-dog>" in json.dumps(about) and "<chow-dog>" in json.dumps(about)

@@ -21,6 +21,7 @@ import torch
 from comfy_api.latest import ComfyExtension, io
 
 from .probes import NODES as PROBES
+from .registry import NODES as REGISTRY
 
 TEXT_WIDTH = 64
 PREDICTIONS = {
@@ -226,7 +227,7 @@ class TestExtension(ComfyExtension):
     """The pack's nodes."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [TinyCheckpoint, *PROBES]
+        return [TinyCheckpoint, *PROBES, *REGISTRY]
 
 
 async def comfy_entrypoint() -> ComfyExtension:

@@ -41,7 +41,7 @@ def disc(colour: tuple[float, float, float], side: int = 96) -> tuple[torch.Tens
 
 
 class Dataset(io.ComfyNode):
-    """Two balls, red and blue, with two class pictures."""
+    """Two balls, red and blue, with two regularization images."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -374,7 +374,7 @@ class ScaledFp8(io.ComfyNode):
         small = (weight / scale).to(torch.float8_e4m3fn)
         layer.load_state_dict({"weight": small, "weight_scale": scale, "comfy_quant": note}, strict=False)
         owner.to_k = layer
-        read = far("nodes.host").kv_weights(model)[name]
+        read = far("nodes.host_models").kv_weights(model)[name]
         error = float((read - weight).abs().max() / weight.abs().max())
         kind = type(layer.weight).__name__
         return io.NodeOutput(ui={"text": (f"{kind} {type(read).__name__} {read.dtype} {error < 0.05} {error}",)})

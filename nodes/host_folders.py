@@ -1,0 +1,54 @@
+"""The host's folders: input, output, and the folders of its models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import folder_paths
+
+# What the pack reads from models/NAME. Other packs may have registered the same folders: theirs and ours are united.
+MODEL_FOLDERS = {"far": {".safetensors"}, "sams": {".pth", ".pt", ".safetensors"}}
+
+
+def input_folder() -> Path:
+    return Path(folder_paths.get_input_directory())
+
+
+def input_subfolders() -> list[str]:
+    """Folders below the input folder, relative, with forward slashes; hidden ones left out."""
+    root = input_folder()
+    found = (p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_dir())
+    return sorted(name for name in found if not any(part.startswith(".") for part in name.split("/")))
+
+
+def output_folder() -> Path:
+    return Path(folder_paths.get_output_directory())
+
+
+def register_model_folders() -> None:
+    """Make models/far and models/sams known, keeping what other packs registered under these names."""
+    for kind, extensions in MODEL_FOLDERS.items():
+        folder_paths.add_model_folder_path(kind, str(Path(folder_paths.models_dir) / kind))
+        paths, known = folder_paths.folder_names_and_paths[kind]
+        folder_paths.folder_names_and_paths[kind] = (paths, set(known) | extensions)
+
+
+def model_files(kind: str) -> list[str]:
+    """Names of the files in models/``kind`` that the host lists."""
+    return folder_paths.get_filename_list(kind)
+
+
+def model_path(kind: str, name: str) -> Path:
+    """The file ``name`` of models/``kind``. Raises FileNotFoundError."""
+    return Path(folder_paths.get_full_path_or_raise(kind, name))
+
+
+def model_subfolders(kind: str) -> list[Path]:
+    """Folders right below models/``kind`` that hold a model in transformers' layout (config.json)."""
+    roots = [Path(root) for root in folder_paths.get_folder_paths(kind) if Path(root).is_dir()]
+    return sorted(path.parent for root in roots for path in root.glob("*/config.json"))
+
+
+def model_folder(kind: str) -> Path:
+    """Where new files of models/``kind`` are written."""
+    return Path(folder_paths.get_folder_paths(kind)[0])

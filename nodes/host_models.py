@@ -1,0 +1,193 @@
+"""The graph's MODEL, CLIP and VAE as a base model of far_train, and FaR weights as patches on MODEL."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import comfy.clip_model
+import comfy.lora
+import comfy.model_sampling
+import torch
+from torch import Tensor
+
+from ..far_train.models.base import FAMILIES, BaseModel, load_base
+from ..far_train.models.fingerprint import base_fingerprint
+from ..far_train.models.keys import ldm_to_diffusers
+from ..far_train.models.weights import FarWeights
+from ..far_train.utils.errors import BaseModelError, WeightsError
+from . import layout
+from .host_memory import training_copy
+from .host_state import read_weights
+from .host_tokens import inner_tokenizer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BaseId:
+    """What identifies a base model for a training: its weights, and what the UNet predicts."""
+
+    fingerprint: str
+    prediction_type: str
+
+
+# By the module that a MODEL patches: the ids of all patches on MODEL, CLIP and VAE → fingerprint.
+_fingerprints: WeakKeyDictionary[torch.nn.Module, dict[tuple, str]] = WeakKeyDictionary()
+
+
+def identify_base(model: Any, clip: Any, vae: Any) -> BaseId:
+    """Identify MODEL, CLIP and VAE by all their weights, with the graph's patches, without building the base.
+
+    Reading and hashing gigabytes takes seconds, so the result is kept for as long as the host keeps MODEL.
+    Raises BaseModelError for another family.
+    """
+    _check_base(model, clip, vae)
+    known, key = _known_fingerprints(model, clip, vae)
+    if key not in known:
+        states, _ = ldm_to_diffusers(*_read_parts(model, clip, vae))
+        known[key] = base_fingerprint(states)
+    return BaseId(known[key], prediction_type(model))
+
+
+def _known_fingerprints(model: Any, clip: Any, vae: Any) -> tuple[dict[tuple, str], tuple]:
+    """The fingerprints of the bases with this MODEL, and the key of the one with these patches.
+
+    The host gives every change of a model's patches an id of its own.
+    """
+    key = (model.patches_uuid, clip.patcher.patches_uuid, clip.layer_idx, vae.patcher.patches_uuid)
+    return _fingerprints.setdefault(model.model, {}), key
+
+
+def read_base(model: Any, clip: Any, vae: Any) -> BaseModel:
+    """MODEL, CLIP and VAE as a base model in fp32 on the CPU, patches baked in; the inputs stay untouched.
+
+    Raises BaseModelError where they are not Stable Diffusion 2.1's.
+    """
+    state, configs = _read_parts(model, clip, vae)
+    base, stated = load_base(state, config=configs), prediction_type(model)
+    if base.prediction_type != stated:
+        # A file's type is measured, since nothing else tells it. In a graph MODEL says how the samplers will read the
+        # UNet's output (ModelSamplingDiscrete may have set it), and training must aim at what they will read.
+        measured = base.prediction_type
+        log.warning("MODEL samples as %s though its weights look like %s; MODEL is believed.", stated, measured)
+        scheduler = {**base.scheduler, "prediction_type": stated}
+        base = dataclasses.replace(base, prediction_type=stated, scheduler=scheduler)
+    sigmas = model.get_model_object("model_sampling").sigmas.float().cpu()
+    if len(sigmas) != 1000 or not torch.allclose(1 / (sigmas**2 + 1), base.alphas_cumprod, atol=1e-3):
+        log.warning("MODEL has a noise schedule of its own (zero terminal SNR?); FaR trains on Stable Diffusion's.")
+    known, key = _known_fingerprints(model, clip, vae)
+    if key in known:
+        base.remember_fingerprint(known[key])
+    else:
+        known[key] = base.fingerprint
+    return base
+
+
+def _read_parts(model: Any, clip: Any, vae: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights in fp32 in the layout of a single file, patches baked in, and the component configs."""
+    _check_base(model, clip, vae)
+    family = FAMILIES["sd21"]
+    unet = read_weights(model, "diffusion_model.")
+    text_prefix = f"{family.embedding_key}.transformer.text_model."
+    text = {k.removeprefix(text_prefix): v for k, v in read_weights(clip.patcher, text_prefix).items()}
+    pixels = read_weights(vae.patcher)
+    encoder = getattr(clip.cond_stage_model, family.embedding_key)
+    heads, activation = _text_details(encoder)
+    configs = layout.component_configs(
+        model.model.model_config.unet_config,
+        text,
+        pixels,
+        prediction_type=prediction_type(model),
+        text_heads=heads,
+        text_activation=activation,
+        text_layers=layout.text_layer_count(text, _text_layer(clip, encoder)),
+        scaling_factor=model.model.latent_format.scale_factor,
+    )
+    tokenizer = inner_tokenizer(clip).tokenizer
+    if len(tokenizer.get_vocab()) != layout.CLIP_VOCABULARY:
+        configs["tokenizer"] = Path(tokenizer.name_or_path)  # a small base's own words
+    state = {f"model.{k}": v for k, v in unet.items()}
+    state |= {f"first_stage_model.{k}": v for k, v in pixels.items()}
+    state |= {f"cond_stage_model.transformer.text_model.{k}": v for k, v in text.items()}
+    return state, configs
+
+
+def prediction_type(model: Any) -> str:
+    """What MODEL's samplers take the UNet's output for. Raises BaseModelError if it is neither v nor ε."""
+    sampling = model.get_model_object("model_sampling")
+    # By the formula and not by the class: LCM and x0 inherit from ε, EDM from v, with formulas of their own.
+    formula = type(sampling).calculate_denoised
+    if formula is comfy.model_sampling.V_PREDICTION.calculate_denoised:
+        return "v_prediction"
+    if formula is comfy.model_sampling.EPS.calculate_denoised:
+        return "epsilon"
+    raise BaseModelError(
+        "MODEL predicts neither v nor ε (LCM, EDM, x0 …); remove its ModelSampling node or use a plain SD 2.1"
+    )
+
+
+def kv_weights(model: Any, patched: bool = True) -> dict[str, Tensor]:
+    """MODEL's cross-attention K/V [channels, context width] by layer name, with or without the graph's patches."""
+    found = read_weights(model, "diffusion_model.", (".attn2.to_k.weight", ".attn2.to_v.weight"), patched)
+    return {k.removeprefix("diffusion_model.").removesuffix(".weight"): v for k, v in found.items()}
+
+
+def check_family(model: Any, clip: Any) -> None:
+    _check_kind("model", model, "MODEL", ("model", "get_key_patches"))
+    _check_kind("clip", clip, "CLIP", ("tokenizer", "patcher", "cond_stage_model"))
+    config = model.model.model_config
+    kind = type(config).__name__
+    name = getattr(getattr(clip, "tokenizer", None), "clip", None)
+    layout.check_family(config.unet_config, kind, name, FAMILIES["sd21"].embedding_key)
+
+
+def _check_base(model: Any, clip: Any, vae: Any) -> None:
+    check_family(model, clip)
+    _check_kind("vae", vae, "VAE", ("patcher", "first_stage_model"))
+
+
+def _check_kind(name: str, value: Any, called: str, attributes: Sequence[str]) -> None:
+    """Refuse what a queue wrote down in place of a link. By attributes, since packs have classes of their own."""
+    if not all(hasattr(value, a) for a in attributes):
+        raise BaseModelError(f"{name}: expected a {called} of another node, got {type(value).__name__}; connect one")
+
+
+def _text_layer(clip: Any, encoder: torch.nn.Module) -> int | None:
+    """The layer whose output conditions the UNet; CLIPSetLastLayer overrides the model's own."""
+    layer, index, _ = encoder.options_default
+    index = clip.layer_idx if clip.layer_idx is not None else index
+    return index if layer == "hidden" or clip.layer_idx is not None else None
+
+
+def _text_details(encoder: torch.nn.Module) -> tuple[int, str]:
+    """Heads and activation of a text encoder, which shapes don't show."""
+    first = encoder.transformer.text_model.encoder.layers[0]
+    names = {function: name for name, function in comfy.clip_model.ACTIVATIONS.items()}
+    return first.self_attn.heads, names[first.mlp.activation]
+
+
+def patch_model(model: Any, weights: FarWeights, strength: float) -> Any:
+    """MODEL with ``strength`` × what the weights change; the input stays as it is. Raises WeightsError."""
+    patched = model.clone()
+    own = {k: tuple(v.shape) for k, v in model.model_state_dict("diffusion_model.").items()}
+    # The host drops unknown keys without a word and logs wrong shapes only when it samples.
+    for name, shape in weights.shapes().items():
+        key = _model_key(name)
+        if own.get(key) != shape:
+            has = "lacks it" if key not in own else f"has {list(own[key])}"
+            raise WeightsError(f"weights: {key} is {list(shape)}, MODEL {has}; use the base that they belong to")
+    patched.add_patches({_model_key(n): ("diff", (training_copy(d),)) for n, d in weights.deltas.items()}, strength)
+    halves = {f"{n}.lora_up.weight": training_copy(d.up) for n, d in weights.low_rank_deltas.items()}
+    halves |= {f"{n}.lora_down.weight": training_copy(d.down) for n, d in weights.low_rank_deltas.items()}
+    patched.add_patches(comfy.lora.load_lora(halves, {n: _model_key(n) for n in weights.low_rank_deltas}), strength)
+    return patched
+
+
+def _model_key(layer: str) -> str:
+    return f"diffusion_model.{layer}.weight"

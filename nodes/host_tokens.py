@@ -1,0 +1,104 @@
+"""The host's tokenizers: placeholder tokens in every prompt, and the embeddings of class nouns."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..far_train.models.base import FAMILIES
+from ..far_train.models.tokens import unknown_tokens
+from ..far_train.utils.errors import BaseModelError, WeightsError
+from .host_memory import training_copy
+from .host_state import read_weights
+
+log = logging.getLogger(__name__)
+
+
+def apply_tokens(clip: Any, embeddings: Mapping[str, Tensor]) -> Any:
+    """CLIP whose prompts may hold the placeholder tokens; ``embeddings`` [n, width] by token, ``<corgi-dog>``.
+
+    Works in every node that tokenizes with the CLIP it is given, with weights as in ``(<corgi-dog>:1.2)``, and on top
+    of tokens applied before. The input and its tokenizer stay as they are. Raises WeightsError.
+    """
+    inner = inner_tokenizer(clip)
+    for token, rows in embeddings.items():
+        # The host would drop such an embedding from every prompt with no more than a line in its log.
+        if rows.ndim != 2 or rows.shape[1] != inner.embedding_size:
+            raise WeightsError(
+                f"weights: {token} has {rows.shape[-1]} numbers per vector, this CLIP needs {inner.embedding_size}; "
+                "use the CLIP of the base that they belong to"
+            )
+    applied = clip.clone()
+    applied.tokenizer = copy.copy(clip.tokenizer)
+    setattr(applied.tokenizer, clip.tokenizer.clip, _with_placeholders(inner, embeddings))
+    return applied
+
+
+def inner_tokenizer(clip: Any) -> Any:
+    name = getattr(getattr(clip, "tokenizer", None), "clip", None)
+    if name != FAMILIES["sd21"].embedding_key:
+        raise BaseModelError(
+            f"CLIP is not Stable Diffusion 2.1's (it has {name or 'no known text encoder'}); connect the CLIP of the "
+            "base that the weights belong to"
+        )
+    return getattr(clip.tokenizer, name)
+
+
+class _PlaceholderTokens:
+    """Mixin for a copy of the host's tokenizer: placeholder tokens become embeddings, looked up in a table."""
+
+    far_tokens: Mapping[str, Tensor]
+    far_warned: set[str]
+    far_names_found: bool  # whether this host's _try_get_embedding also gives the name back, as it does since 2026
+
+    def tokenize_with_weights(self, text: str, *args: Any, **kwargs: Any) -> Any:
+        for token in unknown_tokens(text, tuple(self.far_tokens)):
+            if token not in self.far_warned:
+                self.far_warned.add(token)
+                log.warning(
+                    "The prompt holds %s, which none of the applied concepts has (%s): it is read as plain text.",
+                    token,
+                    ", ".join(self.far_tokens),
+                )
+        names = "|".join(map(re.escape, self.far_tokens))
+        pattern = re.compile(f"(?:{self.embedding_identifier})?({names})", re.IGNORECASE)
+        # The spaces matter: the host looks for " embedding:", and takes all up to the next space for the name.
+        text = pattern.sub(lambda m: f" {self.embedding_identifier}{m[1].lower()} ", text)
+        return super().tokenize_with_weights(text, *args, **kwargs)
+
+    def _try_get_embedding(self, embedding_name: str) -> tuple[Any, ...]:
+        name, _, rest = embedding_name.partition(" ")
+        if name in self.far_tokens:
+            found = self.far_tokens[name]
+            return (found, name, rest.strip()) if self.far_names_found else (found, rest.strip())
+        return super()._try_get_embedding(embedding_name)
+
+
+def _with_placeholders(tokenizer: Any, embeddings: Mapping[str, Tensor]) -> Any:
+    """A copy of a tokenizer that knows the tokens; those of earlier copies stay known."""
+    applied = copy.copy(tokenizer)
+    kind = type(tokenizer)
+    if not isinstance(tokenizer, _PlaceholderTokens):
+        applied.__class__ = type(kind.__name__, (_PlaceholderTokens, kind), {})
+    tokens = {token: training_copy(rows).float() for token, rows in embeddings.items()}
+    applied.far_tokens = {**getattr(tokenizer, "far_tokens", {}), **tokens}
+    applied.far_warned = set()
+    nowhere = copy.copy(tokenizer)
+    nowhere.embedding_directory = []
+    applied.far_names_found = len(nowhere._try_get_embedding("none")) == 3
+    if applied.embedding_directory is None:  # then the host would not look for embeddings at all
+        applied.embedding_directory = []
+    return applied
+
+
+def noun_embedding(clip: Any, noun: str) -> Tensor:
+    """Mean embedding [width] of a class noun's tokens in CLIP; see :func:`far_train.models.tokens.noun_embedding`."""
+    tokenizer = inner_tokenizer(clip)
+    key = f"{tokenizer.embedding_key}.transformer.text_model.embeddings.token_embedding.weight"
+    table = read_weights(clip.patcher, key)[key]
+    return table[tokenizer.tokenizer(noun, add_special_tokens=False)["input_ids"]].mean(0)

@@ -1,0 +1,56 @@
+"""Every node of the pack as the real host lists it."""
+
+from __future__ import annotations
+
+from .comfy_server import ComfyServer
+from .graphs import node
+
+NODES = (
+    "FaR_LoadPhotos",
+    "FaR_LoadSAM",
+    "FaR_ExtractSubject",
+    "FaR_Concept",
+    "FaR_ClassPrior",
+    "FaR_PriorFromImages",
+    "FaR_EmptyScenes",
+    "FaR_ConceptFusion",
+    "FaR_SaveDataset",
+    "FaR_LoadDataset",
+    "FaR_MiniCheckpoint",
+    "FaR_MiniPhotos",
+    "FaR_TrainOptions",
+    "FaR_Train",
+    "FaR_SaveWeights",
+    "FaR_LoadWeights",
+    "FaR_ApplyWeights",
+    "FaR_AttentionProbe",
+    "FaR_Evaluate",
+)
+
+
+def test_every_node_appears_without_a_warning(comfy: ComfyServer):
+    info = comfy.object_info()
+    for name in NODES:
+        assert info[name]["category"] == "FaR"
+        assert info[name]["description"]
+        inputs = {**info[name]["input"].get("required", {}), **info[name]["input"].get("optional", {})}
+        for key, value in inputs.items():
+            assert value[1]["tooltip"], f"{name}: no tooltip on {key}"
+        assert all(info[name]["output_tooltips"])
+    log = comfy.start_log()
+    assert "IMPORT FAILED" not in log and "Traceback" not in log
+    assert "WARNING" not in log.split("Import times")[0]
+
+
+def test_every_node_has_a_help_page(comfy: ComfyServer):
+    info = comfy.object_info()
+    for name in (name for name in info if name.startswith("FaR_")):
+        page = comfy._request(f"/extensions/ComfyUI-FaR/docs/{name}.md").decode()
+        inputs = info[name]["input"]
+        for key in (*inputs.get("required", {}), *inputs.get("optional", {})):
+            assert f"`{key}`" in page, f"{name}.md says nothing about {key}"
+
+
+def test_asking_twice_for_the_nodes_changes_nothing(comfy: ComfyServer):
+    (told,) = comfy.run({"1": node("FaRTest_AskTwice")})["1"]["text"]
+    assert told == f"{len(NODES)} nodes, 0 more, 0 twice"
