@@ -26,9 +26,11 @@ import folder_paths
 import torch
 from torch import Tensor
 
-from ..far_train.models.base import FAMILIES, BaseModel, load_base
+from ..far_train.models.base import BaseModel
+from ..far_train.models.families import SD21
 from ..far_train.models.fingerprint import base_fingerprint, kv_digest
 from ..far_train.models.keys import ldm_to_diffusers
+from ..far_train.models.loading import load_base
 from ..far_train.models.tokens import unknown_tokens
 from ..far_train.models.weights import FarWeights
 from ..far_train.utils.errors import BaseModelError, WeightsError
@@ -187,7 +189,7 @@ def identify_base(model: Any, clip: Any, vae: Any) -> BaseIdentity:
     key = (model.patches_uuid, clip.patcher.patches_uuid, clip.layer_idx, vae.patcher.patches_uuid)
     known = _fingerprints.setdefault(model.model, {})
     if key not in known:
-        states, _ = ldm_to_diffusers(*_read_parts(model, clip, vae))
+        states, _ = ldm_to_diffusers(*_read_parts(model, clip, vae), SD21)
         known[key] = base_fingerprint(states)
     return BaseIdentity(known[key], prediction_type(model))
 
@@ -215,12 +217,12 @@ def read_base(model: Any, clip: Any, vae: Any) -> BaseModel:
 def _read_parts(model: Any, clip: Any, vae: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The weights in fp32 in the layout of a single file, patches baked in, and the component configs."""
     _check_base(model, clip, vae)
-    family = FAMILIES["sd21"]
+    (spec,) = SD21.text_encoders
     unet = read_weights(model, "diffusion_model.")
-    text_prefix = f"{family.embedding_key}.transformer.text_model."
+    text_prefix = f"{spec.comfy_name}.transformer.text_model."
     text = {k.removeprefix(text_prefix): v for k, v in read_weights(clip.patcher, text_prefix).items()}
     pixels = read_weights(vae.patcher)
-    encoder = getattr(clip.cond_stage_model, family.embedding_key)
+    encoder = getattr(clip.cond_stage_model, spec.comfy_name)
     heads, activation = _text_details(encoder)
     configs = layout.component_configs(
         model.model.model_config.unet_config,
@@ -275,7 +277,7 @@ def check_family(model: Any, clip: Any) -> None:
     config = model.model.model_config
     kind = type(config).__name__
     name = getattr(getattr(clip, "tokenizer", None), "clip", None)
-    layout.check_family(config.unet_config, kind, name, FAMILIES["sd21"].embedding_key)
+    layout.check_family(config.unet_config, kind, name, SD21.text_encoders[0].comfy_name)
 
 
 def _check_base(model: Any, clip: Any, vae: Any) -> None:
@@ -349,7 +351,7 @@ def apply_tokens(clip: Any, embeddings: Mapping[str, Tensor]) -> Any:
 
 def inner_tokenizer(clip: Any) -> Any:
     name = getattr(getattr(clip, "tokenizer", None), "clip", None)
-    if name != FAMILIES["sd21"].embedding_key:
+    if name != SD21.text_encoders[0].comfy_name:
         raise BaseModelError(
             f"CLIP is not Stable Diffusion 2.1's (it has {name or 'no known text encoder'}); connect the CLIP of the "
             "base that the weights belong to"

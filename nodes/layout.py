@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..far_train.models.base import FOREIGN, packaged_configs
+from ..far_train.models.families import FOREIGN, SD21
+from ..far_train.models.loading import packaged_configs
 from ..far_train.utils.errors import BaseModelError
 
 NATIVE_SIZE = "far_native_size"  # side in pixels: an entry of unet_config in the MODELs that the pack makes itself
@@ -37,7 +38,7 @@ def component_configs(
     ``unet`` is the host's own unet_config; ``text`` and ``vae`` are state dicts, text names without ``text_model.``;
     ``text_layers`` counts the layers that are run. Raises BaseModelError.
     """
-    configs = packaged_configs(prediction_type)
+    configs = packaged_configs(SD21, prediction_type)
     configs["unet"] |= _unet_sizes(unet)
     configs["vae"] |= _vae_sizes(vae) | {"scaling_factor": scaling_factor}
     table = text["embeddings.token_embedding.weight"]

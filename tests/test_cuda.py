@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from far_train.models.base import load_base
+from far_train.models.loading import load_base
 from far_train.models.sampling import draw_pictures
 from far_train.training.metrics import Readback
 from far_train.training.recipe import TrainingRun, train

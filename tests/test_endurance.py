@@ -14,7 +14,8 @@ import torch
 from far_train.data.concepts import ClassPicture, Concept
 from far_train.data.fusion import ConceptFusion
 from far_train.mini.tiny import random_states, tiny_configs, write_folder
-from far_train.models.base import BaseModel, load_base
+from far_train.models.base import BaseModel
+from far_train.models.loading import load_base
 from far_train.training import recipe
 from far_train.training.oom_fallback import OomFallback
 from far_train.training.recipe import Callbacks, TrainingRun, train

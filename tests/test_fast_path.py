@@ -11,8 +11,10 @@ import torch
 from torch._dynamo.utils import counters
 
 from far_train.mini.tiny import random_states, tiny_configs, write_folder
-from far_train.models.base import load_base, set_compiled, uncompiled
-from far_train.models.sampling import draw_pictures, encode_prompts
+from far_train.models.conditioning import TextConditioner
+from far_train.models.layers import set_compiled, uncompiled
+from far_train.models.loading import load_base
+from far_train.models.sampling import draw_pictures
 from far_train.training.latent_cache import slice_batch
 from far_train.training.memory_plan import MARGIN, MemoryPlan, choose_plan, plan_memory
 from far_train.training.recipe import FP16_SCALE, TrainingRun
@@ -49,7 +51,7 @@ def test_the_fast_path_has_the_loss_curve_of_plain_fp32(tiny_folder: Path, fusio
     fast = prepared(tiny_folder, fusion, tmp_path / "fast", precision="bf16", **rates)
     expected, got = curve(plain), curve(fast)
     assert got == pytest.approx(expected, rel=2e-2)
-    assert fast.trainables.rows.dtype == torch.float32
+    assert fast.trainables.rows[0].dtype == torch.float32
     moved = [run.trainables.deltas for run in (plain, fast)]
     for name, delta in moved[0].items():
         assert torch.cosine_similarity(delta.flatten(), moved[1][name].flatten(), 0) > 0.9, name
@@ -58,7 +60,7 @@ def test_the_fast_path_has_the_loss_curve_of_plain_fp32(tiny_folder: Path, fusio
 def test_one_product_for_all_layers_gives_what_each_layer_gives(tiny_folder: Path, fusion, tmp_path: Path):
     run = prepared(tiny_folder, fusion, tmp_path, trainable="kv")
     run.train_step()  # deltas that are not zero
-    context = encode_prompts(run.base, [run.pools[0][0].prompt]).detach().requires_grad_()
+    context = TextConditioner(run.base).encode([run.pools[0][0].prompt], (64, 64)).context.detach().requires_grad_()
     layers = [layer.attn2.to_k for layer in run.base.unet.mid_block.attentions[0].transformer_blocks]
     results = []
     for projecting in (nullcontext(), run.trainables.projecting(context)):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from far_train.data.images import load_photo
 from far_train.mini.tiny import random_states, single_file_state, tiny_configs
-from far_train.models.base import load_base
+from far_train.models.loading import load_base
 from far_train.models.weights import FarWeights
 
 from .icc import grey_profile, rgb_profile

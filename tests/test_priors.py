@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from far_train.data.fusion import ConceptFusion
-from far_train.models.base import BaseModel, load_base
+from far_train.models.base import BaseModel
+from far_train.models.loading import load_base
 from far_train.models.weights import FarWeights
 from far_train.training import class_images
 from far_train.training.class_images import (

@@ -11,7 +11,7 @@ import torch
 from far_train.data.concepts import Composite
 from far_train.data.fusion import ConceptFusion
 from far_train.models.attention_maps import AttentionRecorder, cross_attention_layers, supervised_layers
-from far_train.models.base import load_base
+from far_train.models.loading import load_base
 from far_train.training import recipe
 from far_train.training.latent_cache import slice_batch
 from far_train.training.recipe import Callbacks, TrainingRun, train
@@ -23,8 +23,7 @@ QUICK = TrainConfig(steps=4, sample_every=0, save_every=2, device="cpu")
 
 
 def state_of(base) -> dict[str, torch.Tensor]:
-    parts = {"unet": base.unet, "vae": base.vae, "text": base.text_encoder}
-    return {f"{n}.{k}": v.clone() for n, m in parts.items() for k, v in m.state_dict().items()}
+    return {f"{n}.{k}": v.clone() for n, m in base.parts.items() for k, v in m.state_dict().items()}
 
 
 def same_weights(a, b) -> bool:
@@ -47,10 +46,10 @@ def stop_at(step: int) -> Callbacks:
 def test_everything_trainable_moves_and_nothing_else_does(base, fusion, tmp_path: Path, trainable, matrices):
     before = state_of(base)
     run = open_run(base, fusion, tmp_path, trainable=trainable)
-    rows = run.trainables.rows.detach().clone()
+    rows = run.trainables.rows[0].detach().clone()
     for _ in range(4):
         run.train_step()
-    moved = (run.trainables.rows.detach() - rows).abs().amax(1)
+    moved = (run.trainables.rows[0].detach() - rows).abs().amax(1)
     assert (moved > 0).all() and len(moved) == 2  # the last row too
     weights = run.save_weights()
     assert len(weights.shapes()) == matrices and all(weights.change(name).any() for name in weights.shapes())
@@ -308,15 +307,15 @@ def test_steps_that_are_not_finite_are_skipped_then_end_the_run(base, fusion, tm
 
 def test_norms_are_capped_at_the_nouns(base, fusion, tmp_path: Path):
     run = open_run(base, fusion, tmp_path)
-    table = base.text_encoder.get_input_embeddings().weight
+    table = base.text_encoders[0].get_input_embeddings().weight
     limit = table[base.tokenizer("ball", add_special_tokens=False)["input_ids"]].mean(0).norm()
     with torch.no_grad():
-        run.trainables.rows[0].mul_(100)
-        run.trainables.rows[1].mul_(0.5)
-        half = run.trainables.rows[1].clone()
+        run.trainables.rows[0][0].mul_(100)
+        run.trainables.rows[0][1].mul_(0.5)
+        half = run.trainables.rows[0][1].clone()
     run.trainables.cap_norms()
-    assert torch.isclose(run.trainables.rows[0].norm(), limit, rtol=1e-5)
-    assert torch.equal(run.trainables.rows[1], half)
+    assert torch.isclose(run.trainables.rows[0][0].norm(), limit, rtol=1e-5)
+    assert torch.equal(run.trainables.rows[0][1], half)
     run.clean_up()
 
 

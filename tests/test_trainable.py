@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from far_train.models.adapters import put_trainables, set_learning_rates
-from far_train.models.base import attention_projections
+from far_train.models.layers import attention_projections
 from far_train.models.tokens import Vocabulary
 from far_train.models.weights import FarWeights
 from far_train.training.callbacks import Callbacks

@@ -18,8 +18,10 @@ from ..data.fusion import ConceptFusion
 from ..data.images import load_photo, save_picture
 from ..data.subjects import Prompt, SubjectExtractor, extract_folder
 from ..evaluation.sheets import checkerboard, contact_sheet, dataset_sheet, loss_curves, picture_grid, save_sheet
-from ..models.base import BaseModel, load_base
-from ..models.sampling import draw_pictures, plain_vocabulary
+from ..models.base import BaseModel
+from ..models.conditioning import plain_vocabulary
+from ..models.loading import load_base
+from ..models.sampling import draw_pictures
 from ..models.weights import FarWeights, describe, file_stem
 from ..training.class_images import EVERYDAY_SCENES, draw_empty_scenes, parse_scenes, scene_path
 from ..training.distributed import joined

@@ -10,7 +10,8 @@ import torch
 from ..data.captions import Name
 from ..data.images import Photo
 from ..data.sam import load_sam
-from ..models.base import BaseModel, load_base
+from ..models.base import BaseModel
+from ..models.loading import load_base
 from ..utils.config import FusionConfig, SampleConfig, TrainConfig
 from ..utils.errors import BaseModelError
 from .identity import Identity

@@ -1,4 +1,4 @@
-"""What is trained: modifier embeddings and changes of the attention, as fp32 parameters beside a frozen base."""
+"""What is trained: placeholder tokens and changes of the attention, as fp32 parameters beside a frozen base."""
 
 from __future__ import annotations
 
@@ -12,36 +12,33 @@ from torch.nn import functional as F
 
 from ..utils.config import TrainConfig
 from ..utils.seeding import derive_seed
-from .base import BaseModel, attention_projections, kv_layers
-from .tokens import ModifierEmbedding, Vocabulary, initial_rows, norm_limits
+from .base import BaseModel
+from .conditioning import TextConditioner
+from .layers import attention_projections, kv_layers
+from .tokens import Vocabulary, initial_rows, norm_limits
 from .weights import FarWeights, Product
 
 
 class Trainables:
     """The learning parameters, put into a base and taken out again; its own weights are never written.
 
-    ``rows`` [concepts × vectors, width] are the modifier embeddings. What changes the UNet is a subclass's: see
-    :func:`put_trainables`.
+    ``rows``, [concepts × vectors, width] for each text encoder, are the placeholder tokens' embeddings. What changes
+    the UNet is a subclass's: see :func:`put_trainables`.
     """
 
     def __init__(self, base: BaseModel, vocabulary: Vocabulary):
         from .memory_efficient import FrozenLayers  # loads diffusers, which takes seconds
 
-        self._base = base
-        table = base.text_encoder.get_input_embeddings()
-        self._limits = norm_limits(table.weight, vocabulary)
-        self._embedding = ModifierEmbedding(table, initial_rows(table.weight, vocabulary))
-        base.text_encoder.set_input_embeddings(self._embedding)
+        self._conditioner = TextConditioner(base)
+        tables = self._conditioner.tables
+        self._limits = [norm_limits(table, vocabulary) for table in tables]
+        self.rows = self._conditioner.inject([initial_rows(table, vocabulary) for table in tables])
         self._frozen = FrozenLayers(base.unet)
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
 
     def _replace(self, owner: nn.Module, name: str, module: nn.Module) -> None:
         self._replaced.append((owner, name, getattr(owner, name)))
         setattr(owner, name, module)
-
-    @property
-    def rows(self) -> nn.Parameter:
-        return self._embedding.rows
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """What changes the UNet, by name."""
@@ -61,7 +58,8 @@ class Trainables:
         raise NotImplementedError
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        return {"rows": self.rows, **self.parameters()}
+        rows = {f"rows{i or ''}": rows for i, rows in enumerate(self.rows)}
+        return {**rows, **self.parameters()}
 
     def gradients(self) -> list[Tensor]:
         """The gradient of each parameter; zeros where samples left it out, as class pictures do the modifiers."""
@@ -79,10 +77,10 @@ class Trainables:
         changes, lr = list(self.parameters().values()), config.change_lr * samples_per_step
         optimizer = torch.optim.AdamW(
             [
-                {"params": [self.rows], "lr": config.embedding_lr, "weight_decay": 0.0},
+                {"params": self.rows, "lr": config.embedding_lr, "weight_decay": 0.0},
                 {"params": changes, "lr": lr, "weight_decay": config.weight_decay},
             ],
-            fused=self.rows.device.type in ("cuda", "cpu"),  # one launch, and it can skip a step without the host
+            fused=self.rows[0].device.type in ("cuda", "cpu"),  # one launch, and it can skip a step without the host
         )
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
@@ -90,14 +88,15 @@ class Trainables:
 
     @torch.no_grad()
     def cap_norms(self) -> None:
-        """Scale modifier rows down to their class noun's norm; rows at it already, but for rounding, stay."""
-        excess = self.rows.norm(dim=1, keepdim=True) / self._limits
-        self.rows.div_(torch.where(excess > 1 + 1e-6, excess, 1))
+        """Scale embeddings down to their class noun's norm; those at it already, but for rounding, stay."""
+        for rows, limits in zip(self.rows, self._limits):
+            excess = rows.norm(dim=1, keepdim=True) / limits
+            rows.div_(torch.where(excess > 1 + 1e-6, excess, 1))
 
     def remove(self) -> None:
         """Leave the base as it was found."""
         self._frozen.remove()
-        self._base.text_encoder.set_input_embeddings(self._embedding.table)
+        self._conditioner.remove()
         for owner, name, module in self._replaced:
             setattr(owner, name, module)
 

@@ -1,7 +1,7 @@
 """Modifier tokens: their ids, their places in a prompt, and their embedding rows.
 
 The tokenizer and the embedding table of the base stay as they are. A prompt is split at the modifier tokens, the
-rest is tokenized as always, and modifiers get ids behind the table's last row; :class:`ModifierEmbedding` serves
+rest is tokenized as always, and modifiers get ids behind the table's last row; :class:`PlaceholderEmbedding` serves
 those ids from a small parameter of its own. So nothing that is frozen can change, and no token can split.
 """
 
@@ -114,7 +114,7 @@ def unknown_tokens(prompt: str, known: Sequence[str]) -> list[str]:
     return [t for t in re.findall(r"<[^<>\s|]+>", prompt) if t.lower() not in known]
 
 
-class ModifierEmbedding(nn.Module):
+class PlaceholderEmbedding(nn.Module):
     """The base's embedding table (frozen) with the modifiers' rows behind it.
 
     ``rows`` [n, width] is the one parameter that learns; it keeps fp32 whatever the table's precision is.

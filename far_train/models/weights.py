@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import chain
@@ -19,10 +19,13 @@ from ..data.captions import Name, check_noun, check_token
 from ..utils.config import SCHEMA_VERSION, SampleConfig
 from ..utils.errors import ConfigError, FarError, UnreadableFile, WeightsError
 from ..utils.files import parse_json, read_tensors, write_tensors
-from .base import FAMILIES, BaseModel, attention_projections, kv_layers
+from .base import BaseModel
+from .conditioning import TextConditioner
+from .families import FAMILIES
 from .fingerprint import fingerprint
+from .layers import attention_projections, kv_layers
 from .lora_files import exact, lora_tensors, nearest
-from .tokens import ModifierEmbedding, Vocabulary, noun_embedding
+from .tokens import Vocabulary, noun_embedding
 
 log = logging.getLogger(__name__)
 
@@ -61,11 +64,11 @@ class Product(NamedTuple):
 
 @dataclass(frozen=True)
 class FarWeights:
-    """Learned weights: ``embeddings`` [n, width] by modifier token, and what changes in the UNet by the original (LDM)
-    layer name, ``input_blocks.1.1.transformer_blocks.0.attn2.to_k``: ``deltas`` [out, in] of all K/V, or ``products``
-    for all projections of the attention."""
+    """Learned weights: ``embeddings`` [n, width] by placeholder token and text encoder, and what changes in the UNet by
+    the original (LDM) layer name, ``input_blocks.1.1.transformer_blocks.0.attn2.to_k``: ``deltas`` [out, in] of all
+    K/V, or ``products`` for all projections of the attention. Text encoders go by their names in ComfyUI, "clip_h"."""
 
-    embeddings: dict[str, Tensor]
+    embeddings: dict[str, dict[str, Tensor]]
     deltas: dict[str, Tensor]
     provenance: Provenance
     products: dict[str, Product] = field(default_factory=dict)
@@ -74,9 +77,24 @@ class FarWeights:
     def names(self) -> tuple[Name, ...]:
         return tuple(Name(self.provenance.nouns[t], t) for t in self.embeddings)
 
+    @property
+    def vectors(self) -> int:
+        """Vectors of each token."""
+        return len(next(iter(next(iter(self.embeddings.values())).values())))
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """The text encoders that the tokens have embeddings for, by their names in ComfyUI, in the base's order."""
+        return tuple(spec.comfy_name for spec in FAMILIES[self.provenance.family].text_encoders)
+
+    def _tokens(self) -> dict[str, Tensor]:
+        """The tokens' embeddings as a file of this schema has them: for the only text encoder."""
+        (encoder,) = self.encoders
+        return {token: embeddings[encoder] for token, embeddings in self.embeddings.items()}
+
     def save(self, path: Path) -> None:
         """Write one ``.safetensors`` file. Raises OutputError."""
-        tensors = {f"embedding.{t}": e for t, e in self.embeddings.items()}
+        tensors = {f"embedding.{t}": e for t, e in self._tokens().items()}
         tensors |= self._changes()
         write_tensors(path, tensors, {"format": "pt", "far": json.dumps(asdict(self.provenance))})
 
@@ -115,7 +133,9 @@ class FarWeights:
         for name in ups.keys() | downs.keys():
             if name not in ups or name not in downs or ups[name].shape[1] != downs[name].shape[0]:
                 raise WeightsError(f"weights: {path}: the halves of {name} don't belong together; the file is damaged")
-        return cls(embeddings, deltas, provenance, {name: Product(ups[name], downs[name]) for name in ups})
+        (spec,) = FAMILIES[provenance.family].text_encoders
+        learned = {token: {spec.comfy_name: embedding} for token, embedding in embeddings.items()}
+        return cls(learned, deltas, provenance, {name: Product(ups[name], downs[name]) for name in ups})
 
     def check_fits(self, base: BaseModel) -> None:
         """Refuse a base of another shape or prediction type (WeightsError); warn about another one of the same kind."""
@@ -129,9 +149,10 @@ class FarWeights:
         own = {k: tuple(getattr(owner, part).weight.shape) for k, (owner, part) in layers.items()}
         ours = self.shapes()
         wrong = sorted(k for k in own.keys() | ours.keys() if own.get(k) != ours.get(k))
-        width = base.text_encoder.get_input_embeddings().weight.shape[1]
-        if any(e.shape[1] != width for e in self.embeddings.values()):
-            wrong.append(f"embeddings (width {next(iter(self.embeddings.values())).shape[1]}, the base has {width})")
+        for encoder, table in zip(self.encoders, TextConditioner(base).tables, strict=True):
+            widths = {embeddings[encoder].shape[1] for embeddings in self.embeddings.values()}
+            if widths != {table.shape[1]}:
+                wrong.append(f"embeddings (width {max(widths)}, the base has {table.shape[1]})")
         if wrong:
             raise WeightsError(
                 f"weights: they don't fit this base: {wrong[0]} and {len(wrong) - 1} others differ; use their base"
@@ -159,12 +180,12 @@ class FarWeights:
 
     def digest(self) -> str:
         """Identifies what was learned, whatever file it came from."""
-        return fingerprint({**self.embeddings, **self._changes()}, torch.float32)
+        return fingerprint({**self._tokens(), **self._changes()}, torch.float32)
 
     @torch.no_grad()
-    def initialize(self, vocabulary: Vocabulary, rows: Tensor) -> None:
-        """Write the embeddings into ``rows`` [concepts × vectors, width] of the vocabulary's tokens, which learn on.
-        Tokens that these weights lack keep their rows.
+    def initialize(self, vocabulary: Vocabulary, rows: Sequence[Tensor]) -> None:
+        """Write the embeddings into those of the vocabulary's tokens that learn on: ``rows``, [concepts × vectors,
+        width] for each text encoder. Tokens that these weights lack keep theirs.
 
         Raises WeightsError if a token has another number of vectors.
         """
@@ -172,12 +193,15 @@ class FarWeights:
         if left := [token for token in self.embeddings if token not in known]:
             log.warning("The weights to continue from also know %s, which the dataset lacks.", ", ".join(left))
         for token in self.embeddings.keys() & set(known):
-            own, learned = vocabulary.rows(token), self.embeddings[token]
-            if len(own) != len(learned):
-                raise WeightsError(
-                    f"continue_from: {token} has {len(learned)} vectors there; set vectors_per_token to {len(learned)}"
-                )
-            rows[own.start : own.stop] = learned.to(rows)
+            own = vocabulary.rows(token)
+            for encoder, into in zip(self.encoders, rows, strict=True):
+                learned = self.embeddings[token][encoder]
+                if len(own) != len(learned):
+                    raise WeightsError(
+                        f"continue_from: {token} has {len(learned)} vectors there; "
+                        f"set vectors_per_token to {len(learned)}"
+                    )
+                into[own.start : own.stop] = learned.to(into)
 
     def apply(self, base: BaseModel, config: SampleConfig = SampleConfig()) -> Vocabulary:
         """Put the weights into ``base`` for good and return the vocabulary for its prompts; see :meth:`applied`."""
@@ -200,8 +224,8 @@ class FarWeights:
 
     def _put_into(self, base: BaseModel, config: SampleConfig) -> tuple[Vocabulary, Callable[[], None]]:
         """The vocabulary, and what takes the weights out again."""
-        table = base.text_encoder.get_input_embeddings()
-        if isinstance(table, ModifierEmbedding):
+        conditioner = TextConditioner(base)
+        if conditioner.has_placeholders:
             raise WeightsError(
                 "weights: this base has FaR weights already; load it anew, or use 'with weights.applied(base)', which "
                 "takes them out again"
@@ -219,16 +243,19 @@ class FarWeights:
             before.append((projection, projection.weight))
             changed = projection.weight.detach() + config.strength * self.change(name).to(projection.weight)
             projection.weight = nn.Parameter(changed, requires_grad=False)  # the old tensor may be the caller's own
-        vectors = len(next(iter(self.embeddings.values())))
-        vocabulary = Vocabulary(base.tokenizer, self.names, table.num_embeddings, vectors)
+        vocabulary = Vocabulary(base.tokenizer, self.names, base.tokenizer_size, self.vectors)
         rows = []
-        for name in self.names:
-            bare = noun_embedding(table.weight, vocabulary, name.noun)
-            rows.append(torch.lerp(bare, self.embeddings[name.token].float().to(bare), strengths.get(name.token, 1.0)))
-        base.text_encoder.set_input_embeddings(ModifierEmbedding(table, torch.cat(rows)))
+        for encoder, table in zip(self.encoders, conditioner.tables):
+            of_encoder = []
+            for name in self.names:
+                bare = noun_embedding(table, vocabulary, name.noun)
+                learned = self.embeddings[name.token][encoder].float().to(bare)
+                of_encoder.append(torch.lerp(bare, learned, strengths.get(name.token, 1.0)))
+            rows.append(torch.cat(of_encoder))
+        conditioner.inject(rows)
 
         def take_out() -> None:
-            base.text_encoder.set_input_embeddings(table)
+            conditioner.remove()
             for projection, weight in before:
                 projection.weight = weight
 
@@ -247,11 +274,10 @@ class FarWeights:
 
     def export_embeddings(self, folder: Path) -> list[Path]:
         """Write one embedding file per concept, ``corgi-dog.safetensors``, used as ``embedding:corgi-dog``."""
-        key = FAMILIES[self.provenance.family].embedding_key
         paths = []
-        for token, embedding in self.embeddings.items():
+        for token, embeddings in self.embeddings.items():
             path = folder / f"{file_stem(token)}.safetensors"
-            write_tensors(path, {key: embedding.float()}, {"format": "pt"})
+            write_tensors(path, {encoder: e.float() for encoder, e in embeddings.items()}, {"format": "pt"})
             paths.append(path)
         return paths
 
@@ -296,9 +322,10 @@ def describe(weights: FarWeights) -> Mapping[str, Any]:
     """What a weights file holds, for people: concepts, layers, the size of the change, where it comes from."""
     about = weights.provenance
     norms = {name: float(weights.change(name).float().norm()) for name in weights.shapes()}
-    learned = [*weights.embeddings.values(), *weights.deltas.values(), *chain(*weights.products.values())]
+    embeddings = chain(*(e.values() for e in weights.embeddings.values()))
+    learned = [*embeddings, *weights.deltas.values(), *chain(*weights.products.values())]
     return {
-        "concepts": {t: {"noun": about.nouns[t], "vectors": len(e)} for t, e in weights.embeddings.items()},
+        "concepts": {t: {"noun": about.nouns[t], "vectors": weights.vectors} for t in weights.embeddings},
         "kv_deltas": len(weights.deltas),
         "low_rank_changes": len(weights.products),
         "rank": max((p.up.shape[1] for p in weights.products.values()), default=None),

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from ..models.base import set_checkpointing
+from ..models.layers import set_checkpointing
 from ..utils.errors import OutOfMemory
 from ..utils.out_of_memory import give_back, out_of_memory, reason_of
 

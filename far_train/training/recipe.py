@@ -20,9 +20,11 @@ from ..data.concepts import TrainingSet
 from ..data.images import save_picture
 from ..models.adapters import Trainables, put_trainables, set_learning_rates
 from ..models.attention_maps import AttentionRecorder, layer_stride, supervised_layers
-from ..models.base import BaseModel, set_checkpointing, set_compiled, uncompiled
-from ..models.sampling import TextCache, check_size, draw_pictures, encode_prompts
-from ..models.tokens import ModifierEmbedding, Vocabulary
+from ..models.base import BaseModel
+from ..models.conditioning import TextConditioner
+from ..models.layers import set_checkpointing, set_compiled, uncompiled
+from ..models.sampling import check_size, draw_pictures
+from ..models.tokens import Vocabulary
 from ..models.weights import FarWeights, Provenance
 from ..utils.config import SampleConfig, TrainConfig
 from ..utils.devices import choose_device
@@ -87,7 +89,7 @@ class TrainingRun:
         start: FarWeights | None = None,
         keep_base: bool = True,
     ):
-        if isinstance(base.text_encoder.get_input_embeddings(), ModifierEmbedding):
+        if TextConditioner(base).has_placeholders:
             raise BaseModelError(
                 "base: FaR weights are applied to it; load it anew, or train outside of 'with weights.applied(base)'. "
                 "To train on from weights, give them as start (continue_from)"
@@ -130,7 +132,7 @@ class TrainingRun:
         seed, report = config.train_seed, self._reporter("encoding")
         self.pools = encode_pool(self.training_set, base, self.vocabulary, stride, seed=seed, on_progress=report)
         self.alphas_cumprod = base.alphas_cumprod.to(self.device)
-        self.text_cache = TextCache(base, [sample.prompt for pool in self.pools for sample in pool])
+        self.conditioner = TextConditioner(base, [sample.prompt for pool in self.pools for sample in pool])
         self.trainables = put_trainables(base, self.vocabulary, config)
         if self.start is not None:
             self.start.initialize(self.vocabulary, self.trainables.rows)
@@ -245,10 +247,12 @@ class TrainingRun:
         instance = batch.is_instance / config.batch_size
         prior = ~batch.is_instance / max(config.prior_batch_size, 1)
         select = torch.cat([batch.token_select, batch.noun_select], 1)
-        context = encode_prompts(self.base, batch.prompts, self.text_cache)
+        conditioning = self.conditioner.encode(batch.prompts, (self.training_set.size,) * 2)
+        context = conditioning.context
         recording = self.recorder.recording(select) if self.recorder else nullcontext()
         with recording, self.trainables.projecting(context):
-            prediction = self.base.unet(noisy.to(context.dtype), batch.timesteps, context).sample
+            more = conditioning.unet_kwargs()
+            prediction = self.base.unet(noisy.to(context.dtype), batch.timesteps, context, **more).sample
             weight = losses.subject_weight(batch.cell_masks, config.background_weight, config.per_mention)
             weight = torch.where(batch.is_instance[:, None, None, None], weight, 1.0)
             snr = losses.min_snr_weight(alphas, self.base.prediction_type, config.min_snr_gamma)
@@ -302,14 +306,18 @@ class TrainingRun:
 
     def save_weights(self) -> FarWeights:
         """Write the weights file that a finished run is known by."""
-        names, rows = self.training_set.names, self.trainables.rows.detach().cpu()
+        names, rows = self.training_set.names, [rows.detach().cpu() for rows in self.trainables.rows]
+        encoders = [spec.comfy_name for spec in self.base.family.text_encoders]
         deltas, products = self.trainables.learned()
         weights = FarWeights(
-            embeddings={n.token: rows[list(self.vocabulary.rows(n.token))].clone() for n in names},
+            embeddings={
+                n.token: {e: r[list(self.vocabulary.rows(n.token))].clone() for e, r in zip(encoders, rows)}
+                for n in names
+            },
             deltas=deltas,
             products=products,
             provenance=Provenance(
-                family=self.base.family,
+                family=self.base.family.key,
                 base_digest=self.base.digest,
                 prediction_type=self.base.prediction_type,
                 nouns={n.token: n.noun for n in names},

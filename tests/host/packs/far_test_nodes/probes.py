@@ -196,11 +196,12 @@ class FullSize(io.ComfyNode):
 
     @classmethod
     def execute(cls, prediction: str) -> io.NodeOutput:
-        backbone, keys = far("far_train.models.base"), far("far_train.models.keys")
-        expected = backbone.packaged_configs(prediction)
-        parts = {part: module.state_dict() for part, module in backbone.build_parts(expected).items()}
+        loading, keys = far("far_train.models.loading"), far("far_train.models.keys")
+        sd21 = far("far_train.models.families").SD21
+        expected = loading.packaged_configs(sd21, prediction)
+        parts = {part: module.state_dict() for part, module in loading.build_parts(sd21, expected).items()}
         text = keys.strip_text_model(parts["text_encoder"])
-        file = keys.diffusers_to_ldm(parts["unet"], parts["vae"], text, expected)
+        file = keys.diffusers_to_ldm(parts, expected, sd21)
         config = comfy.model_detection.model_config_from_unet(file, "model.diffusion_model.")
         vae = {k.removeprefix(keys.VAE_PREFIX): v for k, v in file.items() if k.startswith(keys.VAE_PREFIX)}
         found = far("nodes.layout").component_configs(
@@ -209,7 +210,7 @@ class FullSize(io.ComfyNode):
         )  # fmt: skip
         wrong = [
             f"{part}.{k}: {found[part][k]} is not {v}"
-            for part in backbone.PARTS
+            for part in parts
             for k, v in expected[part].items()
             if found[part][k] != v
         ]
