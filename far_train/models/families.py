@@ -46,6 +46,11 @@ class Family:
         """Names of the components that hold weights, as diffusers' folders have them."""
         return ("unet", "vae", *(spec.part for spec in self.text_encoders))
 
+    @property
+    def comfy_names(self) -> tuple[str, ...]:
+        """Names of the text encoders in ComfyUI."""
+        return tuple(spec.comfy_name for spec in self.text_encoders)
+
 
 # The bias of the last block's first norm spreads further in v-prediction models (ComfyUI tells them apart so).
 V_STATISTIC = "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias"

@@ -85,7 +85,7 @@ class FarWeights:
     @property
     def encoders(self) -> tuple[str, ...]:
         """The text encoders that the tokens have embeddings for, by their names in ComfyUI, in the base's order."""
-        return tuple(spec.comfy_name for spec in FAMILIES[self.provenance.family].text_encoders)
+        return FAMILIES[self.provenance.family].comfy_names
 
     def _tokens(self) -> dict[str, Tensor]:
         """The tokens' embeddings as a file of this schema has them: for the only text encoder."""
@@ -133,8 +133,8 @@ class FarWeights:
         for name in ups.keys() | downs.keys():
             if name not in ups or name not in downs or ups[name].shape[1] != downs[name].shape[0]:
                 raise WeightsError(f"weights: {path}: the halves of {name} don't belong together; the file is damaged")
-        (spec,) = FAMILIES[provenance.family].text_encoders
-        learned = {token: {spec.comfy_name: embedding} for token, embedding in embeddings.items()}
+        (encoder,) = FAMILIES[provenance.family].comfy_names
+        learned = {token: {encoder: embedding} for token, embedding in embeddings.items()}
         return cls(learned, deltas, provenance, {name: Product(ups[name], downs[name]) for name in ups})
 
     def check_fits(self, base: BaseModel) -> None:

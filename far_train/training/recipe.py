@@ -306,14 +306,14 @@ class TrainingRun:
 
     def save_weights(self) -> FarWeights:
         """Write the weights file that a finished run is known by."""
-        names, rows = self.training_set.names, [rows.detach().cpu() for rows in self.trainables.rows]
-        encoders = [spec.comfy_name for spec in self.base.family.text_encoders]
+        names, embeddings = self.training_set.names, {}
+        encoders = self.base.family.comfy_names
+        for name in names:
+            own = list(self.vocabulary.rows(name.token))
+            embeddings[name.token] = {e: rows.detach().cpu()[own] for e, rows in zip(encoders, self.trainables.rows)}
         deltas, products = self.trainables.learned()
         weights = FarWeights(
-            embeddings={
-                n.token: {e: r[list(self.vocabulary.rows(n.token))].clone() for e, r in zip(encoders, rows)}
-                for n in names
-            },
+            embeddings=embeddings,
             deltas=deltas,
             products=products,
             provenance=Provenance(

@@ -204,10 +204,11 @@ class FullSize(io.ComfyNode):
         file = keys.diffusers_to_ldm(parts, expected, sd21)
         config = comfy.model_detection.model_config_from_unet(file, "model.diffusion_model.")
         vae = {k.removeprefix(keys.VAE_PREFIX): v for k, v in file.items() if k.startswith(keys.VAE_PREFIX)}
-        found = far("nodes.layout").component_configs(
-            config.unet_config, text, vae,
-            prediction_type=prediction, text_heads=16, text_activation="gelu", text_layers=23, scaling_factor=0.18215,
-        )  # fmt: skip
+        layout = far("nodes.layout")
+        encoder = layout.TextEncoder(text, heads=16, activation="gelu", layers=23)
+        found = layout.component_configs(
+            sd21, config.unet_config, [encoder], vae, prediction_type=prediction, scaling_factor=0.18215
+        )
         wrong = [
             f"{part}.{k}: {found[part][k]} is not {v}"
             for part in parts
