@@ -326,9 +326,9 @@ def apply_changes(model: Any, weights: FarWeights, strength: float) -> Any:
             has = "lacks it" if key not in own else f"has {list(own[key])}"
             raise WeightsError(f"weights: {key} is {list(shape)}, MODEL {has}; use the base that they belong to")
     patched.add_patches({_model_key(n): ("diff", (plain(d),)) for n, d in weights.deltas.items()}, strength)
-    halves = {f"{n}.lora_up.weight": plain(p.up) for n, p in weights.products.items()}
-    halves |= {f"{n}.lora_down.weight": plain(p.down) for n, p in weights.products.items()}
-    patched.add_patches(comfy.lora.load_lora(halves, {n: _model_key(n) for n in weights.products}), strength)
+    halves = {f"{n}.lora_up.weight": plain(d.up) for n, d in weights.low_rank_deltas.items()}
+    halves |= {f"{n}.lora_down.weight": plain(d.down) for n, d in weights.low_rank_deltas.items()}
+    patched.add_patches(comfy.lora.load_lora(halves, {n: _model_key(n) for n in weights.low_rank_deltas}), strength)
     return patched
 
 

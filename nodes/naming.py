@@ -10,8 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from ..far_train.models.weights import RESERVED
-from ..far_train.utils.files import replacing
+from ..far_train.utils.files import RESERVED_NAMES, replacing
 
 LONGEST = 80  # characters; some file systems end at 255 bytes, and a counter and a suffix follow
 
@@ -20,7 +19,7 @@ def file_name(text: str, default: str) -> str:
     """``text`` as one plain file name that every system can hold: no folders, no reserved names; or ``default``."""
     name = re.sub(r"[^\w.+ -]+", "-", text.strip())[:LONGEST].strip(" .-")
     name = name or default
-    return f"{name}-{default}" if name.split(".")[0].lower() in RESERVED else name
+    return f"{name}-{default}" if name.split(".")[0].lower() in RESERVED_NAMES else name
 
 
 def place(source: Path, folder: Path, stem: str) -> Path:

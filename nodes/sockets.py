@@ -44,7 +44,7 @@ class CarriedWeights(ReportsMemory, FarWeights):
 
     @classmethod
     def of(cls, weights: FarWeights) -> CarriedWeights:
-        return cls(weights.embeddings, weights.deltas, weights.provenance, weights.products)
+        return cls(weights.embeddings, weights.deltas, weights.provenance, weights.low_rank_deltas)
 
 
 def bytes_in(value: Any) -> int:

@@ -13,6 +13,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..far_train.models import export
 from ..far_train.models.fingerprint import kv_digest
 from ..far_train.models.weights import FarWeights, describe
 from ..far_train.utils.errors import ConfigError, WeightsError
@@ -80,10 +81,10 @@ class SaveWeights(io.ComfyNode):
             files.append(place(whole, host.model_folder("far"), stem))
             if export_lora:
                 lora = Path(made) / "lora.safetensors"
-                weights.export_lora(lora, lora_rank or None)
+                export.export_lora(weights, lora, lora_rank or None)
                 files.append(place(lora, host.model_folder("loras"), stem))
             if export_embeddings:
-                for path in weights.export_embeddings(Path(made) / "embeddings"):
+                for path in export.export_embeddings(weights, Path(made) / "embeddings"):
                     files.append(place(path, host.model_folder("embeddings"), path.stem))
         text = "\n".join(map(str, files))
         return io.NodeOutput(text, ui={"text": (text,)})

@@ -34,6 +34,7 @@ from far_train.mini.likeness import OracleEncoder  # noqa: E402
 from far_train.mini.scenery import PLACES  # noqa: E402
 from far_train.mini.shipped import DRAWING, SIZE, SUBJECTS, small_base, small_oracle  # noqa: E402
 from far_train.mini.world import empty_scene, reference_photos, render_scene  # noqa: E402
+from far_train.models.apply import apply_weights  # noqa: E402
 from far_train.models.conditioning import plain_vocabulary  # noqa: E402
 from far_train.models.sampling import draw_pictures  # noqa: E402
 from far_train.models.weights import FarWeights  # noqa: E402
@@ -158,7 +159,7 @@ def model_pictures(demo: Path) -> dict[str, Image.Image]:
     )
     names, identities = zip(SUBJECTS["rex"], SUBJECTS["max"])
     scene = render_scene(1, 0, SIZE, identities=identities)
-    vocabulary = FarWeights.load(demo / "run-far" / "weights.safetensors").apply(base)
+    vocabulary = apply_weights(FarWeights.load(demo / "run-far" / "weights.safetensors"), base)
     caption = f"a photo of {join_phrases(names)}"
     maps = attention_maps(base, vocabulary, scene.image, caption, names, timestep=(400, 500, 600))
     heats = [heat_over(scene.image, heat) for heat in maps]

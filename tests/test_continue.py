@@ -34,8 +34,9 @@ def opened(base, fusion, folder: Path, start: FarWeights | None) -> TrainingRun:
 def test_it_starts_where_the_weights_are(base, fusion, learned, tmp_path):
     run = opened(base, fusion, tmp_path / "on", learned)
     assert torch.equal(run.trainables.rows[0].detach(), torch.cat([e["clip_h"] for e in learned.embeddings.values()]))
-    _, products = run.trainables.learned()
-    assert all(torch.equal(mine, theirs) for k, p in products.items() for mine, theirs in zip(p, learned.products[k]))
+    _, deltas = run.trainables.export_state()
+    for name, delta in learned.low_rank_deltas.items():
+        assert torch.equal(deltas[name].up, delta.up) and torch.equal(deltas[name].down, delta.down)
     first = run.train_step()["loss"]
     run.clean_up()
     fresh = opened(base, fusion, tmp_path / "fresh", None)

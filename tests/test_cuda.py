@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from far_train.models.apply import applied_weights
 from far_train.models.loading import load_base
 from far_train.models.sampling import draw_pictures
 from far_train.training.metrics import Readback
@@ -105,6 +106,6 @@ def test_a_learned_word_is_drawn_in_fp16(tiny_folder: Path, fusion, tmp_path: Pa
     base = load_base(tiny_folder)
     weights = train(base, fusion, QUICK, tmp_path)
     assert base.device.type == "cpu" and base.unet.dtype == torch.float32  # as it was
-    with weights.applied(base) as vocabulary, base.placed("cuda", torch.float16):
+    with applied_weights(weights, base) as vocabulary, base.placed("cuda", torch.float16):
         picture = draw_pictures(base, vocabulary, ["a <red-ball> ball"], SampleConfig(sampling_steps=2))
     assert bool(picture.isfinite().all())

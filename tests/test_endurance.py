@@ -188,7 +188,7 @@ def test_out_of_memory_is_tried_again_with_less_at_once(small, balls, tmp_path: 
     assert not small.unet.training and not small.unet.is_gradient_checkpointing
     assert weights.provenance.config == whole.provenance.config
     for name in whole.shapes():
-        assert torch.allclose(weights.change(name).float(), whole.change(name).float(), atol=2e-5), name
+        assert torch.allclose(weights.delta(name).float(), whole.delta(name).float(), atol=2e-5), name
     losses = [[m["loss"] for m in read_metrics(tmp_path / run / "metrics.jsonl")] for run in ("whole", "run")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 

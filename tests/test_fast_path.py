@@ -38,7 +38,7 @@ def curve(run: TrainingRun) -> list[float]:
 
 def make_plain(run: TrainingRun) -> None:
     """Each layer projects for itself, and AdamW goes from tensor to tensor."""
-    run.trainables.projecting = lambda context: nullcontext()
+    run.trainables.prepared_for = lambda context: nullcontext()
     groups = [{**group, "fused": False, "foreach": False} for group in run.optimizer.param_groups]
     run.optimizer = torch.optim.AdamW(groups)
 
@@ -63,7 +63,7 @@ def test_one_product_for_all_layers_gives_what_each_layer_gives(tiny_folder: Pat
     context = TextConditioner(run.base).encode([run.pools[0][0].prompt], (64, 64)).context.detach().requires_grad_()
     layers = [layer.attn2.to_k for layer in run.base.unet.mid_block.attentions[0].transformer_blocks]
     results = []
-    for projecting in (nullcontext(), run.trainables.projecting(context)):
+    for projecting in (nullcontext(), run.trainables.prepared_for(context)):
         with projecting:
             keys = layers[0](context)
         kv = run.trainables.named_parameters()["kv"]

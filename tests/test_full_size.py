@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from far_train.data.concepts import Concept
 from far_train.data.fusion import ConceptFusion
 from far_train.mini.tiny import random_states, single_file_state
+from far_train.models.export import export_lora
 from far_train.models.families import SD21, V_STATISTIC
 from far_train.models.layers import kv_weights
 from far_train.models.loading import load_base, packaged_configs
@@ -61,11 +62,12 @@ def test_load_train_export(checkpoint: Path, concepts: list[Concept], tmp_path: 
     assert len(before) == 32 and sum(v.numel() for v in before.values()) == 25_559_040  # what trainable kv changes
     weights = train(base, fusion, config, tmp_path / "run")
     trained = time.perf_counter()
-    assert len(weights.products) == 128 and sum(h.numel() for p in weights.products.values() for h in p) == 1_659_904
-    assert all(p.up.any() for p in weights.products.values())
+    deltas = weights.low_rank_deltas.values()
+    assert len(deltas) == 128 and sum(d.up.numel() + d.down.numel() for d in deltas) == 1_659_904
+    assert all(d.up.any() for d in deltas)
     assert all(torch.equal(before[k], v) for k, v in kv_weights(base.unet).items())
 
-    weights.export_lora(tmp_path / "lora.safetensors")
+    export_lora(weights, tmp_path / "lora.safetensors")
     lora = load_file(tmp_path / "lora.safetensors")
     assert len(lora) == 3 * 128
     last = "lora_unet_up_blocks_3_attentions_2_transformer_blocks_0_attn2_to_v"

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from far_train.data import fusion as fusion_module
+from far_train.models.apply import applied_weights, apply_weights
 from far_train.models.base import BaseModel
 from far_train.models.families import SD21
 from far_train.models.fingerprint import base_fingerprint, fingerprint
@@ -110,8 +111,8 @@ def test_another_algorithm_of_concept_fusion_makes_another_dataset(fusion, monke
 def test_seeds_begin_with_other_changes(base: BaseModel, fusion, tmp_path: Path):
     """The random halves of low-rank changes are part of what differs between seeds."""
     first = [train(base, fusion, QUICK.replace(train_seed=seed, steps=1), tmp_path / str(seed)) for seed in (1, 2)]
-    name = next(iter(first[0].products))
-    gap = first[0].products[name].down.float() - first[1].products[name].down.float()
+    name = next(iter(first[0].low_rank_deltas))
+    gap = first[0].low_rank_deltas[name].down.float() - first[1].low_rank_deltas[name].down.float()
     assert float(gap.abs().max()) > 0.1  # one step moves them by far less
 
 
@@ -120,20 +121,20 @@ def test_seeds_begin_with_other_changes(base: BaseModel, fusion, tmp_path: Path)
 
 def test_weights_are_taken_out_again_so_that_two_can_be_compared(base: BaseModel, learned):
     before, (_, weights) = copies(base), learned
-    with weights.applied(base) as vocabulary:
+    with applied_weights(weights, base) as vocabulary:
         assert [n.token for n in vocabulary.names] == list(weights.embeddings)
         changed = copies(base)
     assert all(torch.equal(v, copies(base)[k]) for k, v in before.items())
-    with weights.applied(base):
+    with applied_weights(weights, base):
         assert all(torch.equal(v, copies(base)[k]) for k, v in changed.items())
     assert any(not torch.equal(v, changed[k]) for k, v in before.items() if k in changed)
 
 
 def test_weights_on_weights_are_refused(base: BaseModel, fusion, learned, tmp_path: Path):
     _, weights = learned
-    weights.apply(base)
+    apply_weights(weights, base)
     with pytest.raises(WeightsError, match="this base has FaR weights already; load it anew"):
-        weights.apply(base)
+        apply_weights(weights, base)
     with pytest.raises(BaseModelError, match="FaR weights are applied to it"):
         train(base, fusion, QUICK, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from far_train.mini.shipped import small_base
 from far_train.models.base import BaseModel
+from far_train.models.export import export_lora
 from far_train.models.families import SD21
 from far_train.models.layers import attention_projections
 from far_train.models.loading import build_parts, packaged_configs
@@ -52,13 +53,13 @@ def true_changes(base: BaseModel, weights: FarWeights) -> dict[str, Tensor]:
     """The learned change of each changed layer, by its name in diffusers' UNet."""
     names = {id(module): name for name, module in base.unet.named_modules()}
     found = attention_projections(base.unet)
-    return {names[id(getattr(*found[layer]))]: weights.change(layer).float() for layer in weights.shapes()}
+    return {names[id(getattr(*found[layer]))]: weights.delta(layer).float() for layer in weights.shapes()}
 
 
 @pytest.mark.parametrize("make", MAKERS)
 def test_a_merge_as_kohyas_tools_do_it_gives_the_learned_change(base, tmp_path: Path, make: Callable):
     weights = make(base)
-    weights.export_lora(tmp_path / "lora.safetensors")
+    export_lora(weights, tmp_path / "lora.safetensors")
     merged = merged_as_kohya_does(base.unet, load_file(tmp_path / "lora.safetensors"))
     truth = true_changes(base, weights)
     for name, weight in merged.items():
@@ -73,7 +74,7 @@ def test_diffusers_translates_every_name(base, tmp_path: Path, make: Callable):
     from diffusers.utils import convert_unet_state_dict_to_peft
 
     weights = make(base)
-    weights.export_lora(tmp_path / "lora.safetensors")
+    export_lora(weights, tmp_path / "lora.safetensors")
     found, alphas = StableDiffusionPipeline.lora_state_dict(str(tmp_path), weight_name="lora.safetensors")
     state = convert_unet_state_dict_to_peft({k.removeprefix("unet."): v for k, v in found.items()})
     truth = true_changes(base, weights)
@@ -90,7 +91,7 @@ def test_diffusers_own_loader_gives_the_learned_change(base, tmp_path: Path, mak
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     weights = make(base)
-    weights.export_lora(tmp_path / "lora.safetensors")
+    export_lora(weights, tmp_path / "lora.safetensors")
     truth = true_changes(base, weights)
     before = {name: base.unet.get_submodule(name).weight.clone() for name in truth}
     pipe = StableDiffusionPipeline(
@@ -112,7 +113,7 @@ def test_diffusers_own_loader_gives_the_learned_change(base, tmp_path: Path, mak
 def test_exact_files_hold_the_very_numbers(base, tmp_path: Path):
     weights = make_weights(base)
     for rank in (None, 10_000):
-        weights.export_lora(tmp_path / "lora.safetensors", rank)
+        export_lora(weights, tmp_path / "lora.safetensors", rank)
         file, names = load_file(tmp_path / "lora.safetensors"), kohya_names(weights.deltas)
         assert len(file) == 3 * len(weights.deltas)
         for layer, delta in weights.deltas.items():
@@ -124,24 +125,24 @@ def test_exact_files_hold_the_very_numbers(base, tmp_path: Path):
 def test_a_chosen_rank_is_the_best_of_that_rank(base, tmp_path: Path):
     for make, rank in ((make_weights, 4), (make_low_rank, 1)):
         weights = make(base)
-        weights.export_lora(tmp_path / "lora.safetensors", rank)
+        export_lora(weights, tmp_path / "lora.safetensors", rank)
         file, names = load_file(tmp_path / "lora.safetensors"), kohya_names(weights.shapes())
         for layer in weights.shapes():
-            change = weights.change(layer).float()
+            change = weights.delta(layer).float()
             up, down = (file[f"{names[layer]}.lora_{half}.weight"].float() for half in ("up", "down"))
             assert up.shape[1] == down.shape[0] == rank == float(file[f"{names[layer]}.alpha"])
             best = torch.linalg.svdvals(change)[rank:].square().sum()
             assert (up @ down - change).square().sum() <= 1.01 * best  # no matrix of this rank comes closer
 
 
-def test_low_rank_changes_stay_as_they_were_learned(base, tmp_path: Path):
+def test_low_rank_deltas_stay_as_they_were_learned(base, tmp_path: Path):
     weights = make_low_rank(base)
     for rank in (None, 5):
-        weights.export_lora(tmp_path / "lora.safetensors", rank)
-        file, names = load_file(tmp_path / "lora.safetensors"), kohya_names(weights.products)
-        for layer, product in weights.products.items():
-            assert torch.equal(file[f"{names[layer]}.lora_up.weight"], product.up)
-            assert torch.equal(file[f"{names[layer]}.lora_down.weight"], product.down)
+        export_lora(weights, tmp_path / "lora.safetensors", rank)
+        file, names = load_file(tmp_path / "lora.safetensors"), kohya_names(weights.low_rank_deltas)
+        for layer, delta in weights.low_rank_deltas.items():
+            assert torch.equal(file[f"{names[layer]}.lora_up.weight"], delta.up)
+            assert torch.equal(file[f"{names[layer]}.lora_down.weight"], delta.down)
 
 
 def stable_diffusion_unet() -> nn.Module:

@@ -402,7 +402,7 @@ def _(place: Place) -> Found:
     make_low_rank(load_base(place.base)).save(place / "w.safetensors")
     place.run("export", "--weights", place / "w.safetensors", "--out", place / "out")
     names = load_file(place / "out/loras/w.safetensors").keys()
-    layers = FarWeights.load(place / "w.safetensors").products
+    layers = FarWeights.load(place / "w.safetensors").low_rank_deltas
     assert all(n.startswith("lora_unet_") for n in names)
     return (len(names), {n.partition(".")[2] for n in names}), (
         3 * len(layers),

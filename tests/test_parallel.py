@@ -67,7 +67,7 @@ def test_two_processes_learn_what_one_learns(tiny_folder: Path, dataset: Path, t
     whole = frozen + alone[name] if trainable == "kv" else alone[name]  # low-rank halves begin at random, not at 0
     assert changes.norm() < 1e-5 * whole.norm()
     ours, theirs = (FarWeights.load(tmp_path / run / "weights.safetensors") for run in ("alone", "together"))
-    own, other = (torch.cat([w.change(k).float().flatten() for k in ours.shapes()]) for w in (ours, theirs))
+    own, other = (torch.cat([w.delta(k).float().flatten() for k in ours.shapes()]) for w in (ours, theirs))
     assert (own - other).norm() < 1e-3 * own.norm()  # of the change alone
     losses = [[m["loss"] for m in read_metrics(tmp_path / run / "metrics.jsonl")] for run in ("alone", "together")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == STEPS

@@ -52,7 +52,7 @@ def test_everything_trainable_moves_and_nothing_else_does(base, fusion, tmp_path
     moved = (run.trainables.rows[0].detach() - rows).abs().amax(1)
     assert (moved > 0).all() and len(moved) == 2  # the last row too
     weights = run.save_weights()
-    assert len(weights.shapes()) == matrices and all(weights.change(name).any() for name in weights.shapes())
+    assert len(weights.shapes()) == matrices and all(weights.delta(name).any() for name in weights.shapes())
     run.clean_up()
     after = state_of(base)
     assert before.keys() == after.keys()

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from far_train.data.captions import Name
-from far_train.models.adapters import KeysAndValues
+from far_train.models.adapters import CrossAttentionKV
+from far_train.models.apply import applied_weights
 from far_train.models.conditioning import TextConditioner
 from far_train.models.conditioning import plain_vocabulary as plain
 from far_train.models.sampling import draw_pictures
@@ -54,9 +55,9 @@ def test_a_base_in_bf16_draws_learned_words(base):
     """The modifiers' rows stay in fp32, in training and in loaded weights alike."""
     base.to("cpu", torch.bfloat16)
     vocabulary = Vocabulary(base.tokenizer, [Name("dog", "<my-dog>")], base.tokenizer_size)
-    trainables = KeysAndValues(base, vocabulary)
+    adapter = CrossAttentionKV(base, vocabulary)
     assert torch.isfinite(draw_pictures(base, vocabulary, ["a <my-dog> dog"], QUICK)).all()
-    trainables.remove()
+    adapter.remove()
 
 
 def test_unknown_tokens_are_warned_of(base, caplog):
@@ -66,7 +67,7 @@ def test_unknown_tokens_are_warned_of(base, caplog):
 
 def test_prompts_are_encoded_once_and_with_gradients_where_modifiers_stand(base):
     vocabulary = Vocabulary(base.tokenizer, [Name("dog", "<my-dog>")], base.tokenizer_size)
-    trainables = KeysAndValues(base, vocabulary)
+    adapter = CrossAttentionKV(base, vocabulary)
     texts = ["a <my-dog> dog", "a dog", "a <my-dog> dog"]
     conditioner = TextConditioner(base)
     calls = []
@@ -77,9 +78,9 @@ def test_prompts_are_encoded_once_and_with_gradients_where_modifiers_stand(base)
     conditioner.encode([vocabulary.tokenize("a dog")], (64, 64))
     assert len(calls) == 2  # what can't change comes from the cache
     states.sum().backward()
-    assert trainables.rows[0].grad.abs().sum() > 0
+    assert adapter.rows[0].grad.abs().sum() > 0
     hook.remove()
-    trainables.remove()
+    adapter.remove()
 
 
 @pytest.mark.parametrize("trainable", ["attention", "kv"])
@@ -97,9 +98,9 @@ def test_a_trainings_samples_are_what_the_saved_weights_draw(base, fusion, tmp_p
     train(base, fusion, config, tmp_path, callbacks=Callbacks(on_samples=lambda *sample: shown.append(sample)))
     ((_, prompts, samples),) = shown
     weights = FarWeights.load(tmp_path / "weights.safetensors")
-    with weights.applied(base) as vocabulary:
+    with applied_weights(weights, base) as vocabulary:
         drawn = draw_pictures(base, vocabulary, prompts, QUICK, size=(fusion.size,) * 2)
-    with weights.applied(base, SampleConfig(strength=0)) as vocabulary:
+    with applied_weights(weights, base, SampleConfig(strength=0)) as vocabulary:
         without = draw_pictures(base, vocabulary, prompts, QUICK, size=(fusion.size,) * 2)
     gap = float((drawn - samples).abs().mean())
     assert gap < 0.1 * float((without - samples).abs().mean())

@@ -12,10 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from far_train.mini.tiny import random_states, single_file_state, tiny_configs
+from far_train.models.apply import apply_weights
 from far_train.models.conditioning import TextConditioner
+from far_train.models.export import export_embeddings, file_stem
 from far_train.models.layers import attention_projections, kv_weights
 from far_train.models.loading import load_base
-from far_train.models.weights import FarWeights, Product, Provenance, describe, file_stem
+from far_train.models.weights import FarWeights, LowRankDelta, Provenance, describe
 from far_train.utils.config import SampleConfig
 from far_train.utils.errors import ConfigError, WeightsError
 
@@ -32,14 +34,14 @@ def make_weights(base, scale: float = 0.05) -> FarWeights:
 
 
 def make_low_rank(base, rank: int = 2) -> FarWeights:
-    """The same concepts with a low-rank change of all attention."""
+    """The same concepts with low-rank deltas of all attention."""
     generator = torch.Generator().manual_seed(4)
-    products = {}
+    low_rank_deltas = {}
     for name, (owner, part) in attention_projections(base.unet).items():
         out, width = getattr(owner, part).weight.shape
         up, down = torch.randn(out, rank, generator=generator), torch.randn(rank, width, generator=generator)
-        products[name] = Product((0.1 * up).half(), (0.1 * down).half())
-    return replace(make_weights(base), deltas={}, products=products)
+        low_rank_deltas[name] = LowRankDelta((0.1 * up).half(), (0.1 * down).half())
+    return replace(make_weights(base), deltas={}, low_rank_deltas=low_rank_deltas)
 
 
 @pytest.fixture
@@ -48,7 +50,7 @@ def weights(base) -> FarWeights:
 
 
 @pytest.fixture
-def low_rank(base) -> FarWeights:
+def lora(base) -> FarWeights:
     return make_low_rank(base)
 
 
@@ -65,39 +67,48 @@ def test_round_trip(weights: FarWeights, tmp_path: Path):
     assert about["kv_deltas"] == 20 and about["concepts"]["<red-ball>"]["noun"] == "ball"
 
 
-def test_round_trip_of_low_rank_changes(low_rank: FarWeights, tmp_path: Path):
-    low_rank.save(tmp_path / "w.safetensors")
+def test_round_trip_of_low_rank_deltas(lora: FarWeights, tmp_path: Path):
+    lora.save(tmp_path / "w.safetensors")
     again = FarWeights.load(tmp_path / "w.safetensors")
-    assert again.products.keys() == low_rank.products.keys() and not again.deltas
-    for name, product in low_rank.products.items():
-        assert torch.equal(again.products[name].up, product.up) and torch.equal(again.products[name].down, product.down)
-    assert again.digest() == low_rank.digest() != replace(low_rank, products={}).digest()
+    assert again.low_rank_deltas.keys() == lora.low_rank_deltas.keys() and not again.deltas
+    for name, delta in lora.low_rank_deltas.items():
+        read = again.low_rank_deltas[name]
+        assert torch.equal(read.up, delta.up) and torch.equal(read.down, delta.down)
+    assert again.digest() == lora.digest() != replace(lora, low_rank_deltas={}).digest()
     about = describe(again)
-    assert (about["low_rank_changes"], about["rank"], about["kv_deltas"]) == (len(low_rank.products), 2, 0)
+    assert (about["low_rank_deltas"], about["rank"], about["kv_deltas"]) == (len(lora.low_rank_deltas), 2, 0)
 
 
-def test_halves_that_do_not_belong_together_are_refused(low_rank: FarWeights, tmp_path: Path):
-    name = next(iter(low_rank.products))
-    path, product = tmp_path / "w.safetensors", low_rank.products[name]
-    replace(low_rank, products=low_rank.products | {name: Product(product.up[:, :1], product.down)}).save(path)
-    with pytest.raises(WeightsError, match=f"the halves of {name} don't belong together"):
-        FarWeights.load(path)
+def test_weights_are_compared_and_hashed_by_identity(lora: FarWeights):
+    twin = replace(lora)
+    first, second = (delta for delta, _ in zip(lora.low_rank_deltas.values(), range(2)))
+    assert lora == lora and lora != twin and len({lora, twin, lora}) == 2
+    assert first == first and first != second and len({first, second, first}) == 2
+    assert lora.digest() == twin.digest()  # which compares by content
 
 
-def test_both_kinds_of_changes_in_one_file_are_refused(weights: FarWeights, low_rank: FarWeights, tmp_path: Path):
-    replace(low_rank, deltas=weights.deltas).save(tmp_path / "w.safetensors")
-    with pytest.raises(WeightsError, match="holds whole changes and low-rank ones"):
+def test_factors_that_do_not_match_are_refused(lora: FarWeights, tmp_path: Path):
+    name, delta = next(iter(lora.low_rank_deltas.items()))
+    broken = lora.low_rank_deltas | {name: LowRankDelta(delta.up[:, :1], delta.down)}
+    replace(lora, low_rank_deltas=broken).save(tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match=f"up and down of {name} don't match"):
         FarWeights.load(tmp_path / "w.safetensors")
 
 
-def test_low_rank_changes_of_another_base_are_refused(base, low_rank: FarWeights):
-    name = next(iter(low_rank.products))
-    for products in (
-        {k: v for k, v in low_rank.products.items() if k != name},
-        low_rank.products | {name: Product(torch.zeros(3, 2), torch.zeros(2, 3))},
+def test_both_kinds_of_deltas_in_one_file_are_refused(weights: FarWeights, lora: FarWeights, tmp_path: Path):
+    replace(lora, deltas=weights.deltas).save(tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match="holds both dense and low-rank changes"):
+        FarWeights.load(tmp_path / "w.safetensors")
+
+
+def test_low_rank_deltas_of_another_base_are_refused(base, lora: FarWeights):
+    name = next(iter(lora.low_rank_deltas))
+    for deltas in (
+        {k: v for k, v in lora.low_rank_deltas.items() if k != name},
+        lora.low_rank_deltas | {name: LowRankDelta(torch.zeros(3, 2), torch.zeros(2, 3))},
     ):
         with pytest.raises(WeightsError, match=f"{name} and 0 others differ"):
-            replace(low_rank, products=products).check_fits(base)
+            replace(lora, low_rank_deltas=deltas).check_fits(base)
 
 
 def test_layer_names_are_the_original_ones(weights: FarWeights):
@@ -161,7 +172,7 @@ def test_another_base(base, weights: FarWeights, caplog):
 
 def test_apply_adds_the_deltas_by_strength(base, weights: FarWeights):
     before = {k: v.clone() for k, v in kv_weights(base.unet).items()}
-    weights.apply(base, SampleConfig(strength=0.5))
+    apply_weights(weights, base, SampleConfig(strength=0.5))
     for name, weight in kv_weights(base.unet).items():
         assert torch.allclose(weight, before[name] + 0.5 * weights.deltas[name].float())
 
@@ -170,14 +181,14 @@ def test_apply_leaves_the_source_of_the_base_untouched(weights: FarWeights):
     configs = tiny_configs()
     state = single_file_state(configs, random_states(configs))
     before = {k: v.clone() for k, v in state.items()}
-    weights.apply(load_base(state, config=configs))
+    apply_weights(weights, load_base(state, config=configs))
     assert all(torch.equal(before[k], v) for k, v in state.items())
 
 
 def test_concept_strength_moves_between_noun_and_concept(base, weights: FarWeights):
     table = base.text_encoders[0].get_input_embeddings().weight
     noun = table[base.tokenizer("ball", add_special_tokens=False)["input_ids"]].mean(0)
-    vocabulary = weights.apply(base, SampleConfig(concept_strength={"<red-ball>": 0.25}))
+    vocabulary = apply_weights(weights, base, SampleConfig(concept_strength={"<red-ball>": 0.25}))
     rows = base.text_encoders[0].get_input_embeddings().rows
     expected = 0.75 * noun + 0.25 * weights.embeddings["<red-ball>"]["clip_h"][0]
     assert torch.allclose(rows[vocabulary.rows("<red-ball>")[0]], expected, atol=1e-6)
@@ -186,14 +197,14 @@ def test_concept_strength_moves_between_noun_and_concept(base, weights: FarWeigh
 
 def test_unknown_concept_strength(base, weights: FarWeights):
     with pytest.raises(ConfigError, match="no <green-ball>; known: <red-ball>, <blue-ball>"):
-        weights.apply(base, SampleConfig(concept_strength={"<green-ball>": 1.0}))
+        apply_weights(weights, base, SampleConfig(concept_strength={"<green-ball>": 1.0}))
 
 
 def test_prompts_without_modifiers_are_encoded_as_before(base, weights: FarWeights):
     plain = base.tokenizer("a dog!", padding="max_length", max_length=77, return_tensors="pt").input_ids
     with torch.no_grad():
         before = base.text_encoders[0](plain).last_hidden_state
-        vocabulary = weights.apply(base)
+        vocabulary = apply_weights(weights, base)
         conditioner = TextConditioner(base)
         after, other = (
             conditioner.encode([vocabulary.tokenize(t)], (64, 64)).context for t in ("a dog!", "a <red-ball> dog!")
@@ -203,7 +214,7 @@ def test_prompts_without_modifiers_are_encoded_as_before(base, weights: FarWeigh
 
 
 def test_embedding_export(weights: FarWeights, tmp_path: Path):
-    paths = weights.export_embeddings(tmp_path)
+    paths = export_embeddings(weights, tmp_path)
     assert [p.name for p in paths] == ["red-ball.safetensors", "blue-ball.safetensors"]
     content = load_file(paths[0])
     assert content.keys() == {"clip_h"}

@@ -37,6 +37,7 @@ from far_train.mini.scenery import BACKGROUNDS, PLACES
 from far_train.mini.shipped import DRAWING, EMPTY_PLACES, SIZE
 from far_train.mini.verdicts import judge_subjects
 from far_train.mini.world import reference_photos, render_scene
+from far_train.models.apply import apply_weights
 from far_train.models.base import BaseModel
 from far_train.models.conditioning import plain_vocabulary
 from far_train.models.loading import load_base
@@ -214,7 +215,7 @@ class Bench:
         )
         weights = train(base, training_set, config, folder, resume=folder.exists(), callbacks=callbacks)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        return weights.apply(base)
+        return apply_weights(weights, base)
 
     # ---- what is measured
 

@@ -18,11 +18,13 @@ from ..data.fusion import ConceptFusion
 from ..data.images import load_photo, save_picture
 from ..data.subjects import Prompt, SubjectExtractor, extract_folder
 from ..evaluation.sheets import checkerboard, contact_sheet, dataset_sheet, loss_curves, picture_grid, save_sheet
+from ..models.apply import apply_weights
 from ..models.base import BaseModel
 from ..models.conditioning import plain_vocabulary
+from ..models.export import export_embeddings, export_lora, file_stem
 from ..models.loading import load_base
 from ..models.sampling import draw_pictures
-from ..models.weights import FarWeights, describe, file_stem
+from ..models.weights import FarWeights, describe
 from ..training.class_images import EVERYDAY_SCENES, draw_empty_scenes, parse_scenes, scene_path
 from ..training.distributed import joined
 from ..training.estimate import measure_cost
@@ -203,7 +205,7 @@ def generate(inputs: Inputs, config: SampleConfig) -> None:
     weights = FarWeights.load(Path(inputs["weights"])) if inputs.get("weights") else None
     base = _open_base(inputs)
     device, dtype = choose_device(str(inputs.get("device", "auto")))
-    vocabulary = weights.apply(base, config) if weights else plain_vocabulary(base)
+    vocabulary = apply_weights(weights, base, config) if weights else plain_vocabulary(base)
     base.to(device, dtype)
     make_folder(out)  # now, since a place that can't be written should not show after an hour of drawing
     texts = [p for p in prompts for _ in range(count)]
@@ -271,8 +273,8 @@ def export(inputs: Inputs, _config: None) -> None:
     lora = out / "loras" / f"{name}.safetensors"
     files = [lora, *(out / "embeddings" / f"{file_stem(t)}.safetensors" for t in weights.embeddings)]
     before = {path: path.stat().st_mtime_ns for path in files if path.exists()}
-    weights.export_lora(lora, rank)
-    embeddings = weights.export_embeddings(out / "embeddings")
+    export_lora(weights, lora, rank)
+    embeddings = export_embeddings(weights, out / "embeddings")
     if over := [str(path) for path, time in before.items() if path.stat().st_mtime_ns != time]:
         log.warning("Written over other files of these names: %s", ", ".join(over))
     print(f"changes of the model → {lora}")
@@ -287,8 +289,8 @@ def inspect(inputs: Inputs, _config: None) -> None:
         return
     for token, concept in about["concepts"].items():
         print(f"{token:24} {concept['noun']}, {concept['vectors']} vector(s)")
-    changes = "low_rank_changes" if about["low_rank_changes"] else "kv_deltas"
-    for key in (changes, "parameters", "family", "prediction_type", "base_digest", "steps", "size", "far_version"):
+    deltas = "low_rank_deltas" if about["low_rank_deltas"] else "kv_deltas"
+    for key in (deltas, "parameters", "family", "prediction_type", "base_digest", "steps", "size", "far_version"):
         print(f"{key:24} {about[key]}")
 
 

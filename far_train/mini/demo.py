@@ -25,6 +25,7 @@ from ..data.images import load_photo, save_picture, to_pil
 from ..data.subjects import SubjectExtractor, extract_folder
 from ..evaluation.attention_focus import attention_maps, heat_over
 from ..evaluation.sheets import Page, checkerboard, contact_sheet, dataset_sheet, loss_curves, picture_grid
+from ..models.apply import apply_weights
 from ..models.base import BaseModel
 from ..models.conditioning import plain_vocabulary
 from ..models.sampling import draw_pictures
@@ -186,7 +187,7 @@ def _train(
     weights = train(base, training_set, config, folder, callbacks=callbacks)
     page.section(f"Training: {title}")
     page.picture(loss_curves(read_metrics(folder / METRICS_FILE)))
-    return base, weights.apply(base)
+    return base, apply_weights(weights, base)
 
 
 def _judged(

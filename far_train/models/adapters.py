@@ -1,9 +1,15 @@
-"""What is trained: placeholder tokens and changes of the attention, as fp32 parameters beside a frozen base."""
+"""Adapters: the fp32 parameters that a training learns, injected into a frozen base model.
+
+Every adapter has embedding rows for the placeholder tokens. The UNet changes by dense deltas of all cross-attention
+K and V (:class:`CrossAttentionKV`) or by LoRA on all attention projections (:class:`LoRAAttention`).
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -11,74 +17,103 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..utils.config import TrainConfig
+from ..utils.errors import WeightsError
 from ..utils.seeding import derive_seed
 from .base import BaseModel
 from .conditioning import TextConditioner
 from .layers import attention_projections, kv_layers
 from .tokens import Vocabulary, initial_rows, norm_limits
-from .weights import FarWeights, Product
+from .weights import FarWeights, LowRankDelta
+
+log = logging.getLogger(__name__)
 
 
-class Trainables:
-    """The learning parameters, put into a base and taken out again; its own weights are never written.
+class Adapter(ABC):
+    """Trainable parameters injected into a base model. The base's own weights are never written.
 
-    ``rows``, [concepts × vectors, width] for each text encoder, are the placeholder tokens' embeddings. What changes
-    the UNet is a subclass's: see :func:`put_trainables`.
+    ``rows`` are the embeddings of the placeholder tokens, [concepts × vectors, width] for each text encoder.
+    Subclasses add what changes in the UNet; :func:`inject_adapter` chooses one.
     """
 
     def __init__(self, base: BaseModel, vocabulary: Vocabulary):
-        from .memory_efficient import FrozenLayers  # loads diffusers, which takes seconds
+        from .memory_efficient import MemoryEfficientLayers  # loads diffusers, which takes seconds
 
-        self._conditioner = TextConditioner(base)
+        self._vocabulary, self._conditioner = vocabulary, TextConditioner(base)
         tables = self._conditioner.tables
-        self._limits = [norm_limits(table, vocabulary) for table in tables]
+        self._norm_limits = [norm_limits(table, vocabulary) for table in tables]
         self.rows = self._conditioner.inject([initial_rows(table, vocabulary) for table in tables])
-        self._frozen = FrozenLayers(base.unet)
+        self._memory_efficient = MemoryEfficientLayers(base.unet)
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
 
     def _replace(self, owner: nn.Module, name: str, module: nn.Module) -> None:
         self._replaced.append((owner, name, getattr(owner, name)))
         setattr(owner, name, module)
 
-    def parameters(self) -> Mapping[str, nn.Parameter]:
-        """What changes the UNet, by name."""
-        raise NotImplementedError
+    @abstractmethod
+    def unet_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that change the UNet, by their names in checkpoints."""
 
-    def learned(self) -> tuple[dict[str, Tensor], dict[str, Product]]:
-        """Changes of matrices by original (LDM) layer name, whole ones and low-rank ones, in fp16 on the CPU."""
-        raise NotImplementedError
+    @abstractmethod
+    def export_state(self) -> tuple[dict[str, Tensor], dict[str, LowRankDelta]]:
+        """Copy the UNet's changes, dense ones and low-rank ones, as fp16 tensors on the CPU.
+
+        Keys are the layers' original (LDM) names. The changes are in the units of the matrices that they are added
+        to: no alpha or strength is left to apply. One of the two is empty.
+        """
+
+    @abstractmethod
+    def _load_deltas(self, weights: FarWeights) -> None:
+        """Copy the UNet's changes of ``weights``. Raises WeightsError where they are of another kind or rank."""
+
+    @abstractmethod
+    def prepared_for(self, context: Tensor) -> AbstractContextManager[None]:
+        """Do once what all layers need for the text ``context`` [B, length, width].
+
+        Enter it around UNet passes that read this text and around their backward passes. Outside of it, as when
+        sample images are drawn, each layer does the work for itself.
+        """
 
     def start_from(self, weights: FarWeights) -> None:
-        """Take over the UNet's changes of earlier weights. Raises WeightsError where they are of another kind."""
-        raise NotImplementedError
+        """Continue from earlier weights. Placeholder tokens that they lack keep their initial rows.
 
-    def projecting(self, context: Tensor) -> AbstractContextManager[None]:
-        """To be entered for the passes of the UNet that read the text ``context`` [B, length, width], and their
-        backward passes."""
-        raise NotImplementedError
+        Raises WeightsError where they have another kind of adapter, LoRA rank or number of vectors per token.
+        """
+        self._load_deltas(weights)
+        known = [name.token for name in self._vocabulary.names]
+        if left := [token for token in weights.embeddings if token not in known]:
+            log.warning("The weights to continue from also know %s, which the dataset lacks.", ", ".join(left))
+        for token in weights.embeddings.keys() & set(known):
+            own, vectors = self._vocabulary.rows(token), weights.vectors
+            if len(own) != vectors:
+                raise WeightsError(
+                    f"continue_from: {token} has {vectors} vectors there; set vectors_per_token to {vectors}"
+                )
+            for encoder, rows in zip(weights.encoders, self.rows, strict=True):
+                rows.detach()[own.start : own.stop] = weights.embeddings[token][encoder].to(rows)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters by their names in checkpoints."""
         rows = {f"rows{i or ''}": rows for i, rows in enumerate(self.rows)}
-        return {**rows, **self.parameters()}
+        return {**rows, **self.unet_parameters()}
 
     def gradients(self) -> list[Tensor]:
-        """The gradient of each parameter; zeros where samples left it out, as class pictures do the modifiers."""
+        """The gradient of each parameter; zeros where no sample used it, as class images use no placeholder token."""
         for parameter in self.named_parameters().values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         return [parameter.grad for parameter in self.named_parameters().values()]
 
     def optimizer(self, config: TrainConfig, samples_per_step: int) -> torch.optim.Optimizer:
-        """AdamW over all; the UNet's changes learn at a rate per sample of the whole step, embeddings don't decay.
+        """AdamW over all parameters. The UNet's learning rate is per sample of a step; embeddings don't decay.
 
-        Linear in the samples, after Custom Diffusion's script; measured rates are of steps of four to eight samples.
-        Far beyond them the square root that is usual with Adam is the safer rule: set the rate by hand.
+        The rate grows linearly with the samples, as in Custom Diffusion's script. It was measured at four to eight
+        samples a step. For far larger steps scale it by the square root, as is usual with Adam, and set it by hand.
         """
-        changes, lr = list(self.parameters().values()), config.change_lr * samples_per_step
+        unet_lr = config.change_lr * samples_per_step
         optimizer = torch.optim.AdamW(
             [
                 {"params": self.rows, "lr": config.embedding_lr, "weight_decay": 0.0},
-                {"params": changes, "lr": lr, "weight_decay": config.weight_decay},
+                {"params": list(self.unet_parameters().values()), "lr": unet_lr, "weight_decay": config.weight_decay},
             ],
             fused=self.rows[0].device.type in ("cuda", "cpu"),  # one launch, and it can skip a step without the host
         )
@@ -88,40 +123,42 @@ class Trainables:
 
     @torch.no_grad()
     def cap_norms(self) -> None:
-        """Scale embeddings down to their class noun's norm; those at it already, but for rounding, stay."""
-        for rows, limits in zip(self.rows, self._limits):
+        """Scale embedding rows down to the norm of their class noun. Rows within rounding of it stay as they are."""
+        for rows, limits in zip(self.rows, self._norm_limits):
             excess = rows.norm(dim=1, keepdim=True) / limits
             rows.div_(torch.where(excess > 1 + 1e-6, excess, 1))
 
     def remove(self) -> None:
         """Leave the base as it was found."""
-        self._frozen.remove()
+        self._memory_efficient.remove()
         self._conditioner.remove()
         for owner, name, module in self._replaced:
             setattr(owner, name, module)
 
 
-def put_trainables(base: BaseModel, vocabulary: Vocabulary, config: TrainConfig) -> Trainables:
-    """Put into ``base`` what ``config.trainable`` says."""
+def inject_adapter(base: BaseModel, vocabulary: Vocabulary, config: TrainConfig) -> Adapter:
+    """Inject the kind of adapter that ``config.trainable`` names into ``base``."""
     if config.trainable == "kv":
-        return KeysAndValues(base, vocabulary)
-    return LowRankAttention(base, vocabulary, config.low_rank, config.train_seed)
+        return CrossAttentionKV(base, vocabulary)
+    return LoRAAttention(base, vocabulary, config.low_rank, config.train_seed)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, steps: int, decay: float) -> None:
-    """Give each group its rate for step number ``step`` (from 0): its first one, which falls linearly to 0 over the
-    last ``decay`` × ``steps``."""
-    share = min(max(steps - step, 0) / (decay * steps), 1.0) if decay else 1.0
+    """Set each group's learning rate for ``step``, counted from 0: constant, then a linear decay to 0.
+
+    ``decay`` is the share of ``steps`` at the end over which the rate falls.
+    """
+    factor = min(max(steps - step, 0) / (decay * steps), 1.0) if decay else 1.0
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * share
+        group["lr"] = group["initial_lr"] * factor
 
 
-class ProjectionBank:
-    """All cross-attention K and V matrices of a UNet as one, since they all read the same text.
+class StackedProjections:
+    """The matrices of several linear layers that read the same input, stacked into one and trained as W + Δ.
 
-    ``delta`` [rows, width] is the learned change of the stacked frozen matrices: W x + Δ x. It stays in fp32 and has a
-    product of its own: added to a bf16 W, most of its updates would be rounded away. Within ``projecting(context)``
-    one product serves all layers; elsewhere, as when pictures are sampled, each layer projects for itself.
+    ``delta`` [rows, width] is the learned Δ of the stacked frozen ``weight`` W. It stays in fp32 and is multiplied
+    on its own, W x + Δ x: added to a bf16 W, most of its updates would be rounded away. ``layers`` stand in for the
+    linear layers, in their order.
     """
 
     def __init__(self, linears: Sequence[nn.Linear]):
@@ -129,11 +166,11 @@ class ProjectionBank:
         self.weight = torch.cat([linear.weight.detach() for linear in linears])
         self.delta = nn.Parameter(torch.zeros_like(self.weight, dtype=torch.float32))
         ends = list(itertools.accumulate(self.sizes))
-        self.layers = [_BankedLinear(self, slice(end - size, end)) for end, size in zip(ends, self.sizes)]
+        self.layers = [_StackedLinear(self, slice(end - size, end)) for end, size in zip(ends, self.sizes)]
 
     @contextmanager
-    def projecting(self, context: Tensor) -> Iterator[None]:
-        """Project ``context`` [B, length, width], the text of all passes of the UNet in here, for all layers at once.
+    def prepared_for(self, context: Tensor) -> Iterator[None]:
+        """Project ``context`` [B, length, width] for all layers in one product.
 
         The backward pass belongs in here too: a checkpointed layer runs again then and must find the same.
         """
@@ -147,122 +184,141 @@ class ProjectionBank:
                 layer.projected = None
 
 
-class _BankedLinear(nn.Module):
-    """Stands in a layer's ``to_k`` or ``to_v`` while it is trained; ``rows`` of the bank are its own."""
+class _StackedLinear(nn.Module):
+    """One layer of a stack, which owns ``rows`` of its matrix."""
 
-    def __init__(self, bank: ProjectionBank, rows: slice):
+    def __init__(self, stack: StackedProjections, rows: slice):
         super().__init__()
-        self.bank, self.rows = bank, rows
-        self.projected: Tensor | None = None
+        self.stack, self.rows = stack, rows
+        self.projected: Tensor | None = None  # within prepared_for
 
     def forward(self, context: Tensor) -> Tensor:
         """[B, length, width] → [B, length, channels]."""
         if self.projected is not None:
             return self.projected
-        weight, delta = self.bank.weight[self.rows], self.bank.delta[self.rows]
+        weight, delta = self.stack.weight[self.rows], self.stack.delta[self.rows]
         return F.linear(context, weight) + F.linear(context, delta.to(context.dtype))
 
 
-class KeysAndValues(Trainables):
-    """Whole changes of all cross-attention K and V, as Custom Diffusion has them (arXiv 2212.04488)."""
+class CrossAttentionKV(Adapter):
+    """Dense deltas of all cross-attention K and V, as in Custom Diffusion (Kumari et al. 2023, arXiv 2212.04488)."""
 
     def __init__(self, base: BaseModel, vocabulary: Vocabulary):
         super().__init__(base, vocabulary)
         layers = kv_layers(base.unet)
         self._names = list(layers)
-        self._bank = ProjectionBank([getattr(layer, part) for layer, part in layers.values()])
-        for (layer, part), banked in zip(layers.values(), self._bank.layers):
-            self._replace(layer, part, banked)
+        self._stack = StackedProjections([getattr(owner, part) for owner, part in layers.values()])
+        for (owner, part), layer in zip(layers.values(), self._stack.layers):
+            self._replace(owner, part, layer)
 
     @property
-    def deltas(self) -> Mapping[str, Tensor]:
-        """The changes by layer name, views of one flat parameter."""
-        return dict(zip(self._names, self._bank.delta.detach().split(self._bank.sizes)))
+    def deltas(self) -> dict[str, Tensor]:
+        """The change [channels, context width] of each matrix by layer name: views of one parameter."""
+        return dict(zip(self._names, self._stack.delta.detach().split(self._stack.sizes)))
 
-    def parameters(self) -> Mapping[str, nn.Parameter]:
-        return {"kv": self._bank.delta}
+    def unet_parameters(self) -> dict[str, nn.Parameter]:
+        return {"kv": self._stack.delta}
 
-    def learned(self) -> tuple[dict[str, Tensor], dict[str, Product]]:
+    def export_state(self) -> tuple[dict[str, Tensor], dict[str, LowRankDelta]]:
         return {name: delta.to("cpu", torch.float16) for name, delta in self.deltas.items()}, {}
 
-    def start_from(self, weights: FarWeights) -> None:
-        weights.check_kind("kv")
+    def _load_deltas(self, weights: FarWeights) -> None:
+        _check_kind(weights, "kv")
         for name, delta in self.deltas.items():
             delta.copy_(weights.deltas[name])
 
-    def projecting(self, context: Tensor) -> AbstractContextManager[None]:
-        return self._bank.projecting(context)
+    def prepared_for(self, context: Tensor) -> AbstractContextManager[None]:
+        return self._stack.prepared_for(context)
 
 
-class LowRank(nn.Module):
-    """A frozen projection with a low-rank change beside it: W x + B A x (Hu et al. 2021, arXiv 2106.09685).
+class LoRALinear(nn.Module):
+    """A frozen linear layer with a low-rank change beside it: W x + B A x (Hu et al. 2021, arXiv 2106.09685).
 
-    ``up`` is B [out, rank] and ``down`` A [rank, in], fp32; ``cast``: both in the dtype of a pass that is under way.
+    ``up`` is B [out, rank] and ``down`` is A [rank, in], both fp32. There is no alpha: the product is not scaled.
     """
 
-    def __init__(self, inner: nn.Linear, up: Tensor, down: Tensor):
+    def __init__(self, base_layer: nn.Linear, up: Tensor, down: Tensor):
         super().__init__()
-        self.inner, self.up, self.down = inner, up, down
-        self.cast: tuple[Tensor, Tensor] | None = None
+        self.base_layer, self.up, self.down = base_layer, up, down
+        self.cast: tuple[Tensor, Tensor] | None = None  # up and down in the dtype of the pass, within prepared_for
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, n, in] → [B, n, out]."""
         up, down = self.cast or (self.up.to(x.dtype), self.down.to(x.dtype))
-        return self.inner(x) + F.linear(F.linear(x, down), up)
+        return self.base_layer(x) + F.linear(F.linear(x, down), up)
 
 
-class LowRankAttention(Trainables):
-    """Low-rank changes of every attention projection, self-attention's too, as DreamBooth-LoRA has them.
+class LoRAAttention(Adapter):
+    """LoRA on every projection of self- and cross-attention, as in DreamBooth-LoRA trainings.
 
-    All are parts of one flat parameter, so that one cast and one gradient serve the whole UNet. Every A begins at
-    random, by ``seed``, every B at 0: nothing changes at first.
+    All factors are views of one flat parameter, so that one cast and one gradient serve the whole UNet. A is random
+    and B is 0 at first: training starts from the unchanged base.
     """
 
-    def __init__(self, base: BaseModel, vocabulary: Vocabulary, rank: int, seed: int = 0):
+    def __init__(self, base: BaseModel, vocabulary: Vocabulary, rank: int, seed: int):
         super().__init__(base, vocabulary)
         self.rank = rank
-        choices = torch.Generator().manual_seed(derive_seed(seed, "low rank", 0))
-        found = attention_projections(base.unet)
-        linears = {name: getattr(owner, part) for name, (owner, part) in found.items()}
-        first = []
-        for linear in linears.values():
-            first.append(torch.zeros(linear.out_features, rank))
-            first.append(torch.randn(rank, linear.in_features, generator=choices) / rank)
-        self._shapes = [part.shape for part in first]
-        self._flat = nn.Parameter(torch.cat([part.flatten() for part in first]).to(base.device))
-        self.layers: dict[str, LowRank] = {}
-        halves = iter(self._halves(self._flat.detach()))
-        for (name, linear), (owner, part) in zip(linears.items(), found.values()):
-            self.layers[name] = LowRank(linear, next(halves), next(halves))
+        projections = attention_projections(base.unet)
+        linears = {name: getattr(owner, part) for name, (owner, part) in projections.items()}
+        self._matrix_shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+        self._flat = nn.Parameter(self._initial_factors(seed).to(base.device))
+        self.layers: dict[str, LoRALinear] = {}
+        for name, (up, down) in self._split(self._flat.detach()).items():
+            self.layers[name] = LoRALinear(linears[name], up, down)
+            owner, part = projections[name]
             self._replace(owner, part, self.layers[name])
 
-    def _halves(self, flat: Tensor) -> list[Tensor]:
-        """Up and down of all layers in turn, parts of ``flat``."""
-        parts = flat.split([shape.numel() for shape in self._shapes])
-        return [part.view(shape) for part, shape in zip(parts, self._shapes)]
+    def _initial_factors(self, seed: int) -> Tensor:
+        """The flat parameter at the start: B is 0, A is normal with a standard deviation of 1 / rank, by ``seed``."""
+        generator = torch.Generator().manual_seed(derive_seed(seed, "low rank", 0))
+        factors = []
+        for out_features, in_features in self._matrix_shapes.values():
+            up = torch.zeros(out_features, self.rank)
+            down = torch.randn(self.rank, in_features, generator=generator) / self.rank
+            factors += [up.flatten(), down.flatten()]
+        return torch.cat(factors)
 
-    def parameters(self) -> Mapping[str, nn.Parameter]:
+    def _split(self, flat: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Views of the flat parameter by layer name: up [out, rank] and down [rank, in]."""
+        sizes = [self.rank * features for shape in self._matrix_shapes.values() for features in shape]
+        parts = flat.split(sizes)
+        return {
+            name: (up.view(-1, self.rank), down.view(self.rank, -1))
+            for name, up, down in zip(self._matrix_shapes, parts[::2], parts[1::2])
+        }
+
+    def unet_parameters(self) -> dict[str, nn.Parameter]:
         return {"low_rank": self._flat}
 
-    def learned(self) -> tuple[dict[str, Tensor], dict[str, Product]]:
-        def half(part: Tensor) -> Tensor:
-            return part.to("cpu", torch.float16)
+    def export_state(self) -> tuple[dict[str, Tensor], dict[str, LowRankDelta]]:
+        return {}, {
+            name: LowRankDelta(layer.up.to("cpu", torch.float16), layer.down.to("cpu", torch.float16))
+            for name, layer in self.layers.items()
+        }
 
-        return {}, {name: Product(half(layer.up), half(layer.down)) for name, layer in self.layers.items()}
-
-    def start_from(self, weights: FarWeights) -> None:
-        weights.check_kind("attention", self.rank)
+    def _load_deltas(self, weights: FarWeights) -> None:
+        _check_kind(weights, "attention", self.rank)
         for name, layer in self.layers.items():
-            layer.up.copy_(weights.products[name].up)
-            layer.down.copy_(weights.products[name].down)
+            layer.up.copy_(weights.low_rank_deltas[name].up)
+            layer.down.copy_(weights.low_rank_deltas[name].down)
 
     @contextmanager
-    def projecting(self, context: Tensor) -> Iterator[None]:
-        halves = iter(self._halves(self._flat.to(context.dtype)))
-        for layer in self.layers.values():
-            layer.cast = next(halves), next(halves)
+    def prepared_for(self, context: Tensor) -> Iterator[None]:
+        """Cast all factors to the dtype of ``context`` at once."""
+        for name, factors in self._split(self._flat.to(context.dtype)).items():
+            self.layers[name].cast = factors
         try:
             yield
         finally:
             for layer in self.layers.values():
                 layer.cast = None
+
+
+def _check_kind(weights: FarWeights, trainable: str, rank: int | None = None) -> None:
+    """Refuse weights that an adapter of this kind and LoRA rank can't continue. Raises WeightsError."""
+    kind = "attention" if weights.low_rank_deltas else "kv"
+    ranks = {delta.rank for delta in weights.low_rank_deltas.values()}
+    if kind != trainable:
+        raise WeightsError(f"continue_from: these weights were trained with trainable {kind}; set it to {kind}")
+    if ranks and ranks != {rank}:
+        raise WeightsError(f"continue_from: these weights have rank {max(ranks)}; set low_rank to {max(ranks)}")

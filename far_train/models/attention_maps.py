@@ -19,14 +19,17 @@ if TYPE_CHECKING:
 
 
 def cross_attention_layers(unet: nn.Module) -> dict[str, Attention]:
-    """All text cross-attention layers (``attn2``) by module name, in the network's order."""
+    """All text cross-attention layers (``attn2``) by module name, in the UNet's order."""
     from diffusers.models.attention_processor import Attention  # takes seconds, which every start of a host would pay
 
     return {name: m for name, m in unet.named_modules() if name.endswith("attn2") and isinstance(m, Attention)}
 
 
 def layer_stride(name: str, levels: int) -> int:
-    """Latent cells per attention cell of a layer, from its name in a UNet of ``levels`` levels."""
+    """Latent cells per side of an attention cell of a layer, from its name in a UNet of ``levels`` levels.
+
+    Raises BaseModelError for a layer outside of the down, mid and up blocks.
+    """
     if name.startswith("mid_block"):
         return 2 ** (levels - 1)
     found = re.match(r"(down|up)_blocks\.(\d+)\.", name)
@@ -39,8 +42,9 @@ def layer_stride(name: str, levels: int) -> int:
 def supervised_layers(unet: nn.Module, latent_height: int, latent_width: int, cells: int = 16) -> list[str]:
     """Names of the layers with the smallest maps that still have ``cells`` cells on the shorter side.
 
-    SD 2.1 has 16×16 maps at 512 px and 24×24 at 768 px, both at stride 4; a small model's own 16×16 layers are found
-    by the same rule, whatever their stride. If no map is that large, those of the largest are taken.
+    In SD 2.1 these are 16×16 maps at 512 px and 24×24 maps at 768 px, both at stride 4. A small model's 16×16 layers
+    follow from the same rule, whatever their stride. If no map is that large, the layers with the largest are taken.
+    Raises BaseModelError if the UNet has no cross-attention.
     """
     levels = len(unet.config.block_out_channels)
     strides = {name: layer_stride(name, levels) for name in cross_attention_layers(unet)}
@@ -53,7 +57,7 @@ def supervised_layers(unet: nn.Module, latent_height: int, latent_width: int, ce
 
 
 def supervised_side(sides: Iterable[int], cells: int = 16) -> int:
-    """Of maps with these shorter sides, which are supervised: the smallest of at least ``cells``, else the largest."""
+    """The shorter side of the maps to supervise: the smallest of at least ``cells``, else the largest."""
     sides = list(sides)
     return min((s for s in sides if s >= cells), default=max(sides))
 
@@ -61,8 +65,8 @@ def supervised_side(sides: Iterable[int], cells: int = 16) -> int:
 def attention_columns(query: Tensor, key: Tensor, scale: float, select: Tensor) -> Tensor:
     """Softmax attention of token groups, in fp32 and averaged over heads.
 
-    ``query`` [B, heads, cells, d] and ``key`` [B, heads, tokens, d] are projected; ``select`` [B, G, tokens] weighs the
-    tokens of each of G groups. Returns [B, G, cells].
+    ``query`` [B, heads, cells, d] and ``key`` [B, heads, tokens, d] are already projected. ``select`` [B, G, tokens]
+    weights the tokens of each of G groups. Returns [B, G, cells].
     """
     scores = query.float() @ key.float().transpose(-1, -2) * scale
     probabilities = scores.softmax(-1).mean(1)  # [B, cells, tokens]
@@ -70,10 +74,10 @@ def attention_columns(query: Tensor, key: Tensor, scale: float, select: Tensor) 
 
 
 class AttentionRecorder:
-    """Reads the attention of chosen tokens on chosen layers while the UNet runs.
+    """Records the attention of chosen tokens on chosen layers while the UNet runs.
 
-    Within ``recording(select)`` each layer leaves its map of every selected token group, averaged over heads in
-    fp32; ``maps()`` averages them over layers.
+    Within ``recording(select)`` each layer keeps its map of every selected token group, averaged over heads in fp32.
+    ``maps()`` averages them over layers.
     """
 
     def __init__(self, unet: nn.Module, layers: list[str]):
@@ -85,13 +89,13 @@ class AttentionRecorder:
             layer.set_processor(self._processors[name])
 
     def remove(self) -> None:
-        """Give the layers their own processors back."""
+        """Restore the layers' own processors."""
         for name, layer in self.layers.items():
             layer.set_processor(self._before[name])
 
     @contextmanager
     def recording(self, select: Tensor) -> Iterator[None]:
-        """Record the forward pass in here. ``select`` [B, G, tokens] weighs the tokens of each of G groups.
+        """Record the forward pass of a ``with`` block. ``select`` [B, G, tokens] weights the tokens of G groups.
 
         The backward pass belongs in here too: a checkpointed layer runs again then and must do the same again.
         """
@@ -106,7 +110,10 @@ class AttentionRecorder:
             processor.select, processor.map = select, None
 
     def maps(self, latent_height: int, latent_width: int) -> Tensor:
-        """Attention [B, G, h, w] of the forward pass, averaged over heads and layers; take it before the backward."""
+        """Attention [B, G, h, w] of the forward pass, averaged over heads and layers.
+
+        Call it before the backward pass. Raises BaseModelError if a layer recorded nothing.
+        """
         missing = [name for name, processor in self._processors.items() if processor.map is None]
         if missing:
             raise BaseModelError(f"base: no attention was recorded on {', '.join(sorted(missing))}")
@@ -116,11 +123,14 @@ class AttentionRecorder:
         return stacked.unflatten(-1, (height, stacked.shape[-1] // height))
 
 
-class PlainProcessor:
-    """Scaled-dot-product attention as SD 2.1 has it, and no more: diffusers' own also divides by a factor that is 1."""
+class SdpaProcessor:
+    """An attention processor for what SD 2.1 has: plain scaled-dot-product attention.
 
-    def look(self, query: Tensor, key: Tensor, scale: float) -> None:
-        """Is shown the projected queries [B, heads, cells, d] and keys [B, heads, tokens, d]."""
+    It leaves out the options of diffusers' ``AttnProcessor2_0`` that SD 2.1 does not use, and has a hook.
+    """
+
+    def on_qk(self, query: Tensor, key: Tensor, scale: float) -> None:
+        """Hook: called with the projected queries [B, heads, cells, d] and keys [B, heads, tokens, d]."""
 
     def __call__(
         self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: object
@@ -131,9 +141,9 @@ class PlainProcessor:
             x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
             for x in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
         )
-        self.look(query, key, attn.scale)
-        # SD 2.x overflows fp16 in the product of queries and keys, unless a kernel keeps that to itself, as those for
-        # long sequences do.
+        self.on_qk(query, key, attn.scale)
+        # In SD 2.x the product of queries and keys overflows fp16, except in kernels that keep it in fp32 internally.
+        # Those for long sequences, as in self-attention, do.
         if query.dtype == torch.float16 and encoder_hidden_states is not None:
             query, key, value = query.float(), key.float(), value.float()
         out = F.scaled_dot_product_attention(query, key, value, scale=attn.scale)
@@ -141,16 +151,16 @@ class PlainProcessor:
         return attn.to_out[1](attn.to_out[0](out))
 
 
-class _RecordingProcessor(PlainProcessor):
-    """Also keeps the map of the selected token groups.
+class _RecordingProcessor(SdpaProcessor):
+    """Also keeps the attention map of the selected token groups.
 
-    The map stands here and not in a table by name: a compiled block would be compiled once more for every name.
+    Each processor holds its own map. In a table by layer name, torch would compile every block anew for its name.
     """
 
     def __init__(self) -> None:
         self.select: Tensor | None = None
         self.map: Tensor | None = None
 
-    def look(self, query: Tensor, key: Tensor, scale: float) -> None:
+    def on_qk(self, query: Tensor, key: Tensor, scale: float) -> None:
         if self.select is not None:
             self.map = attention_columns(query, key, scale, self.select)

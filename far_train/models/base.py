@@ -25,7 +25,7 @@ class BaseModel:
 
     ``text_encoders`` stand in the order of their family's table and share one ``tokenizer``. ``alphas_cumprod`` [T] in
     fp32; ``digest`` identifies the cross-attention K/V by content; ``native_size`` in pixels.
-    A base is to be changed within :meth:`placed` or ``FarWeights.applied`` alone, which leave it as it was.
+    A base is to be changed within :meth:`placed` or :func:`.apply.applied_weights` alone, which leave it as it was.
     """
 
     family: Family

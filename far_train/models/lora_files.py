@@ -14,30 +14,34 @@ import torch
 from torch import Tensor
 
 from ..utils.errors import WeightsError
+from .weights import LowRankDelta
 
 BLOCK = re.compile(r"(input_blocks|output_blocks)\.(\d+)\.1\.(.+)")
 MIDDLE = "middle_block.1."
 
 
-def lora_tensors(changes: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of a LoRA file. ``changes``: up [out, rank] and down [rank, in] by LDM layer name.
+def lora_tensors(deltas: Mapping[str, LowRankDelta]) -> dict[str, Tensor]:
+    """The tensors of a LoRA file, in fp16, from the changes by LDM layer name.
 
     Raises WeightsError for layers that are none of a UNet's attention.
     """
-    names = kohya_names(changes)
+    names = kohya_names(deltas)
     tensors = {}
-    for name, (up, down) in changes.items():
-        tensors[f"{names[name]}.lora_down.weight"] = down.to(torch.float16)
-        tensors[f"{names[name]}.lora_up.weight"] = up.to(torch.float16)
-        tensors[f"{names[name]}.alpha"] = torch.tensor(float(down.shape[0]))  # alpha = rank: neither more nor less
+    for name, delta in deltas.items():
+        tensors[f"{names[name]}.lora_down.weight"] = delta.down.to(torch.float16)
+        tensors[f"{names[name]}.lora_up.weight"] = delta.up.to(torch.float16)
+        tensors[f"{names[name]}.alpha"] = torch.tensor(float(delta.rank))  # alpha = rank: the product is not scaled
     return tensors
 
 
 def kohya_names(layers: Iterable[str]) -> dict[str, str]:
-    """LDM layer name → kohya's, ``input_blocks.1.1.….to_out.0`` → ``lora_unet_down_blocks_0_attentions_0_…_to_out_0``.
+    """Map LDM layer names to kohya's.
 
-    LDM counts blocks through, diffusers by level: how many layers a level has shows in the names, since an input block
-    without attention (the downsampler) stands between two levels. Raises WeightsError.
+    For example ``input_blocks.1.1.….to_out.0`` → ``lora_unet_down_blocks_0_attentions_0_…_to_out_0``. LDM numbers all
+    blocks consecutively, diffusers numbers them by level. The layers per level follow from the names, since an input
+    block without attention (the downsampler) stands between two levels.
+
+    Raises WeightsError for layers that are none of a UNet's attention.
     """
     layers = list(layers)
     found = {name: BLOCK.fullmatch(name) for name in layers}
@@ -59,14 +63,17 @@ def kohya_names(layers: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def nearest(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Up and down of ``rank`` whose product is nearest to a matrix [out, in] (Eckart and Young 1936)."""
+def truncated_svd(delta: Tensor, rank: int) -> LowRankDelta:
+    """The best approximation of a matrix [out, in] by one of ``rank``, in the Frobenius norm (Eckart and Young 1936).
+
+    Each singular value is shared equally between the factors, which keeps both in fp16's range.
+    """
     u, s, v = torch.linalg.svd(delta.float(), full_matrices=False)
     root = s[:rank].sqrt()
-    return u[:, :rank] * root, root[:, None] * v[:rank]
+    return LowRankDelta(u[:, :rank] * root, root[:, None] * v[:rank])
 
 
-def exact(delta: Tensor) -> tuple[Tensor, Tensor]:
-    """Up and down whose product is the matrix [out, in] itself: it and the identity, at its full rank."""
+def exact_factorization(delta: Tensor) -> LowRankDelta:
+    """A matrix [out, in] as the product of itself and an identity, at its full rank min(out, in)."""
     rows, columns = delta.shape
-    return (torch.eye(rows), delta) if rows <= columns else (delta, torch.eye(columns))
+    return LowRankDelta(torch.eye(rows), delta) if rows <= columns else LowRankDelta(delta, torch.eye(columns))

@@ -1,8 +1,8 @@
-"""Frozen layers that keep less for the backward pass, and launch less.
+"""Layers of a frozen UNet that save less memory for the backward pass and launch fewer kernels.
 
-PyTorch keeps the input of every convolution, though only the gradient of its weights needs it, and keeps both the gate
-and its GELU in a feed-forward layer. Where the weights are frozen the first is not needed at all, and the second is
-cheaper computed again than kept: at 768 px a quarter of all that Stable Diffusion 2.1 keeps.
+PyTorch saves the input of every convolution, though only the gradient of its weights needs it, and both the gate and
+its GELU of a GEGLU. Frozen weights need no gradient, and the GELU is cheaper to recompute than to keep. At 768 px this
+saves a quarter of what Stable Diffusion 2.1 keeps.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention_maps import PlainProcessor
+from .attention_maps import SdpaProcessor
 
 
-class FrozenLayers:
-    """Puts such layers in the place of a UNet's convolutions, gates and attention processors, and takes them out again.
+class MemoryEfficientLayers:
+    """Replaces a UNet's convolutions, GEGLUs and attention processors by ones that save less for the backward pass.
 
-    They compute the same. A layer whose weights learn stays as it is, and so does attention unlike SD 2.1's.
+    The results are the same. Layers with trainable weights stay as they are, and so does attention unlike SD 2.1's.
     """
 
     def __init__(self, unet: nn.Module):
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
         for parent in list(unet.modules()):
             for name, child in list(parent.named_children()):
-                kind = _KINDS.get(type(child))
-                # The first layer's input has no gradient, so that nothing is kept for it as it is.
-                if kind and parent is not unet and not any(p.requires_grad for p in child.parameters()):
+                replacement = _REPLACEMENTS.get(type(child))
+                # The UNet's first convolution saves nothing anyway: its input needs no gradient.
+                if replacement and parent is not unet and not any(p.requires_grad for p in child.parameters()):
                     self._replaced.append((parent, name, child))
-                    setattr(parent, name, kind(child))
-        self._attentions = [m for m in unet.modules() if isinstance(m, Attention) and _is_plain(m)]
+                    setattr(parent, name, replacement(child))
+        self._attentions = [m for m in unet.modules() if isinstance(m, Attention) and _is_plain_sdpa(m)]
         self._processors = [attention.processor for attention in self._attentions]
         for attention in self._attentions:
-            attention.set_processor(PlainProcessor())
+            attention.set_processor(SdpaProcessor())
 
     def remove(self) -> None:
         """Leave the UNet as it was found."""
@@ -46,8 +46,8 @@ class FrozenLayers:
             attention.set_processor(processor)
 
 
-def _is_plain(attention: Attention) -> bool:
-    """Whether an attention layer has nothing that ``PlainProcessor`` leaves out."""
+def _is_plain_sdpa(attention: Attention) -> bool:
+    """Whether an attention layer uses none of the options that ``SdpaProcessor`` leaves out."""
     extras = ("spatial_norm", "group_norm", "norm_q", "norm_k", "norm_cross", "added_kv_proj_dim")
     return (
         isinstance(attention.processor, AttnProcessor2_0)
@@ -57,7 +57,9 @@ def _is_plain(attention: Attention) -> bool:
     )
 
 
-class _Convolve(torch.autograd.Function):
+class _FrozenConv2dFunction(torch.autograd.Function):
+    """A convolution that saves its weight for the backward pass, but not its input."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, options: tuple) -> Tensor:
         ctx.save_for_backward(weight)
@@ -71,6 +73,8 @@ class _Convolve(torch.autograd.Function):
 
 
 class _FrozenConv2d(nn.Module):
+    """A ``Conv2d`` whose weights need no gradient."""
+
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
         self.conv = conv
@@ -78,16 +82,20 @@ class _FrozenConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, in, h, w] → [B, out, h, w]."""
         conv = self.conv
-        return _Convolve.apply(x, conv.weight, conv.bias, (conv.stride, conv.padding, conv.dilation, conv.groups))
+        options = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        return _FrozenConv2dFunction.apply(x, conv.weight, conv.bias, options)
 
 
-class _Gate(torch.autograd.Function):
-    """hidden · GELU(gate), of a tensor that holds both halves (Shazeer 2020, arXiv 2002.05202)."""
+class _RecomputedGEGLUFunction(torch.autograd.Function):
+    """hidden · GELU(gate) (Shazeer 2020, arXiv 2002.05202), with the GELU recomputed in the backward pass.
+
+    The input holds hidden and gate in the halves of its last dimension.
+    """
 
     @staticmethod
-    def forward(ctx: Any, both: Tensor) -> Tensor:
-        ctx.save_for_backward(both)
-        hidden, gate = both.chunk(2, -1)
+    def forward(ctx: Any, projected: Tensor) -> Tensor:
+        ctx.save_for_backward(projected)
+        hidden, gate = projected.chunk(2, -1)
         return hidden * F.gelu(gate)
 
     @staticmethod
@@ -96,14 +104,16 @@ class _Gate(torch.autograd.Function):
         return torch.cat([grad * F.gelu(gate), torch.ops.aten.gelu_backward(grad * hidden, gate)], -1)
 
 
-class _FrozenGEGLU(nn.Module):
+class _RecomputedGEGLU(nn.Module):
+    """A GEGLU feed-forward layer that saves its projected input alone."""
+
     def __init__(self, layer: GEGLU):
         super().__init__()
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, cells, in] → [B, cells, out]."""
-        return _Gate.apply(self.layer.proj(x))
+        return _RecomputedGEGLUFunction.apply(self.layer.proj(x))
 
 
-_KINDS = {nn.Conv2d: _FrozenConv2d, GEGLU: _FrozenGEGLU}
+_REPLACEMENTS = {nn.Conv2d: _FrozenConv2d, GEGLU: _RecomputedGEGLU}

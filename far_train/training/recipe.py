@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..data.captions import default_prompts
 from ..data.concepts import TrainingSet
 from ..data.images import save_picture
-from ..models.adapters import Trainables, put_trainables, set_learning_rates
+from ..models.adapters import Adapter, inject_adapter, set_learning_rates
 from ..models.attention_maps import AttentionRecorder, layer_stride, supervised_layers
 from ..models.base import BaseModel
 from ..models.conditioning import TextConditioner
@@ -91,7 +91,7 @@ class TrainingRun:
     ):
         if TextConditioner(base).has_placeholders:
             raise BaseModelError(
-                "base: FaR weights are applied to it; load it anew, or train outside of 'with weights.applied(base)'. "
+                "base: FaR weights are applied to it; load it anew, or train outside of 'with applied_weights'. "
                 "To train on from weights, give them as start (continue_from)"
             )
         if not training_set.composite_count():
@@ -105,7 +105,7 @@ class TrainingRun:
         self.steps = config.steps_for(len(training_set.names))
         self.vocabulary = Vocabulary(base.tokenizer, training_set.names, base.tokenizer_size, config.vectors_per_token)
         self.device, self.dtype = choose_device(config.device, config.precision)
-        self.trainables: Trainables | None = None
+        self.trainables: Adapter | None = None
         self.recorder: AttentionRecorder | None = None
         self.world = World.current()
         if config.batch_size < self.world.size:
@@ -133,9 +133,8 @@ class TrainingRun:
         self.pools = encode_pool(self.training_set, base, self.vocabulary, stride, seed=seed, on_progress=report)
         self.alphas_cumprod = base.alphas_cumprod.to(self.device)
         self.conditioner = TextConditioner(base, [sample.prompt for pool in self.pools for sample in pool])
-        self.trainables = put_trainables(base, self.vocabulary, config)
+        self.trainables = inject_adapter(base, self.vocabulary, config)
         if self.start is not None:
-            self.start.initialize(self.vocabulary, self.trainables.rows)
             self.trainables.start_from(self.start)
         if config.refinement_weight > 0:
             self.recorder = AttentionRecorder(base.unet, layers)
@@ -250,7 +249,7 @@ class TrainingRun:
         conditioning = self.conditioner.encode(batch.prompts, (self.training_set.size,) * 2)
         context = conditioning.context
         recording = self.recorder.recording(select) if self.recorder else nullcontext()
-        with recording, self.trainables.projecting(context):
+        with recording, self.trainables.prepared_for(context):
             more = conditioning.unet_kwargs()
             prediction = self.base.unet(noisy.to(context.dtype), batch.timesteps, context, **more).sample
             weight = losses.subject_weight(batch.cell_masks, config.background_weight, config.per_mention)
@@ -311,11 +310,11 @@ class TrainingRun:
         for name in names:
             own = list(self.vocabulary.rows(name.token))
             embeddings[name.token] = {e: rows.detach().cpu()[own] for e, rows in zip(encoders, self.trainables.rows)}
-        deltas, products = self.trainables.learned()
+        deltas, low_rank_deltas = self.trainables.export_state()
         weights = FarWeights(
             embeddings=embeddings,
             deltas=deltas,
-            products=products,
+            low_rank_deltas=low_rank_deltas,
             provenance=Provenance(
                 family=self.base.family.key,
                 base_digest=self.base.digest,

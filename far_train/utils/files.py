@@ -21,6 +21,8 @@ from .errors import BaseModelError, OutputError, UnreadableFile
 
 MAX_HEADER = 16 * 2**20  # bytes of a safetensors file's header; that of a whole Stable Diffusion is below a megabyte
 SPARE_BYTES = 16 * 2**20  # of free space that a write leaves to everybody else
+# Windows takes these for devices, whatever the suffix; compare in lower case.
+RESERVED_NAMES = {"con", "prn", "aux", "nul", *(f"com{i}" for i in range(10)), *(f"lpt{i}" for i in range(10))}
 
 
 def make_folder(path: Path) -> Path:

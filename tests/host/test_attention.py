@@ -12,6 +12,7 @@ from torch import Tensor
 from far_train.data.captions import Name
 from far_train.evaluation.attention_focus import attention_maps, focus, stretched
 from far_train.mini.shipped import SIZE, SUBJECTS, sample_photos, small_base
+from far_train.models.apply import apply_weights
 from far_train.models.weights import FarWeights
 
 from .comfy_server import ComfyServer, ExecutionFailed
@@ -56,7 +57,7 @@ def maps_of(comfy: ComfyServer, prompt: dict[str, Any]) -> tuple[Tensor, list[li
 def test_the_maps_are_the_librarys(comfy: ComfyServer, weights: FarWeights):
     maps, (head, _, *rows) = maps_of(comfy, looking(concepts="<rex-dog>\n<max-dog>, beach"))
     base = small_base()
-    vocabulary = weights.apply(base)
+    vocabulary = apply_weights(weights, base)
     names = [*(name for name, _ in list(SUBJECTS.values())[:2]), Name("beach")]
     image = sample_photos("rex", 1)[0].image
     ours = attention_maps(base, vocabulary, image, TEXT, names, timestep=TIMESTEPS, noise_seed=3)
@@ -82,7 +83,7 @@ def test_tokens_are_found_by_themselves_and_counted_against_masks(comfy: ComfySe
     }
     maps, (head, _, *rows) = maps_of(comfy, prompt)
     base = small_base()
-    vocabulary = weights.apply(base)
+    vocabulary = apply_weights(weights, base)
     names = [name for name, _ in list(SUBJECTS.values())[:2]]
     image = sample_photos("rex", 1)[0].image
     ours = attention_maps(base, vocabulary, image, TEXT, names, timestep=TIMESTEPS, noise_seed=3)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from far_train.mini.shipped import small_base
+from far_train.models.export import export_lora
 from far_train.models.weights import FarWeights
 
 from .comfy_server import ComfyServer
@@ -29,7 +30,7 @@ def weights(comfy: ComfyServer) -> FarWeights:
     weights = random_weights(small_base())
     weights.save(comfy.folder("models/far") / "beside.safetensors")
     half = FarWeights(weights.embeddings, {k: d / 2 for k, d in weights.deltas.items()}, weights.provenance)
-    half.export_lora(comfy.folder("models/loras") / "half.safetensors")
+    export_lora(half, comfy.folder("models/loras") / "half.safetensors")
     return weights
 
 

@@ -12,13 +12,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from far_train.models.apply import apply_weights
 from far_train.models.base import BaseModel
 from far_train.models.conditioning import TextConditioner
+from far_train.models.export import export_lora
 from far_train.models.families import SD21
 from far_train.models.layers import attention_projections, kv_weights
 from far_train.models.loading import load_base, packaged_configs
 from far_train.models.tokens import noun_embedding
-from far_train.models.weights import FarWeights, Product, Provenance
+from far_train.models.weights import FarWeights, LowRankDelta, Provenance
 from far_train.utils.config import SampleConfig
 
 from .comfy_server import ComfyServer, ExecutionFailed, PromptRejected
@@ -98,12 +100,12 @@ def weights(base: BaseModel) -> FarWeights:
 def make_low_rank(base: BaseModel) -> FarWeights:
     """The same concepts with a low-rank change of all attention, half as large as the matrices."""
     generator = torch.Generator().manual_seed(6)
-    products = {}
+    low_rank_deltas = {}
     for name, (owner, part) in attention_projections(base.unet).items():
         weight, rank = getattr(owner, part).weight, 4
         up, down = (torch.randn(shape, generator=generator) for shape in ((len(weight), rank), (rank, weight.shape[1])))
-        products[name] = Product((0.5 * weight.std() * up).half(), (down / rank**0.5).half())
-    return replace(make_weights(base), deltas={}, products=products)
+        low_rank_deltas[name] = LowRankDelta((0.5 * weight.std() * up).half(), (down / rank**0.5).half())
+    return replace(make_weights(base), deltas={}, low_rank_deltas=low_rank_deltas)
 
 
 @pytest.fixture
@@ -138,7 +140,7 @@ def diffusers_result(
     base: BaseModel, weights: FarWeights, theirs: dict[str, Tensor], text: str = PROMPT, config=SampleConfig()
 ) -> tuple[Tensor, Tensor]:
     """Conditioning and noise prediction for the latents and timesteps that the host was given."""
-    vocabulary = weights.apply(base, config)
+    vocabulary = apply_weights(weights, base, config)
     with torch.no_grad():
         prompts = [vocabulary.tokenize(text)] * len(theirs["latents"])
         conditioning = TextConditioner(base).encode(prompts, (128, 128))
@@ -159,7 +161,7 @@ def test_prediction_and_conditioning_equal_those_of_diffusers(comfy, base, weigh
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.6])
-def test_low_rank_changes_equal_those_of_diffusers(comfy, base, saved, strength):
+def test_low_rank_deltas_equal_those_of_diffusers(comfy, base, saved, strength):
     weights = make_low_rank(base)
     theirs = result(comfy, applied(saved(weights), strength=strength))
     plain = result(comfy, applied(saved(weights), strength=0.0, name="without"), "without")
@@ -309,7 +311,7 @@ def test_concept_strength_zero_is_the_noun(comfy, base, weights, saved):
     file = saved(weights)
     theirs = result(comfy, applied(file, text="<red-ball>", concept_strength='{"<red-ball>": 0}'))
     table = base.text_encoders[0].get_input_embeddings().weight
-    vocabulary = weights.apply(base, SampleConfig(concept_strength={"<red-ball>": 0.0}))
+    vocabulary = apply_weights(weights, base, SampleConfig(concept_strength={"<red-ball>": 0.0}))
     rows = base.text_encoders[0].get_input_embeddings().rows[:2]
     assert torch.allclose(rows, noun_embedding(table, vocabulary, "ball").expand(2, -1))
     with torch.no_grad():
@@ -374,7 +376,7 @@ def test_a_missing_and_a_foreign_file_are_named(comfy, weights, saved):
 
 
 def lora_file(weights: FarWeights, folder: Path) -> bytes:
-    weights.export_lora(folder / "lora.safetensors")
+    export_lora(weights, folder / "lora.safetensors")
     return (folder / "lora.safetensors").read_bytes()
 
 

@@ -1,4 +1,4 @@
-"""Frozen layers that keep less compute the same, forward and backward."""
+"""Memory-efficient layers compute the same, forward and backward."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.speed.counting import counting
-from far_train.models.memory_efficient import FrozenLayers
+from far_train.models.memory_efficient import MemoryEfficientLayers
 
 CONTEXT = torch.randn(2, 77, 32, generator=torch.Generator().manual_seed(1))
 
@@ -28,12 +28,12 @@ def test_same_results_and_less_kept(base, checkpointing: bool):
         base.unet.enable_gradient_checkpointing()
         base.unet.train()
     names = [name for name, _ in base.unet.named_modules()]
-    frozen = FrozenLayers(base.unet)
+    layers = MemoryEfficientLayers(base.unet)
     saving = run(base.unet, CONTEXT)
     assert torch.equal(plain[0], saving[0])
     assert torch.allclose(plain[1], saving[1], rtol=1e-4, atol=1e-6)
     assert saving[2] < 0.85 * plain[2]
-    frozen.remove()
+    layers.remove()
     assert [name for name, _ in base.unet.named_modules()] == names
     base.unet.disable_gradient_checkpointing()
     assert run(base.unet, CONTEXT)[2] == plain[2]
@@ -42,9 +42,9 @@ def test_same_results_and_less_kept(base, checkpointing: bool):
 def test_layers_that_learn_are_left_alone(base):
     conv = base.unet.down_blocks[0].resnets[0].conv1
     conv.requires_grad_(True)
-    frozen = FrozenLayers(base.unet)
+    layers = MemoryEfficientLayers(base.unet)
     assert base.unet.down_blocks[0].resnets[0].conv1 is conv
     assert base.unet.down_blocks[0].resnets[0].conv2 is not conv
     run(base.unet, CONTEXT)
     assert conv.weight.grad.abs().sum() > 0
-    frozen.remove()
+    layers.remove()

@@ -1,4 +1,4 @@
-"""What learns of the UNet, by kind: each begins as the base, moves alone, and is what its weights put into a base."""
+"""Both kinds of adapter: each starts as the base, leaves it alone, and gives the weights that it was trained to."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from far_train.models.adapters import put_trainables, set_learning_rates
+from far_train.models.adapters import inject_adapter, set_learning_rates
+from far_train.models.apply import apply_weights
 from far_train.models.layers import attention_projections
 from far_train.models.tokens import Vocabulary
 from far_train.models.weights import FarWeights
@@ -35,9 +36,9 @@ def outputs(base, seed=0):
 def test_it_begins_as_the_base_and_leaves_it_as_it_was(base, fusion, config):
     before, state = outputs(base), copy.deepcopy(base.unet.state_dict())
     vocabulary = Vocabulary(base.tokenizer, fusion.names, base.tokenizer_size, 1)
-    trainables = put_trainables(base, vocabulary, config)
+    adapter = inject_adapter(base, vocabulary, config)
     assert torch.allclose(outputs(base), before, atol=1e-6)
-    trainables.remove()
+    adapter.remove()
     assert state.keys() == base.unet.state_dict().keys()
     assert all(torch.equal(v, state[k]) for k, v in base.unet.state_dict().items())
 
@@ -48,12 +49,12 @@ def test_it_begins_as_the_base_and_leaves_it_as_it_was(base, fusion, config):
 )
 def test_rates_fall_to_zero_over_the_last_steps(base, fusion, decay, shares):
     vocabulary = Vocabulary(base.tokenizer, fusion.names, base.tokenizer_size, 1)
-    trainables = put_trainables(base, vocabulary, ATTENTION)
-    optimizer, seen = trainables.optimizer(ATTENTION.replace(embedding_lr=0.01), 3), []
+    adapter = inject_adapter(base, vocabulary, ATTENTION)
+    optimizer, seen = adapter.optimizer(ATTENTION.replace(embedding_lr=0.01), 3), []
     for step in range(4):
         set_learning_rates(optimizer, step, 4, decay)
         seen.append([group["lr"] for group in optimizer.param_groups])
-    trainables.remove()
+    adapter.remove()
     assert seen == [pytest.approx([0.01 * share, 3e-3 * share]) for share in shares]
 
 
@@ -66,7 +67,7 @@ def test_a_run_follows_its_decay(base, fusion, tmp_path):
         places = []
         for _ in range(2):
             run.take_step()
-            places.append(torch.cat([p.detach().flatten() for p in run.trainables.parameters().values()]))
+            places.append(torch.cat([p.detach().flatten() for p in run.trainables.unet_parameters().values()]))
         run.clean_up()
         moves.append((places[0], places[1] - places[0]))
     assert torch.equal(moves[0][0], moves[1][0])
@@ -79,22 +80,22 @@ def test_what_is_learned_is_what_is_applied(base, fusion, config, tmp_path):
     weights = train(base, fusion, config, tmp_path / "run")
     assert all(torch.equal(v, state[k]) for k, v in base.unet.state_dict().items())
     taught = copy.deepcopy(base)
-    FarWeights.load(tmp_path / "run" / "weights.safetensors").apply(taught)
-    changes = {name: weights.change(name) for name in weights.shapes()}
+    apply_weights(FarWeights.load(tmp_path / "run" / "weights.safetensors"), taught)
+    deltas = {name: weights.delta(name) for name in weights.shapes()}
     layers = {name: getattr(owner, part) for name, (owner, part) in attention_projections(base.unet).items()}
     for name, (owner, part) in attention_projections(taught.unet).items():
         moved = getattr(owner, part).weight - layers[name].weight
-        assert torch.allclose(moved, changes.get(name, torch.zeros(())).float(), atol=1e-6), name
-    assert changes and all(change.any() for change in changes.values())
+        assert torch.allclose(moved, deltas.get(name, torch.zeros(())).float(), atol=1e-6), name
+    assert deltas and all(delta.any() for delta in deltas.values())
     assert not torch.allclose(outputs(taught), outputs(base))
 
 
-def test_all_attention_changes_by_the_rank(base, fusion, tmp_path):
+def test_lora_has_its_rank_on_all_attention(base, fusion, tmp_path):
     weights = train(base, fusion, ATTENTION, tmp_path / "run")
-    assert not weights.deltas and weights.products.keys() == attention_projections(base.unet).keys()
-    kinds = {name.rpartition("transformer_blocks.0.")[2] for name in weights.products}
+    assert not weights.deltas and weights.low_rank_deltas.keys() == attention_projections(base.unet).keys()
+    kinds = {name.rpartition("transformer_blocks.0.")[2] for name in weights.low_rank_deltas}
     assert kinds == {f"attn{i}.{part}" for i in (1, 2) for part in ("to_q", "to_k", "to_v", "to_out.0")}
-    assert all(int(torch.linalg.matrix_rank(p.whole)) == 3 for p in weights.products.values())
+    assert all(int(torch.linalg.matrix_rank(d.dense())) == 3 for d in weights.low_rank_deltas.values())
 
 
 @KINDS
@@ -109,13 +110,13 @@ def test_it_goes_on_where_it_was_stopped(base, fusion, config, tmp_path):
 
 def test_weights_of_another_kind_are_no_start(base, fusion, tmp_path: Path):
     whole = train(base, fusion, KV, tmp_path / "kv")
-    low_rank = train(base, fusion, ATTENTION, tmp_path / "attention")
+    lora = train(base, fusion, ATTENTION, tmp_path / "attention")
     with pytest.raises(WeightsError, match="trained with trainable attention; set it to attention"):
-        train(base, fusion, KV, tmp_path / "a", start=low_rank)
+        train(base, fusion, KV, tmp_path / "a", start=lora)
     with pytest.raises(WeightsError, match="trained with trainable kv; set it to kv"):
         train(base, fusion, ATTENTION, tmp_path / "b", start=whole)
     with pytest.raises(WeightsError, match="have rank 3; set low_rank to 3"):
-        train(base, fusion, ATTENTION.replace(low_rank=4), tmp_path / "c", start=low_rank)
+        train(base, fusion, ATTENTION.replace(low_rank=4), tmp_path / "c", start=lora)
     still = ATTENTION.replace(steps=1, embedding_lr=1e-9, low_rank_lr=0)
-    on = train(base, fusion, still, tmp_path / "d", start=low_rank)
-    assert all(torch.equal(p.up, low_rank.products[name].up) for name, p in on.products.items())
+    on = train(base, fusion, still, tmp_path / "d", start=lora)
+    assert all(torch.equal(d.up, lora.low_rank_deltas[name].up) for name, d in on.low_rank_deltas.items())
