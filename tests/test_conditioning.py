@@ -11,10 +11,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from far_train.data.captions import Name
 from far_train.models.base import BaseModel
 from far_train.models.conditioning import Conditioning, TextConditioner
-from far_train.models.families import FAMILIES, SD21, TextEncoderSpec, detect
-from far_train.models.loading import packaged_configs
+from far_train.models.families import SD21, TextEncoderSpec
 from far_train.models.tokens import Vocabulary, initial_rows
-from far_train.utils.errors import BaseModelError
 
 SIZE = (96, 128)
 (OPEN_CLIP,) = SD21.text_encoders
@@ -103,25 +101,3 @@ def test_every_encoder_learns_rows_of_its_own(two: BaseModel, vocabulary: Vocabu
 def test_what_a_base_does_not_have_is_not_passed_on():
     context = torch.zeros(1, 77, 8)
     assert Conditioning(context).unet_kwargs() == {}
-
-
-def test_a_family_is_told_by_its_unet():
-    key = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
-    plain = {key: torch.zeros(8, 1024)}
-    assert detect(plain, "file") is SD21
-    assert detect({key: torch.zeros(8, 32)}, "file", context_width=32) is SD21
-    sized = {"model.diffusion_model.label_emb.0.0.weight": torch.zeros(8, 8)}
-    convolved = {"model.diffusion_model.input_blocks.4.1.proj_in.weight": torch.zeros(8, 8, 1, 1)}
-    for other in (plain | sized, plain | convolved, {key: torch.zeros(8, 32)}):
-        with pytest.raises(BaseModelError, match=r"file is a model of text width \d+, FaR needs Stable Diffusion 2.1"):
-            detect(other, "file")
-
-
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_the_table_agrees_with_the_packaged_configs(family):
-    configs = packaged_configs(family, family.default_prediction)
-    assert configs["unet"]["cross_attention_dim"] == family.context_width
-    assert configs["unet"].get("use_linear_projection", False) == family.linear_projections
-    widths = [configs[spec.part]["hidden_size"] for spec in family.text_encoders]
-    assert sum(widths) == family.context_width
-    assert configs["scheduler"]["prediction_type"] == family.default_prediction

@@ -1,10 +1,10 @@
 """Weight names: diffusers and Hugging Face folders ↔ single files of the original latent diffusion code ("LDM").
 
-For the shapes of Stable Diffusion. Each component has a table {diffusers module: LDM module} that follows from its
-config.json. A name is translated by exchanging the longest leading part that stands in the table, so one table serves
-parameters (`….to_k.weight`) and modules (`….to_k`), and its inverse serves the way back. Three things are more than
-names, and stand in functions of their own: the VAE's attention (1×1 convolutions in LDM), OpenCLIP's fused q/k/v, and
-OpenCLIP's last layer, which SD 2.x never runs.
+For the shapes of Stable Diffusion 1.x and 2.x. Each component has a table {diffusers module: LDM module} that follows
+from its config.json. A name is translated by exchanging the longest leading part that stands in the table. So one table
+serves parameters (`….to_k.weight`) and modules (`….to_k`), and its inverse serves the way back. Three things are more
+than names, and stand in functions of their own: the VAE's attention (1×1 convolutions in LDM), OpenCLIP's fused q/k/v,
+and OpenCLIP's last layer, which SD 2.x never runs.
 """
 
 from __future__ import annotations
