@@ -181,7 +181,7 @@ def describe(dataset: TrainingSet, notes: Sequence[str] = ()) -> str:
         f"{counted(dataset.composite_count(), 'picture')} of {dataset.size} px, "
         f"{counted(dataset.prior_count(), 'class picture')}",
     ]
-    for title in ("recipes", "background_kinds"):
+    for title in ("layouts", "background_kinds"):
         shares = getattr(dataset, title, None)
         if shares:
             lines.append(f"{title.replace('_kinds', 's')}: " + ", ".join(f"{k} {v:.0%}" for k, v in shares.items()))

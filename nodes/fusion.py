@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..far_train.data.concepts import Background, ClassPicture, Concept
 from ..far_train.data.fusion import ConceptFusion
+from ..far_train.data.settings import LAYOUT_SHARES, LAYOUTS, MANY_CONCEPTS, FusionConfig
 from ..far_train.evaluation.sheets import dataset_sheet
-from ..far_train.utils.config import MANY_CONCEPTS, RECIPE_SHARES, RECIPES, FusionConfig
 from ..far_train.utils.errors import ConfigError
 from .datasets import NODES as DATASET_NODES
 from .datasets import build_previews, describe, overlays
@@ -20,7 +20,7 @@ from .sockets import FarConcepts, FarDataset, FarPrior, ReportsMemory, all_of, s
 
 AUTOMATIC = -1.0
 
-RECIPE_TOOLTIPS = {
+LAYOUT_TOOLTIPS = {
     "original": "Share of the photos as they are.",
     "solo": "Share of one subject alone on another background.",
     "pair": "Share of two of your subjects together: this is what keeps look-alikes apart.",
@@ -40,15 +40,15 @@ class FuseConcepts(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         shares = [
             io.Float.Input(
-                recipe,
+                layout,
                 default=AUTOMATIC,
                 min=AUTOMATIC,
                 max=1.0,
                 step=0.05,
-                tooltip=f"{RECIPE_TOOLTIPS[recipe]} -1: as the number of concepts wants it; 0: never.",
+                tooltip=f"{LAYOUT_TOOLTIPS[layout]} -1: as the number of concepts wants it; 0: never.",
                 extra_dict={"advanced": True},
             )
-            for recipe in RECIPES
+            for layout in LAYOUTS
         ]
         return schema(
             node_id="FaR_ConceptFusion",
@@ -168,8 +168,8 @@ class FuseConcepts(io.ComfyNode):
         min_area: Sequence[float] = (FusionConfig.min_area,),
     ) -> io.NodeOutput:
         named = all_of("concepts", concepts, Concept, "FAR_CONCEPTS")
-        weights = recipe_weights(
-            len(named), dict(zip(RECIPES, (original[0], solo[0], pair[0], triple[0], beside_prior[0])))
+        weights = layout_weights(
+            len(named), dict(zip(LAYOUTS, (original[0], solo[0], pair[0], triple[0], beside_prior[0])))
         )
         config = FusionConfig(
             size=size[0],
@@ -178,7 +178,7 @@ class FuseConcepts(io.ComfyNode):
             flip=flip[0],
             shadow=shadow[0],
             min_area=min_area[0],
-            recipe_weights=weights,
+            layout_weights=weights,
         )
         pictures = all_of("prior", prior, ClassPicture, "FAR_PRIOR")
         scenes = with_phrases(unroll_images(backgrounds, "background"), background_captions)
@@ -189,12 +189,12 @@ class FuseConcepts(io.ComfyNode):
         return io.NodeOutput(fusion, overlays(composites, fusion), report, ui=shown(cls, sheet, report))
 
 
-def recipe_weights(concepts: int, chosen: dict[str, float]) -> dict[str, float] | None:
-    """The shares of the recipes: those chosen, and the method's own where a share is below 0. None if all are."""
+def layout_weights(concepts: int, chosen: dict[str, float]) -> dict[str, float] | None:
+    """The shares of the layouts: those chosen, and the method's own where a share is below 0. None if all are."""
     if all(share < 0 for share in chosen.values()):
         return None
-    usual = RECIPE_SHARES.get(concepts, MANY_CONCEPTS)
-    return {recipe: usual[recipe] if share < 0 else share for recipe, share in chosen.items()}
+    usual = LAYOUT_SHARES.get(concepts, MANY_CONCEPTS)
+    return {layout: usual[layout] if share < 0 else share for layout, share in chosen.items()}
 
 
 def with_phrases(scenes: Sequence[Tensor], captions: Sequence[str]) -> list[Background]:

@@ -14,9 +14,9 @@ from torch import Tensor
 from ..far_train.data.folders import describe_unread, list_photos, mask_path
 from ..far_train.data.images import Photo, load_photo
 from ..far_train.data.sam import load_sam
+from ..far_train.data.settings import ExtractConfig
 from ..far_train.data.subjects import Prompt, Subject, SubjectExtractor, subject_from_mask
 from ..far_train.mini.shipped import SAM, small_sam
-from ..far_train.utils.config import ExtractConfig
 from ..far_train.utils.errors import FarError, PhotoError, SubjectError
 from . import host, host_ui
 from .pictures import HOW_TO_GET_MASKS, counted, doubts, match_masks, photo_labels, some_of, unroll_images, unroll_masks

@@ -15,17 +15,18 @@ from torch import Tensor
 from ..far_train.data.concepts import ClassPicture, Concept
 from ..far_train.data.folders import mask_path
 from ..far_train.data.images import load_mask, load_photo, save_mask, to_pil
+from ..far_train.data.settings import ExtractConfig
 from ..far_train.data.subjects import Prompt, SubjectExtractor
 from ..far_train.models.base import BaseModel
+from ..far_train.models.settings import SampleConfig
 from ..far_train.training.class_images import (
     EVERYDAY_SCENES,
-    draw_class_pictures,
+    draw_class_images,
     draw_empty_scenes,
     parse_scenes,
     picture_path,
     scene_path,
 )
-from ..far_train.utils.config import ExtractConfig, SampleConfig
 from ..far_train.utils.devices import choose_device
 from ..far_train.utils.errors import FarError
 from ..far_train.utils.files import make_folder, write_json
@@ -56,7 +57,7 @@ class ClassPrior(io.ComfyNode):
                     "sam_model",
                     optional=True,
                     tooltip="Finds the subject of each class picture, so that Concept Fusion can put it beside yours. "
-                    "Strongly advised: without it, one recipe falls away.",
+                    "Strongly advised: without it, one layout falls away.",
                 ),
                 io.Int.Input(
                     "count",
@@ -101,7 +102,7 @@ class ClassPrior(io.ComfyNode):
             config,
             size,
             lambda folder: [picture_path(folder, *w) for w in wanted],
-            lambda base, folder, **on: draw_class_pictures(base, nouns, count, folder, config, size=size or None, **on),
+            lambda base, folder, **on: draw_class_images(base, nouns, count, folder, config, size=size or None, **on),
             progress,
         )
         if sam_model is not None:

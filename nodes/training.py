@@ -24,7 +24,8 @@ from ..far_train.training.estimate import measure_cost
 from ..far_train.training.latent_cache import check_captions
 from ..far_train.training.recipe import Callbacks, train
 from ..far_train.training.run_folder import WEIGHTS_FILE, find_run, run_identity, what_changed
-from ..far_train.utils.config import TrainConfig
+from ..far_train.training.settings import TrainConfig
+from ..far_train.utils.config import first_name
 from ..far_train.utils.errors import ConfigError, Interrupted
 from . import host, host_ui, sockets
 from .live_view import LiveView, metrics_of
@@ -36,9 +37,9 @@ RARE = (
     "embedding_lr",
     "kv_lr",
     "weight_decay",
-    "grad_clip",
+    "max_grad_norm",
     "vectors_per_token",
-    "prior_weight",
+    "prior_loss_weight",
     "background_weight",
     "min_snr_gamma",
     "refinement_weight",
@@ -47,13 +48,13 @@ RARE = (
     "competition_weight",
     "localization",
     "attention_cells",
-    "prior_pictures",
-    "prior_steps",
+    "num_class_images",
+    "class_image_steps",
     "sample_steps",
     "keep_checkpoints",
     "trainable",  # last, since saved graphs keep their widgets' values by position
-    "low_rank",
-    "low_rank_lr",
+    "lora_rank",
+    "lora_lr",
     "lr_decay",
 )
 
@@ -92,30 +93,36 @@ class TrainOptions(io.ComfyNode):
 
     @classmethod
     def execute(cls, time_limit: float, **settings: Any) -> io.NodeOutput:
-        optional = {f.name for f in dataclasses.fields(TrainConfig) if f.default is None or f.name == "min_snr_gamma"}
-        settings = {k: None if k in optional and not v else v for k, v in settings.items()}
+        kinds = TrainConfig.kinds()
+        settings = TrainConfig.current_names(settings)
+        settings = {k: None if kinds[k].optional and not v else v for k, v in settings.items()}
         TrainConfig(**settings)  # a bad combination is reported here, where it was made
         return io.NodeOutput(Options(settings, time_limit))
 
 
 def _setting_input(setting: dataclasses.Field, advanced: bool) -> io.Input:
-    """A widget for a field of TrainConfig, with the field's own help and range; 0 stands for "none"."""
-    about, default = setting.metadata, setting.default
-    shared = {"tooltip": about["help"][0].upper() + about["help"][1:] + ".", "extra_dict": {"advanced": advanced}}
+    """A widget for a field of TrainConfig, with the field's own help and range; 0 stands for "none".
+
+    Its id is the setting's first name, and former choices stay behind those of today: saved graphs hold them.
+    """
+    about, default, name = setting.metadata, setting.default, first_name(setting)
+    kind = TrainConfig.kinds()[setting.name]
+    tooltip = about["help"][0].upper() + about["help"][1:] + "."
+    for old, new in about["was_values"].items():
+        tooltip += f" {old} is the former name of {new}."
+    if kind.optional:
+        tooltip += " 0 stands for none."
+    shared = {"tooltip": tooltip, "extra_dict": {"advanced": advanced}}
     if about["choices"]:
-        return io.Combo.Input(setting.name, options=list(about["choices"]), default=default, **shared)
-    if isinstance(default, bool):
-        return io.Boolean.Input(setting.name, default=default, **shared)
-    none_allowed = "None" in str(setting.type)
-    if none_allowed:
-        shared["tooltip"] += " 0 stands for none."
-    low = 0 if none_allowed else about["low"]
-    if "float" in str(setting.type):
-        step = 1e-6 if setting.name.endswith("_lr") else 0.001
-        return io.Float.Input(
-            setting.name, default=default or 0.0, min=low, max=about["high"], step=step, round=False, **shared
-        )
-    return io.Int.Input(setting.name, default=default or 0, min=low, max=about["high"], **shared)
+        return io.Combo.Input(name, options=[*about["choices"], *about["was_values"]], default=default, **shared)
+    if kind.type is bool:
+        return io.Boolean.Input(name, default=default, **shared)
+    low = 0 if kind.optional else about["low"]
+    bounds = {"min": low, "max": about["high"], **shared}
+    if kind.type is float:
+        step = 1e-6 if name.endswith("_lr") else 0.001
+        return io.Float.Input(name, default=default or 0.0, step=step, round=False, **bounds)
+    return io.Int.Input(name, default=default or 0, **bounds)
 
 
 class Train(io.ComfyNode):
@@ -226,7 +233,7 @@ class Train(io.ComfyNode):
                 "batch_size": batch_size,
                 "train_seed": train_seed,
                 "device": str(host.compute_device()),
-                "prior_cache": str(host.output_folder() / "far" / "priors"),
+                "class_image_cache": str(host.output_folder() / "far" / "priors"),
                 "sample_prompts": [line.strip() for line in sample_prompt.splitlines() if line.strip()],
             }
         )

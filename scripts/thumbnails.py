@@ -26,6 +26,7 @@ from far_train.data.concepts import Background, ClassPicture, Concept  # noqa: E
 from far_train.data.folders import list_photos  # noqa: E402
 from far_train.data.fusion import ConceptFusion  # noqa: E402
 from far_train.data.images import load_photo, to_pil  # noqa: E402
+from far_train.data.settings import FusionConfig  # noqa: E402
 from far_train.evaluation.attention_focus import attention_maps, heat_over  # noqa: E402
 from far_train.evaluation.detect_and_compare import compare_picture, read_references  # noqa: E402
 from far_train.evaluation.sheets import COLOURS, checkerboard, contact_sheet, dataset_sheet, overlay, tinted  # noqa: E402
@@ -38,7 +39,6 @@ from far_train.models.apply import apply_weights  # noqa: E402
 from far_train.models.conditioning import plain_vocabulary  # noqa: E402
 from far_train.models.sampling import draw_pictures  # noqa: E402
 from far_train.models.weights import FarWeights  # noqa: E402
-from far_train.utils.config import FusionConfig  # noqa: E402
 
 WORKFLOWS = REPOSITORY / "workflows"
 CELL, GAP = 256, 12
@@ -57,18 +57,18 @@ DRAWN = {token: reference_photos(dog, seed=i, count=4, size=CELL) for i, (token,
 OTHERS = reference_photos(OTHER, seed=9, count=4, size=CELL)
 
 
-def fusion_of(tokens: Sequence[str], recipes: dict[str, float] | None, count: int) -> ConceptFusion:
+def fusion_of(tokens: Sequence[str], layouts: dict[str, float] | None, count: int) -> ConceptFusion:
     """A dataset of some of the dogs, in five places, with another dog as class picture."""
     concepts = [Concept(t, "dog", *(tuple(x) for x in zip(*DRAWN[t]))) for t in tokens]
     others = [ClassPicture("dog", image, mask) for image, mask in OTHERS]
     scenes = [Background(empty_scene(name, seed=i, size=CELL)) for i, name in enumerate(SCENES)]
-    settings = FusionConfig(size=CELL, count=count, fusion_seed=3, recipe_weights=recipes)
+    settings = FusionConfig(size=CELL, count=count, fusion_seed=3, layout_weights=layouts)
     return ConceptFusion(concepts, others, scenes, settings)
 
 
-def fused(tokens: Sequence[str], recipe: str, count: int, tinted: bool = True) -> list[Image.Image]:
-    """Composites of one recipe, with coloured masks or as they are."""
-    fusion = fusion_of(tokens, {recipe: 1.0}, count)
+def fused(tokens: Sequence[str], layout: str, count: int, tinted: bool = True) -> list[Image.Image]:
+    """Composites of one layout, with coloured masks or as they are."""
+    fusion = fusion_of(tokens, {layout: 1.0}, count)
     return [overlay(c, fusion.names) if tinted else to_pil(c.image) for c in map(fusion.composite, range(count))]
 
 

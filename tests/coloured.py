@@ -11,7 +11,7 @@ from scipy import ndimage
 from far_train.data.captions import Name
 from far_train.data.concepts import Background, ClassPicture, Composite, Concept
 from far_train.data.fusion import ConceptFusion
-from far_train.utils.config import FusionConfig
+from far_train.data.settings import FusionConfig
 
 SIZE = 64
 COLOURS = {"red": (0.9, 0.1, 0.1), "green": (0.1, 0.8, 0.1), "blue": (0.1, 0.1, 0.9), "pink": (0.95, 0.2, 0.9)}
@@ -48,8 +48,8 @@ def fuse(count: int = 2, priors: Sequence[ClassPicture] = PRIORS, backgrounds: S
     return ConceptFusion(CONCEPTS[:count], priors, backgrounds, FusionConfig(**{"size": SIZE, **settings}))
 
 
-def only(recipe: str, background: str = "infilled", **settings) -> dict:
-    return {"recipe_weights": {recipe: 1.0}, "background_weights": {background: 1.0}, **settings}
+def only(layout: str, background: str = "infilled", **settings) -> dict:
+    return {"layout_weights": {layout: 1.0}, "background_weights": {background: 1.0}, **settings}
 
 
 def shows(image: torch.Tensor, colour: str) -> np.ndarray:
@@ -74,7 +74,7 @@ def colour_of(name: Name) -> str:
 def equal(a: Composite, b: Composite) -> bool:
     return (
         torch.equal(a.image, b.image)
-        and (a.caption, a.recipe) == (b.caption, b.recipe)
+        and (a.caption, a.layout) == (b.caption, b.layout)
         and [(m.name, m.spans) for m in a.mentions] == [(m.name, m.spans) for m in b.mentions]
         and all(torch.equal(m.mask, n.mask) for m, n in zip(a.mentions, b.mentions))
     )

@@ -15,12 +15,12 @@ from far_train.models.tokens import Vocabulary
 from far_train.models.weights import FarWeights
 from far_train.training.callbacks import Callbacks
 from far_train.training.recipe import TrainingRun, train
-from far_train.utils.config import TrainConfig
+from far_train.training.settings import TrainConfig
 from far_train.utils.errors import Interrupted, WeightsError
 
 SHORT = TrainConfig(steps=3, batch_size=2, prior_batch_size=1, sample_every=0, save_every=1, device="cpu")
-KV, ATTENTION = SHORT.replace(trainable="kv", kv_lr=1e-3), SHORT.replace(low_rank=3, low_rank_lr=1e-3)
-KINDS = pytest.mark.parametrize("config", [KV, ATTENTION], ids=["kv", "attention"])
+KV, ATTENTION = SHORT.replace(trainable="kv", kv_lr=1e-3), SHORT.replace(lora_rank=3, lora_lr=1e-3)
+KINDS = pytest.mark.parametrize("config", [KV, ATTENTION], ids=["kv", "lora"])
 
 
 def outputs(base, seed=0):
@@ -63,12 +63,11 @@ def test_a_run_follows_its_decay(base, fusion, tmp_path):
     moves = []
     for decay in (0.0, 1.0):
         run = TrainingRun(base, fusion, ATTENTION.replace(steps=2, lr_decay=decay), tmp_path / str(decay))
-        run.set_up()
         places = []
         for _ in range(2):
             run.take_step()
-            places.append(torch.cat([p.detach().flatten() for p in run.trainables.unet_parameters().values()]))
-        run.clean_up()
+            places.append(torch.cat([p.detach().flatten() for p in run.state.adapter.unet_parameters().values()]))
+        run.close()
         moves.append((places[0], places[1] - places[0]))
     assert torch.equal(moves[0][0], moves[1][0])
     assert torch.allclose(moves[0][1], 2 * moves[1][1], atol=1e-6) and moves[1][1].abs().max() > 1e-4
@@ -111,12 +110,12 @@ def test_it_goes_on_where_it_was_stopped(base, fusion, config, tmp_path):
 def test_weights_of_another_kind_are_no_start(base, fusion, tmp_path: Path):
     whole = train(base, fusion, KV, tmp_path / "kv")
     lora = train(base, fusion, ATTENTION, tmp_path / "attention")
-    with pytest.raises(WeightsError, match="trained with trainable attention; set it to attention"):
+    with pytest.raises(WeightsError, match="trained with trainable lora; set it to lora"):
         train(base, fusion, KV, tmp_path / "a", start=lora)
     with pytest.raises(WeightsError, match="trained with trainable kv; set it to kv"):
         train(base, fusion, ATTENTION, tmp_path / "b", start=whole)
-    with pytest.raises(WeightsError, match="have rank 3; set low_rank to 3"):
-        train(base, fusion, ATTENTION.replace(low_rank=4), tmp_path / "c", start=lora)
-    still = ATTENTION.replace(steps=1, embedding_lr=1e-9, low_rank_lr=0)
+    with pytest.raises(WeightsError, match="have rank 3; set lora_rank to 3"):
+        train(base, fusion, ATTENTION.replace(lora_rank=4), tmp_path / "c", start=lora)
+    still = ATTENTION.replace(steps=1, embedding_lr=1e-9, lora_lr=0)
     on = train(base, fusion, still, tmp_path / "d", start=lora)
     assert all(torch.equal(d.up, lora.low_rank_deltas[name].up) for name, d in on.low_rank_deltas.items())

@@ -89,7 +89,7 @@ def test_resized_photos_count_the_photo_alone():
 def test_seg_mix_shows_two_cut_outs_on_black_in_three_of_ten():
     pictures = SegMix(concepts(PAIR), 128, 100, 0)
     made = [pictures.composite(i) for i in range(100)]
-    pairs = [c for c in made if c.recipe == "pair"]
+    pairs = [c for c in made if c.layout == "pair"]
     assert 18 <= len(pairs) <= 42
     for composite in pairs[:5]:
         assert {m.name for m in composite.mentions} == set(PAIR.names)
@@ -132,10 +132,10 @@ def test_true_pairs_stand_for_the_composites_of_both_and_for_no_others():
     true = TrueScenes(found, PAIR.identities, fused.size, fused.composite_count(), 0)
     mixed, exchanged = TruePairs(fused, true), 0
     for i in range(40):
-        recipe = fused.composite(i).recipe
-        source = true if recipe == "pair" else fused
+        layout = fused.composite(i).layout
+        source = true if layout == "pair" else fused
         assert torch.equal(mixed.composite(i).image, source.composite(i).image)
-        exchanged += recipe == "pair"
+        exchanged += layout == "pair"
     assert 0 < exchanged < 40
     assert len({fused.digest(), true.digest(), mixed.digest()}) == 3
 
@@ -196,11 +196,11 @@ def test_plans():
 
 
 def test_tuned_rates_leave_alone_what_an_arm_does_not_learn(models, tmp_path):
-    changes = BenchConfig(low_rank_lr=8e-5, embedding_lr=1e-2).training_changes()
-    assert changes == {"low_rank_lr": 8e-5, "embedding_lr": 1e-2}
+    changes = BenchConfig(lora_lr=8e-5, embedding_lr=1e-2).training_changes()
+    assert changes == {"lora_lr": 8e-5, "embedding_lr": 1e-2}
     bench = bench_run.Bench(tmp_path, build_plan(BenchConfig()), shipped.BASE, *models, {}, changes=changes)
     far, inversion = find_arms(("far", "textual-inversion"))
-    assert bench.train_config(far, 0).low_rank_lr == 8e-5 and bench.train_config(inversion, 0).low_rank_lr == 0
+    assert bench.train_config(far, 0).lora_lr == 8e-5 and bench.train_config(inversion, 0).lora_lr == 0
     assert bench.train_config(inversion, 0).embedding_lr == 1e-2
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.speed import bench_speed
-from benchmarks.speed.__main__ import main
+from benchmarks.speed.__main__ import PROGRAM
 from benchmarks.speed.speed_work import CONCEPTS, RandomPictures, our_run, random_base, reference_run, work_config
 from far_train.mini.tiny import tiny_configs
 from far_train.models.loading import load_base, read_configs
@@ -36,7 +36,7 @@ def test_the_command_writes_tables_and_json(small_is_tiny, tmp_path: Path, capsy
         "1",
         "--sweep",
     ]
-    assert main([*argv, "--warmup", "1"]) == 0
+    assert PROGRAM.run([*argv, "--warmup", "1"]) == 0
     report = json.loads((tmp_path / "speed.json").read_text())
     assert [(r["batch"], r["mode"]) for r in report["steps"]] == [
         (b, mode) for b in (1, 2) for mode in ("reference", "fast", "lean")
@@ -54,9 +54,9 @@ def test_the_command_writes_tables_and_json(small_is_tiny, tmp_path: Path, capsy
 
 def test_bad_sizes(capsys, small_is_tiny, tmp_path: Path):
     argv = ["--out", tmp_path / "out", "--device", "cpu"]
-    refused(capsys, [*argv, "--sizes", "100"], "100 px does not fit", "multiple of")
-    refused(capsys, [*argv, "--sizes", "big"], "sizes: expected int")
-    refused(capsys, [*argv, "--batches", "0"], "batches: 0 is out of range")
+    refused(capsys, [*argv, "--sizes", "100"], "100 px does not fit", "multiple of", program=PROGRAM)
+    refused(capsys, [*argv, "--sizes", "big"], "sizes: expected int", program=PROGRAM)
+    refused(capsys, [*argv, "--batches", "0"], "batches: 0 is out of range", program=PROGRAM)
     assert not (tmp_path / "out").exists()
 
 

@@ -11,17 +11,23 @@ from pathlib import Path
 import pytest
 import yaml
 
-from far_train.cli import commands
+from far_train import __version__
 from far_train.cli import main as cli_main
-from far_train.cli.main import COMMANDS, main
-from far_train.utils.config import FusionConfig, SampleConfig, TrainConfig
+from far_train.cli.main import PROGRAM, main
+from far_train.cli.parsing import Command
+from far_train.data.settings import FusionConfig
+from far_train.models.settings import SampleConfig
+from far_train.training.settings import TrainConfig
+from far_train.utils.errors import Interrupted
 
 from .command_line import refused
+
+ROOT = Path(__file__).parents[1]
 
 # ---- help and flags
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.name)
+@pytest.mark.parametrize("command", PROGRAM.commands, ids=lambda c: c.name)
 def test_help_names_every_input_and_setting(command, capsys):
     with pytest.raises(SystemExit) as end:
         main([command.name, "--help"])
@@ -30,11 +36,11 @@ def test_help_names_every_input_and_setting(command, capsys):
     settings = dataclasses.fields(command.settings) if command.settings else ()
     for name in [a.name for a in command.arguments] + [f.name for f in settings]:
         assert f"--{name.replace('_', '-')}" in text, name
-    assert callable(getattr(commands, command.function))
+    assert command.run.__doc__
 
 
 def test_help_and_version_of_the_whole(capsys):
-    for argv, words in ((["--help"], [c.name for c in COMMANDS]), (["--version"], [cli_main.__version__])):
+    for argv, words in ((["--help"], [c.name for c in PROGRAM.commands]), (["--version"], [__version__])):
         with pytest.raises(SystemExit) as end:
             main(argv)
         text = capsys.readouterr().out
@@ -53,8 +59,8 @@ def test_help_and_version_of_the_whole(capsys):
         (["fuse", "--concept", "<a>", "dog"], ["--concept", "3"]),
         (["export", "--rank", "x"], ["--rank", "int", "'x'"]),
         (["train", "--kv-lr"], ["--kv-lr", "expected one argument"]),
-        (["fuse", "--recipe-weights", "solo"], ["recipe_weights: expected KEY=NUMBER, got 'solo'"]),
-        (["fuse", "--recipe-weights", "=1"], ["recipe_weights: expected KEY=NUMBER, got '=1'"]),
+        (["fuse", "--layout-weights", "solo"], ["layout_weights: expected KEY=NUMBER, got 'solo'"]),
+        (["fuse", "--layout-weights", "=1"], ["layout_weights: expected KEY=NUMBER, got '=1'"]),
         (["generate", "--concept-strength", "<a>=x"], ["concept_strength: expected KEY=NUMBER"]),
         (["extract", "--out", "x"], ["--photos: is needed; folder of photos"]),
         (["fuse", "--out", "x"], ["--concept: is needed"]),
@@ -66,6 +72,13 @@ def test_bad_command_lines(capsys, argv, words):
     refused(capsys, argv, *words)
 
 
+def test_help_loads_no_model_code():
+    """Torch and diffusers take seconds to import: the commands do so only when they run."""
+    code = "import sys, far_train.cli.main; print(*{'torch', 'diffusers', 'transformers', 'PIL'} & sys.modules.keys())"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (ended.stdout, ended.stderr) == ("\n", "")
+
+
 # ---- settings files
 
 
@@ -73,13 +86,17 @@ def test_bad_command_lines(capsys, argv, words):
 def seen(monkeypatch) -> dict:
     """What each command is given, instead of doing it."""
     given: dict = {}
-    for command in COMMANDS:
 
-        def note(inputs, settings, name=command.name):
-            given[name] = (dict(inputs), settings)
+    def noting(command: Command) -> Command:
+        return dataclasses.replace(command, run=lambda *call: given.update({command.name: call}))
 
-        monkeypatch.setattr(commands, command.function, note)
+    replace_commands(monkeypatch, noting)
     return given
+
+
+def replace_commands(monkeypatch, change) -> None:
+    changed = tuple(change(command) for command in PROGRAM.commands)
+    monkeypatch.setattr(cli_main, "PROGRAM", dataclasses.replace(PROGRAM, commands=changed))
 
 
 TRAIN = ["train", "--base", "b", "--dataset", "d", "--out", "o"]
@@ -107,10 +124,10 @@ def test_flags_of_all_kinds(seen):
     )
     assert main([*TRAIN, "--no-gradient-checkpointing"]) == 0 and seen["train"][1] == TrainConfig()
     argv = ["fuse", "--concept", "<a>", "dog", "A", "--concept", "<b>", "dog", "B", "--out", "o"]
-    assert main([*argv, "--recipe-weights", "solo=1", "pair=2.5", "--size", "512"]) == 0
+    assert main([*argv, "--layout-weights", "solo=1", "pair=2.5", "--size", "512"]) == 0
     inputs, settings = seen["fuse"]
     assert inputs == {"concept": [["<a>", "dog", "A"], ["<b>", "dog", "B"]], "out": "o"}
-    assert settings == FusionConfig(recipe_weights={"solo": 1.0, "pair": 2.5}, size=512)
+    assert settings == FusionConfig(layout_weights={"solo": 1.0, "pair": 2.5}, size=512)
     argv = ["generate", "--base", "b", "--out", "o", "--prompt", "a", "--prompt", "b", "--count", "3"]
     assert main([*argv, "--strength", "-1", "--concept-strength", "<a=b>=0.5", "--device", "cpu"]) == 0
     inputs, settings = seen["generate"]
@@ -197,20 +214,19 @@ def test_a_missing_settings_file(capsys):
 # ---- interruptions
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), cli_main.Interrupted("stopped at step 3")])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), Interrupted("stopped at step 3")])
 def test_an_interruption_is_no_error(monkeypatch, capsys, error):
     def stop(inputs, settings):
         raise error
 
-    monkeypatch.setattr(commands, "inspect", stop)
+    replace_commands(monkeypatch, lambda command: dataclasses.replace(command, run=stop))
     assert main(["inspect", "--weights", "w"]) == 130
     text = capsys.readouterr().err
     assert text.startswith("far_train: ") and "error" not in text
 
 
 def test_the_module_runs_from_a_shell(tmp_path):
-    root = Path(cli_main.__file__).parents[2]
     argv = [sys.executable, "-m", "far_train", "inspect", "--weights", str(tmp_path / "none")]
-    ended = subprocess.run(argv, cwd=root, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 2 and ended.stdout == ""
     assert ended.stderr.startswith("far_train: error: weights: can't read") and ended.stderr.count("\n") == 1

@@ -14,14 +14,14 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from far_train.cli.commands import read_backgrounds
 from far_train.cli.main import main
+from far_train.data.folder_inputs import read_backgrounds
 from far_train.data.images import save_pair
+from far_train.data.settings import FusionConfig
 from far_train.mini.tiny import WIDTH
 from far_train.models.layers import kv_weights
 from far_train.models.loading import load_base
 from far_train.models.weights import FarWeights, Provenance
-from far_train.utils.config import FusionConfig
 
 from .command_line import files, refused
 
@@ -143,7 +143,7 @@ def test_fuse_from_a_file_with_backgrounds(subjects, tmp_path, capsys):
     path = tmp_path / "fuse.json"
     concept = {"token": "<tom>", "noun": "cat", "folder": str(subjects / "tom")}
     settings = {"concept": [concept], "out": str(tmp_path / "set"), "backgrounds": str(scenes), "size": 64, "count": 8}
-    path.write_text(json.dumps(settings | {"background_weights": {"scene": 1}, "recipe_weights": {"solo": 1}}))
+    path.write_text(json.dumps(settings | {"background_weights": {"scene": 1}, "layout_weights": {"solo": 1}}))
     assert main(["fuse", "--config", str(path), "--count", "3"]) == 0
     assert "3 composites and 0 class pictures" in capsys.readouterr().out
     captions = [p.read_text() for p in (tmp_path / "set" / "composites").glob("*.txt")]
@@ -174,7 +174,7 @@ def test_bad_input_to_fuse(capsys, subjects, tmp_path):
     refused(capsys, fuse("--prior", "a cat!", *tom), "noun: 'a cat!' is no class noun")
     refused(capsys, fuse("--backgrounds", tmp_path / "none"), "there is no such folder")
     refused(capsys, fuse("--flip", "nan"), "flip: nan is not a finite number")
-    refused(capsys, fuse("--recipe-weights", "triple=1"), "recipe_weights: nothing is left")
+    refused(capsys, fuse("--layout-weights", "triple=1"), "layout_weights: nothing is left")
     bare = tmp_path / "bare"
     bare.mkdir()
     Image.new("RGB", (40, 40)).save(bare / "a.png")

@@ -7,8 +7,10 @@ import json
 
 import pytest
 
-from far_train.utils import config as config_module
-from far_train.utils.config import Config, ExtractConfig, FusionConfig, SampleConfig, TrainConfig, read_settings
+from far_train.data.settings import BACKGROUND_SHARES, LAYOUT_SHARES, MANY_CONCEPTS, ExtractConfig, FusionConfig
+from far_train.models.settings import SampleConfig
+from far_train.training.settings import TrainConfig
+from far_train.utils.config import Config, read_settings, setting
 from far_train.utils.errors import ConfigError
 
 SHARED = ("min_area", "max_area")  # the same masks are judged when they are extracted and when they are fused
@@ -49,10 +51,10 @@ def test_ranges_hold_at_both_ends(kind):
         (FusionConfig, {"flip": "yes"}, "flip: expected float, got 'yes'"),
         (FusionConfig, {"flip": float("nan")}, "flip: nan is not a finite number"),
         (FusionConfig, {"rotation": float("inf")}, "rotation: inf is not a finite number"),
-        (FusionConfig, {"recipe_weights": [1, 2]}, "recipe_weights: expected dict or nothing"),
-        (FusionConfig, {"recipe_weights": {"solo": "many"}}, "recipe_weights: expected float, got 'many'"),
-        (FusionConfig, {"recipe_weights": {"solo": -1}}, "recipe_weights: the share of 'solo' is -1.0"),
-        (FusionConfig, {"recipe_weights": {"solo": float("nan")}}, "recipe_weights: the share of 'solo' is nan"),
+        (FusionConfig, {"layout_weights": [1, 2]}, "layout_weights: expected dict or nothing"),
+        (FusionConfig, {"layout_weights": {"solo": "many"}}, "layout_weights: expected float, got 'many'"),
+        (FusionConfig, {"layout_weights": {"solo": -1}}, "layout_weights: the share of 'solo' is -1.0"),
+        (FusionConfig, {"layout_weights": {"solo": float("nan")}}, "layout_weights: the share of 'solo' is nan"),
         (FusionConfig, {"background_weights": {"plain": 0}}, "background_weights: all shares are 0"),
         (FusionConfig, {"background_weights": {}}, "background_weights: all shares are 0"),
         (FusionConfig, {"background_weights": {"sea": 1}}, "background_weights: unknown kind 'sea'; known: scene"),
@@ -63,7 +65,7 @@ def test_ranges_hold_at_both_ends(kind):
         (TrainConfig, {"gradient_checkpointing": 1}, "gradient_checkpointing: expected bool, got 1"),
         (TrainConfig, {"sample_prompts": "a dog"}, "sample_prompts: expected tuple, got 'a dog'"),
         (TrainConfig, {"sample_prompts": [1]}, "sample_prompts: expected str, got 1"),
-        (TrainConfig, {"embedding_lr": 0, "low_rank_lr": 0}, "embedding_lr: both learning rates are 0"),
+        (TrainConfig, {"embedding_lr": 0, "lora_lr": 0}, "embedding_lr: both learning rates are 0"),
         (SampleConfig, {"concept_strength": {"<a>": float("nan")}}, "concept_strength: nan for <a> is out of range"),
         (SampleConfig, {"concept_strength": {"<a>": 9}}, "concept_strength: 9.0 for <a> is out of range"),
     ],
@@ -97,8 +99,8 @@ def test_a_config_can_not_be_changed_only_replaced():
         config.replace(size=65)
 
 
-def test_shares_of_the_recipes_sum_to_one():
-    for shares in (*config_module.RECIPE_SHARES.values(), config_module.MANY_CONCEPTS, config_module.BACKGROUND_SHARES):
+def test_shares_of_the_layouts_sum_to_one():
+    for shares in (*LAYOUT_SHARES.values(), MANY_CONCEPTS, BACKGROUND_SHARES):
         assert sum(shares.values()) == pytest.approx(1)
 
 
@@ -110,7 +112,7 @@ def test_steps_are_500_per_concept_up_to_2500():
 def test_only_what_shapes_the_result_identifies_a_run():
     base = TrainConfig()
     assert base.replace(device="cpu", save_every=7, sample_prompts=("x",)).result_shaping() == base.result_shaping()
-    for change in ({"steps": 7}, {"kv_lr": 2e-5}, {"precision": "fp32"}, {"train_seed": 1}, {"prior_pictures": 3}):
+    for change in ({"steps": 7}, {"kv_lr": 2e-5}, {"precision": "fp32"}, {"train_seed": 1}, {"num_class_images": 3}):
         assert base.replace(**change).result_shaping() != base.result_shaping()
 
 
@@ -174,7 +176,7 @@ def test_nan_in_a_json_file_is_refused(tmp_path):
 def test_a_field_of_a_new_config_is_checked_as_well():
     @dataclasses.dataclass(frozen=True)
     class Mine(Config):
-        share: float = config_module.setting(0.5, "a share", low=0, high=1)
+        share: float = setting(0.5, "a share", low=0, high=1)
 
     assert Mine(share=1).share == 1.0
     with pytest.raises(ConfigError, match="share: 2.0 is out of range; it must be between 0 and 1"):

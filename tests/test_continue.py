@@ -11,10 +11,11 @@ import torch
 
 from far_train.data.concepts import Concept
 from far_train.data.fusion import ConceptFusion
+from far_train.data.settings import FusionConfig
 from far_train.models.weights import FarWeights
 from far_train.training.recipe import TrainingRun, train
 from far_train.training.run_folder import find_run, run_identity
-from far_train.utils.config import FusionConfig, TrainConfig
+from far_train.training.settings import TrainConfig
 from far_train.utils.errors import CheckpointError, WeightsError
 
 QUICK = TrainConfig(steps=2, batch_size=1, prior_batch_size=1, sample_every=0, device="cpu")
@@ -22,26 +23,26 @@ QUICK = TrainConfig(steps=2, batch_size=1, prior_batch_size=1, sample_every=0, d
 
 @pytest.fixture
 def learned(base, fusion, tmp_path: Path) -> FarWeights:
-    return train(base, fusion, QUICK.replace(low_rank_lr=1e-3), tmp_path / "first")
+    return train(base, fusion, QUICK.replace(lora_lr=1e-3), tmp_path / "first")
 
 
 def opened(base, fusion, folder: Path, start: FarWeights | None) -> TrainingRun:
-    run = TrainingRun(base, fusion, QUICK, folder, start=start)
-    run.set_up()
-    return run
+    return TrainingRun(base, fusion, QUICK, folder, start=start)
 
 
 def test_it_starts_where_the_weights_are(base, fusion, learned, tmp_path):
     run = opened(base, fusion, tmp_path / "on", learned)
-    assert torch.equal(run.trainables.rows[0].detach(), torch.cat([e["clip_h"] for e in learned.embeddings.values()]))
-    _, deltas = run.trainables.export_state()
+    assert torch.equal(
+        run.state.adapter.rows[0].detach(), torch.cat([e["clip_h"] for e in learned.embeddings.values()])
+    )
+    _, deltas = run.state.adapter.export_state()
     for name, delta in learned.low_rank_deltas.items():
         assert torch.equal(deltas[name].up, delta.up) and torch.equal(deltas[name].down, delta.down)
     first = run.train_step()["loss"]
-    run.clean_up()
+    run.close()
     fresh = opened(base, fusion, tmp_path / "fresh", None)
     assert first != fresh.train_step()["loss"]
-    fresh.clean_up()
+    fresh.close()
 
 
 def test_a_new_concept_joins_the_learned_ones(base, concepts, learned, tmp_path):
@@ -49,15 +50,13 @@ def test_a_new_concept_joins_the_learned_ones(base, concepts, learned, tmp_path)
     wider = ConceptFusion([green, *concepts], config=FusionConfig(size=128, count=4))
     config = QUICK.replace(prior_batch_size=0)
     fresh = TrainingRun(base, wider, config, tmp_path / "fresh")
-    fresh.set_up()
-    new_row = fresh.trainables.rows[0].detach()[0].clone()
-    fresh.clean_up()
+    new_row = fresh.state.adapter.rows[0].detach()[0].clone()
+    fresh.close()
     run = TrainingRun(base, wider, config, tmp_path / "wider", start=learned)
-    run.set_up()
-    rows = run.trainables.rows[0].detach()
+    rows = run.state.adapter.rows[0].detach()
     assert torch.equal(rows[0], new_row)  # as it would begin without them
     assert torch.equal(rows[1:], torch.cat([e["clip_h"] for e in learned.embeddings.values()]))
-    run.clean_up()
+    run.close()
 
 
 def test_they_are_part_of_what_the_run_is(base, fusion, learned, tmp_path):

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from benchmarks.speed.counting import counting
 from benchmarks.speed.speed_work import RandomPictures, count_steps, our_run, random_base, work_config
 from far_train.mini.tiny import tiny_configs
-from far_train.utils.config import TrainConfig
+from far_train.training.settings import TrainConfig
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,10 @@ from torch._dynamo.utils import counters
 from far_train.models.apply import applied_weights
 from far_train.models.loading import load_base
 from far_train.models.sampling import draw_pictures
+from far_train.models.settings import SampleConfig
 from far_train.training.metrics import Readback
 from far_train.training.recipe import TrainingRun, train
-from far_train.utils.config import SampleConfig, TrainConfig
+from far_train.training.settings import TrainConfig
 from far_train.utils.out_of_memory import out_of_memory
 
 pytestmark = [
@@ -24,9 +25,7 @@ QUICK = TrainConfig(steps=3, batch_size=2, prior_batch_size=2, sample_every=0, d
 
 
 def open_run(tiny_folder: Path, fusion, folder: Path, **settings) -> TrainingRun:
-    run = TrainingRun(load_base(tiny_folder), fusion, QUICK.replace(**settings), folder)
-    run.set_up()
-    return run
+    return TrainingRun(load_base(tiny_folder), fusion, QUICK.replace(**settings), folder)
 
 
 def read_back(device: torch.device) -> list[float]:
@@ -36,7 +35,7 @@ def read_back(device: torch.device) -> list[float]:
         work = work @ work / 4096
     values = work.abs().sum().clamp(max=0) + torch.arange(5.0, device=device)
     readback.put(1, values)
-    return [v for k, v in readback.take(all=True)[0][1].items() if k != "finite"]
+    return [v for k, v in readback.drain()[0][1].items() if k != "finite"]
 
 
 def test_metrics_are_read_when_they_are_there():
@@ -49,7 +48,7 @@ def test_metrics_of_a_device_that_is_not_the_current_one(tiny_folder: Path, fusi
     assert read_back(torch.device("cuda:1")) == [0, 1, 2, 3, 4]
     run = open_run(tiny_folder, fusion, tmp_path, device="cuda:1")
     assert run.train_step()["finite"]
-    run.clean_up()
+    run.close()
 
 
 def test_an_allocation_that_fails_counts_as_out_of_memory():
@@ -70,10 +69,10 @@ def test_a_step_that_runs_out_of_memory_is_taken_with_less_at_once(tiny_folder: 
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction((free + 0.7 * (peak - free)) / total)
         assert run.train_step()["finite"]
-        assert run.thrift.checkpointing or run.thrift.micro_batch
+        assert run.state.oom_fallback.plan.checkpointing
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-        run.clean_up()
+        run.close()
 
 
 def test_the_first_step_is_the_cpus(tiny_folder: Path, fusion, tmp_path: Path):
@@ -87,7 +86,7 @@ def test_the_first_step_is_the_cpus(tiny_folder: Path, fusion, tmp_path: Path):
     }.items():
         run = open_run(tiny_folder, fusion, tmp_path / name, **settings)
         losses[name] = run.train_step()["loss"]
-        run.clean_up()
+        run.close()
     assert losses["fp32"] == pytest.approx(losses["cpu"], rel=1e-2)
     assert losses["bf16"] == pytest.approx(losses["cpu"], rel=5e-2)
     assert losses["fp16"] == pytest.approx(losses["cpu"], rel=2e-2)

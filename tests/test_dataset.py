@@ -14,7 +14,7 @@ from PIL import Image
 from far_train.data.concepts import ClassPicture, Concept
 from far_train.data.dataset import DatasetFolder, write_dataset
 from far_train.data.fusion import ConceptFusion
-from far_train.utils.config import FusionConfig
+from far_train.data.settings import FusionConfig
 from far_train.utils.errors import CaptionError, DatasetError, OutputError, PhotoError, TokenError
 
 SIZE = 64
@@ -22,12 +22,12 @@ SIZE = 64
 
 @pytest.fixture(scope="module")
 def fused() -> ConceptFusion:
-    """Two cats and their class pictures; composite by composite all recipes are there."""
+    """Two cats and their class pictures; composite by composite all layouts are there."""
     image, mask = torch.rand(40, 50, 3, generator=torch.Generator().manual_seed(0)), torch.zeros(40, 50)
     mask[5:35, 10:40] = 1
     concepts = [Concept(token, "cat", (image,), (mask,)) for token in ("<tom>", "<felix>")]
     priors = [ClassPicture("cat", image.flip(0), mask.flip(0)), ClassPicture("cat", image.flip(1))]
-    config = FusionConfig(size=SIZE, count=6, recipe_weights={"original": 1, "pair": 2, "beside_prior": 2})
+    config = FusionConfig(size=SIZE, count=6, layout_weights={"original": 1, "pair": 2, "beside_prior": 2})
     return ConceptFusion(concepts, priors, (), config)
 
 
@@ -72,7 +72,7 @@ def test_what_is_written_comes_back(fused, written):
     for i in range(6):
         there, back = fused.composite(i), dataset.composite(i)
         assert torch.equal((there.image * 255).round(), (back.image * 255).round())
-        assert (there.caption, there.recipe) == (back.caption, back.recipe)
+        assert (there.caption, there.layout) == (back.caption, back.layout)
         assert [(m.name, m.spans) for m in there.mentions] == [(m.name, m.spans) for m in back.mentions]
         for a, b in zip(there.mentions, back.mentions):
             assert torch.equal((a.mask * 255).round(), (b.mask * 255).round())

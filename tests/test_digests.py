@@ -17,12 +17,12 @@ from torch import Tensor
 
 from far_train.models.export import export_lora
 from far_train.training.recipe import train
-from far_train.utils.config import TrainConfig
+from far_train.training.settings import TrainConfig
 
 RECORDED_ON = ("2.14.1", "AVX512")
 COMPOSITE = "038075c547b14c87"
-TRAINED = {"attention": "d14aeb67f7b9a366", "kv": "5273ac4228e9be8c"}
-EXPORTED = {"attention": "72eded11e16b4677", "kv": "ddbd4c832dc8dad0"}
+TRAINED = {"lora": "d14aeb67f7b9a366", "kv": "5273ac4228e9be8c"}
+EXPORTED = {"lora": "72eded11e16b4677", "kv": "ddbd4c832dc8dad0"}
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

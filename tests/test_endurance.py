@@ -13,15 +13,17 @@ import torch
 
 from far_train.data.concepts import ClassPicture, Concept
 from far_train.data.fusion import ConceptFusion
+from far_train.data.settings import FusionConfig
 from far_train.mini.tiny import random_states, tiny_configs, write_folder
 from far_train.models.base import BaseModel
 from far_train.models.loading import load_base
-from far_train.training import recipe
+from far_train.training import recipe, step
+from far_train.training.memory_plan import MemoryPlan
 from far_train.training.oom_fallback import OomFallback
-from far_train.training.recipe import Callbacks, TrainingRun, train
+from far_train.training.recipe import Callbacks, train
 from far_train.training.run_folder import read_metrics
+from far_train.training.settings import TrainConfig
 from far_train.utils import files
-from far_train.utils.config import FusionConfig, TrainConfig
 from far_train.utils.errors import Interrupted, OutOfMemory, OutputError, TrainingDiverged
 
 from .conftest import disc
@@ -127,7 +129,7 @@ def test_ten_runs_in_one_process_leave_nothing_behind(small: BaseModel, balls, t
     def run(number: int, callbacks: Callbacks = Callbacks()):
         return train(small, balls, config, tmp_path / str(number), callbacks=callbacks)
 
-    draw = recipe.draw_batch
+    draw = step.sample_batch
 
     def poisoned(*args, **kwargs):
         batch = draw(*args, **kwargs)
@@ -144,12 +146,12 @@ def test_ten_runs_in_one_process_leave_nothing_behind(small: BaseModel, balls, t
                 run(number, stop_at(2))
         elif kind == 2:
             with monkeypatch.context() as patch:
-                patch.setattr(TrainingRun, "backward", Failing(None, MemoryError(), *range(1, 100)))
+                patch.setattr(step, "forward_backward", Failing(None, MemoryError(), *range(1, 100)))
                 with pytest.raises(OutOfMemory):
                     run(number)
         elif kind == 3:
             with monkeypatch.context() as patch:
-                patch.setattr(recipe, "draw_batch", poisoned)
+                patch.setattr(step, "sample_batch", poisoned)
                 with pytest.raises(TrainingDiverged):
                     run(number)
         elif kind == 4:
@@ -176,12 +178,11 @@ def test_out_of_memory_is_tried_again_with_less_at_once(small, balls, tmp_path: 
     sizes = []
 
     class Spy(Failing):
-        def __call__(self, run, batch):
-            sizes.append(len(batch.latents))
-            return super().__call__(run, batch)
+        def __call__(self, state, batch, ramp):
+            sizes.append(len(batch))
+            return super().__call__(state, batch, ramp)
 
-    spy = Spy(TrainingRun.backward, error, 3, 4)
-    monkeypatch.setattr(TrainingRun, "backward", lambda self, batch: spy(self, batch))
+    monkeypatch.setattr(step, "forward_backward", Spy(step.forward_backward, error, 3, 4))
     weights = train(small, balls, CONFIG.replace(steps=3), tmp_path / "run")
     assert sizes == [3, 3, 3, 3, 1, 1, 1]
     assert "going on with gradient checkpointing" in caplog.text and "going on with 1 samples at once" in caplog.text
@@ -202,7 +203,7 @@ def test_sample_pictures_that_do_not_fit_are_left_out(small, balls, tmp_path: Pa
 
 def test_other_errors_are_not_taken_for_memory(small: BaseModel):
     with pytest.raises(RuntimeError, match="shapes"):
-        OomFallback(small.unet, None, False).run(Failing(None, RuntimeError("shapes differ"), 1), 4)
+        OomFallback(small.unet, MemoryPlan(4, False)).run(Failing(None, RuntimeError("shapes differ"), 1), 4)
     assert not small.unet.is_gradient_checkpointing
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from far_train.data.concepts import Concept
 from far_train.data.fusion import ConceptFusion
+from far_train.data.settings import FusionConfig
 from far_train.mini.tiny import random_states, single_file_state
 from far_train.models.export import export_lora
 from far_train.models.families import SD21, V_STATISTIC
@@ -21,7 +22,7 @@ from far_train.models.layers import kv_weights
 from far_train.models.loading import load_base, packaged_configs
 from far_train.models.weights import FarWeights
 from far_train.training.recipe import train
-from far_train.utils.config import FusionConfig, TrainConfig
+from far_train.training.settings import TrainConfig
 from far_train.utils.errors import BaseModelError
 
 pytestmark = pytest.mark.full_size

@@ -14,7 +14,7 @@ from far_train.data.backgrounds import infill
 from far_train.data.captions import Name
 from far_train.data.concepts import Background, ClassPicture, Concept
 from far_train.data.fusion import ConceptFusion
-from far_train.utils.config import FusionConfig
+from far_train.data.settings import FusionConfig
 from far_train.utils.errors import CaptionError, ConfigError, SubjectError, TokenError
 
 from .coloured import (
@@ -70,7 +70,7 @@ def test_shapes_ranges_and_captions():
             assert Name(noun, token) == mention.name
 
 
-# ---- recipes
+# ---- layouts
 
 # Original, solo, pair, triple, beside_prior; benchmarks/reports/2026-11-26/tuning.md has those of two concepts.
 SHARES = {
@@ -84,40 +84,40 @@ SUBJECTS = {"original": 1, "solo": 1, "pair": 2, "triple": 3, "beside_prior": 2}
 
 
 @pytest.mark.parametrize("count", SHARES)
-def test_recipes_are_drawn_by_their_shares_and_concepts_evenly(count):
+def test_layouts_are_drawn_by_their_shares_and_concepts_evenly(count):
     fused, draws = fuse(count), 500
     composites = [fused.composite(i) for i in range(draws)]
-    drawn = Counter(c.recipe for c in composites)
+    drawn = Counter(c.layout for c in composites)
     expected = {k: draws * v for k, v in zip(SUBJECTS, SHARES[count]) if v}
     assert set(drawn) == set(expected)
     assert sum((drawn[k] - e) ** 2 / e for k, e in expected.items()) < 16  # χ², p = 0.003 at 4 degrees of freedom
     for composite in composites:
         names = [m.name for m in composite.mentions]
-        assert len(names) == SUBJECTS[composite.recipe] == len(set(names))
-        assert sum(n.token is None for n in names) == (composite.recipe == "beside_prior")
+        assert len(names) == SUBJECTS[composite.layout] == len(set(names))
+        assert sum(n.token is None for n in names) == (composite.layout == "beside_prior")
     shown = Counter(m.name for c in composites for m in c.mentions if m.name.token)
     mean = sum(shown.values()) / count
     assert len(shown) == count and all(abs(n - mean) < 0.2 * mean for n in shown.values())
 
 
-def test_without_masked_class_pictures_their_recipe_falls_away():
+def test_without_masked_class_pictures_their_layout_falls_away():
     bare = [dataclasses.replace(p, mask=None) for p in PRIORS]
     for priors in ((), bare):
         fused = fuse(1, priors)
-        assert fused.recipes == pytest.approx({"original": 0.35 / 0.6, "solo": 0.25 / 0.6})
-        assert "Recipe 'beside_prior' (40% of the composites) falls away: there are no class pictures" in fused.notes[0]
+        assert fused.layouts == pytest.approx({"original": 0.35 / 0.6, "solo": 0.25 / 0.6})
+        assert "Layout 'beside_prior' (40% of the composites) falls away: there are no class pictures" in fused.notes[0]
         assert {m.name.token for i in range(30) for m in fused.composite(i).mentions} == {"<red>"}
-    assert not [n for n in (*fuse(1).notes, *fuse(2, ()).notes) if "Recipe" in n]
+    assert not [n for n in (*fuse(1).notes, *fuse(2, ()).notes) if "Layout" in n]
 
 
 def test_given_shares_are_used_and_what_can_not_be_is_said():
-    fused = fuse(2, recipe_weights={"solo": 1, "pair": 2, "triple": 5})
-    assert fused.recipes == pytest.approx({"solo": 1 / 3, "pair": 2 / 3})
-    assert "Recipe 'triple'" in fused.notes[0] and "three concepts" in fused.notes[0]
-    with pytest.raises(SubjectError, match="recipe_weights: nothing is left"):
-        fuse(1, recipe_weights={"pair": 1})
-    with pytest.raises(ConfigError, match="recipe_weights: unknown kind 'duo'"):
-        fuse(1, recipe_weights={"duo": 1})
+    fused = fuse(2, layout_weights={"solo": 1, "pair": 2, "triple": 5})
+    assert fused.layouts == pytest.approx({"solo": 1 / 3, "pair": 2 / 3})
+    assert "Layout 'triple'" in fused.notes[0] and "three concepts" in fused.notes[0]
+    with pytest.raises(SubjectError, match="layout_weights: nothing is left"):
+        fuse(1, layout_weights={"pair": 1})
+    with pytest.raises(ConfigError, match="layout_weights: unknown kind 'duo'"):
+        fuse(1, layout_weights={"duo": 1})
 
 
 def test_the_companion_is_of_the_same_class_if_there_is_one():
@@ -156,7 +156,7 @@ def test_backgrounds_are_drawn_by_their_shares():
 
 def test_collage_words_are_drawn_by_their_share():
     for share in (0.0, 0.5, 1.0):
-        fused = fuse(2, **only("pair", collage_words=share))
+        fused = fuse(2, **only("pair", collage_caption_probability=share))
         count = sum("collage" in fused.composite(i).caption for i in range(100))
         assert count / 100 == pytest.approx(share, abs=0.15 if share == 0.5 else 0)
     assert not any("collage" in fuse(2, **only("original")).composite(i).caption for i in range(20))
@@ -169,12 +169,12 @@ def test_class_pictures_come_as_they_are_or_in_collages():
     fused = fuse(2)
     assert fused.prior_count() == 2
     pictures = [fused.prior(i) for i in range(200)]
-    kinds = Counter(p.recipe for p in pictures)
-    assert set(kinds) == {"prior", "prior_collage"} and kinds["prior_collage"] / 200 == pytest.approx(0.3, abs=0.1)
+    kinds = Counter(p.layout for p in pictures)
+    assert set(kinds) == {"prior", "prior_composite"} and kinds["prior_composite"] / 200 == pytest.approx(0.3, abs=0.1)
     for picture in pictures:
         assert picture.mentions == () and "<" not in picture.caption and picture.image.shape == (SIZE, SIZE, 3)
-        assert ("a ball and another ball" in picture.caption) == (picture.recipe == "prior_collage")
-    assert {fuse(2, prior_collages=0).prior(i).recipe for i in range(20)} == {"prior"}
+        assert ("a ball and another ball" in picture.caption) == (picture.layout == "prior_composite")
+    assert {fuse(2, prior_composites=0).prior(i).layout for i in range(20)} == {"prior"}
 
 
 def test_class_pictures_without_masks_are_still_pictures():
@@ -257,7 +257,7 @@ def cut_off(colour: str, box: tuple[float, float, float, float]) -> Concept:
 @pytest.mark.parametrize("box", [(-0.3, 0.2, 0.4, 0.8), (0.6, 0.2, 1.3, 0.8), (0.2, -0.3, 0.8, 0.4)])
 def test_a_subject_that_a_side_cuts_off_is_shown_as_its_photo_alone(box):
     fused = ConceptFusion([cut_off("green", box)], (), SCENES, FusionConfig(size=SIZE, count=60))
-    shown = {(c.recipe, bool(shows(c.image, "green").any())) for c in map(fused.composite, range(60))}
+    shown = {(c.layout, bool(shows(c.image, "green").any())) for c in map(fused.composite, range(60))}
     assert shown == {("original", True), ("original", False), ("solo", False)}
     assert any("side serve for 'original' alone: concept <red>, photo 2." in note for note in fused.notes)
 
@@ -266,7 +266,7 @@ def test_a_subject_that_a_side_cuts_off_is_shown_as_its_photo_alone(box):
 def test_a_subject_that_the_bottom_cuts_off_stands_on_the_lower_edge(row):
     """Upright, so that no straight cut is seen above it."""
     low = cut_off("green", (0.2, 0.5, 0.8, 1.5))
-    settings = {"size": SIZE, "count": 40, "row": row, "recipe_weights": {"pair": 0.5, "solo": 0.5}}
+    settings = {"size": SIZE, "count": 40, "row_probability": row, "layout_weights": {"pair": 0.5, "solo": 0.5}}
     fused = ConceptFusion([low, CONCEPTS[2]], (), SCENES, FusionConfig(**settings, **(NO_CHANGES | {"rotation": 10})))
     found = 0
     for composite in map(fused.composite, range(40)):
@@ -290,7 +290,7 @@ def test_a_concept_without_a_whole_photo_is_said():
 def test_companions_that_are_cut_off_are_not_pasted():
     half = ClassPicture("ball", *photo("cyan", 60, 60, (-0.3, 0.2, 0.4, 0.8)))
     fused = fuse(1, priors=[half])
-    assert "beside_prior" not in fused.recipes and fused.prior_count() == 1
+    assert "beside_prior" not in fused.layouts and fused.prior_count() == 1
     assert any("1 class picture(s) cut the subject off" in note for note in fused.notes)
 
 

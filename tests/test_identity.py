@@ -17,7 +17,7 @@ from far_train.models.loading import load_base
 from far_train.models.weights import FarWeights
 from far_train.training.recipe import train
 from far_train.training.run_folder import find_run, run_identity
-from far_train.utils.config import TrainConfig
+from far_train.training.settings import TrainConfig
 from far_train.utils.errors import BaseModelError, CheckpointError, WeightsError
 
 QUICK = TrainConfig(steps=2, sample_every=0, save_every=1, device="cpu")

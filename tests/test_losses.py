@@ -208,10 +208,10 @@ def test_gradient_by_finite_differences(monkeypatch):
     assert worst < 1e-7
 
 
-def test_refinement_schedule():
-    alphas = torch.tensor([0.25, 1.0])
-    first = losses.refinement_schedule(alphas, 0, 100, 0.1)
-    assert torch.allclose(first, torch.tensor([0.05, 0.1]))
-    assert torch.allclose(losses.refinement_schedule(alphas, 9, 100, 0.1), torch.tensor([0.5, 1.0]))
-    assert torch.allclose(losses.refinement_schedule(alphas, 99, 100, 0.1), torch.tensor([0.5, 1.0]))
-    assert torch.allclose(losses.refinement_schedule(alphas, 0, 100, 0.0), torch.tensor([0.5, 1.0]))
+def test_refinement_rises_over_the_first_steps():
+    assert [losses.refinement_ramp(step, 100, 0.1) for step in (0, 4, 9, 99)] == [0.1, 0.5, 1, 1]
+    assert losses.refinement_ramp(0, 100, 0.0) == 1
+
+
+def test_refinement_weighs_less_at_high_noise():
+    assert losses.refinement_timestep_weight(torch.tensor([0.25, 1.0])).tolist() == [0.5, 1]

@@ -34,20 +34,20 @@ def test_on_a_gpu_they_come_later_and_in_order():
         readback.put(step, values(step))
         seen.append([s for s, _ in readback.take()])
     assert seen == [[]] * DEPTH + [[1], [2], [3]]
-    assert [s for s, _ in readback.take(all=True)] == [4, 5]
+    assert [s for s, _ in readback.drain()] == [4, 5]
 
 
 def test_each_step_is_told_and_several_that_are_not_finite_end_the_run():
     readback, told = Readback(CPU), []
-    reports = StepReports(readback, None, lambda step, metrics: told.append((step, metrics)), patience=2)
+    reports = StepReports(readback, None, lambda step, metrics: told.append((step, metrics)), max_non_finite=2)
     for step, loss in ((1, 0.5), (2, math.nan), (3, 0.25), (4, math.inf)):
         readback.put(step, values(loss))
-        reports.pass_on()
+        reports.report()
     assert [(step, m["finite"]) for step, m in told] == [(1, True), (2, False), (3, True), (4, False)]
     assert all(m["seconds"] >= 0 for _, m in told)
     readback.put(5, values(math.nan))
     with pytest.raises(TrainingDiverged, match="not finite for 2 steps up to step 5"):
-        reports.pass_on()
+        reports.report()
 
 
 def test_the_file_of_metrics_is_json_whatever_a_step_gave(tmp_path):

@@ -35,8 +35,8 @@ from far_train.models.conditioning import TextConditioner
 from far_train.models.families import SD21
 from far_train.models.loading import build_parts, load_base
 from far_train.models.sampling import draw_pictures
+from far_train.models.settings import SampleConfig
 from far_train.models.tokens import Vocabulary
-from far_train.utils.config import SampleConfig
 from far_train.utils.errors import BaseModelError, CheckpointError, DatasetError, Interrupted, OutputError
 
 from .learning_runs import losses, quick

@@ -284,7 +284,7 @@ def _(place: Place) -> Found:
     argv = ["fuse", "--concept", "<rex>", "dog", place / "subjects", "--prior", "dog", place / "dogs", "--size", 64]
     said = place.run(*argv, "--count", 1, "--out", place / "data", "--backgrounds", place / "dogs")
     return said[:-1], [
-        "Recipe 'beside_prior' (40% of the composites) falls away: there are no class pictures with masks that show "
+        "Layout 'beside_prior' (40% of the composites) falls away: there are no class pictures with masks that show "
         "the subject whole.",
         "<rex>: photos that cut the subject off at a side serve for 'original' alone: PLACE/subjects/left.png.",
         "<rex>: photos that cut the subject off at the bottom put it on the lower edge: PLACE/subjects/low.png.",

@@ -14,10 +14,9 @@ from far_train.models.attention_maps import layer_stride, supervised_layers
 from far_train.models.base import BaseModel
 from far_train.models.conditioning import plain_vocabulary
 from far_train.models.sampling import draw_pictures
+from far_train.models.settings import SampleConfig
 from far_train.models.tokens import Vocabulary
 from far_train.training import latent_cache
-from far_train.training.memory_plan import MARGIN, MemoryPlan, choose_plan
-from far_train.utils.config import SampleConfig, TrainConfig
 from far_train.utils.errors import OutOfMemory
 from far_train.utils.out_of_memory import in_batches, out_of_memory, skip_without_memory, with_less_memory
 
@@ -41,22 +40,6 @@ QUICK = SampleConfig(sampling_steps=2, sample_batch=4)
 )
 def test_what_says_that_memory_ran_out(error: BaseException, expected: bool):
     assert out_of_memory(error) is expected
-
-
-def test_free_memory_is_asked_for_after_the_trial():
-    """What the trial leaves behind, such as libraries' workspaces, is not free."""
-    asked: list[str] = []
-
-    def peak(checkpointing: bool) -> float:
-        asked.append("peak")
-        return 1.0
-
-    def free() -> int:
-        asked.append("free")
-        return int(2 / MARGIN) + 1
-
-    assert choose_plan(TrainConfig(), 4, peak, free) == MemoryPlan(2, False)
-    assert asked == ["peak", "free"]
 
 
 def test_batches_shrink_where_memory_runs_out(caplog):
@@ -146,7 +129,7 @@ def test_encoding_and_decoding_have_that_way_out(base: BaseModel, fusion, monkey
         layers = supervised_layers(base.unet, 16, 16)
         stride = layer_stride(layers[0], len(base.unet.config.block_out_channels))
         words = Vocabulary(base.tokenizer, fusion.names, base.tokenizer_size)
-        latent_cache.encode_pool(fusion, base, words, stride, seed=0)
+        latent_cache.cache_latents(fusion, base, words, stride, seed=0)
     assert calls and all(vae is base.vae for vae in calls)
 
 

@@ -11,13 +11,13 @@ import pytest
 from benchmarks.quality import __main__ as quality
 from benchmarks.small_models import learn
 from benchmarks.speed import __main__ as speed
-from far_train.cli.main import _parse, collect, parse_single
+from far_train.cli.main import PROGRAM as FAR_TRAIN
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/reports/*/*.md")])
 LEARN = "python -m benchmarks.small_models.learn"
 FAR = "python -m far_train"
-BENCHMARKS = {"benchmarks.quality": quality.COMMAND, "benchmarks.speed": speed.COMMAND}
+PROGRAMS = {program.name: program for program in (FAR_TRAIN, quality.PROGRAM, speed.PROGRAM)}
 PROGRAM = r"python -m (far_train|benchmarks\.)"
 ALIASES = {"far": FAR, "learn": f"{LEARN}"}
 
@@ -51,10 +51,8 @@ def test_a_command_is_understood(page: Path, line: str):
     start = words.index("-m") + 1
     if words[start] == "benchmarks.small_models.learn":
         learn._parser().parse_args([*words[start + 1 :], "--out", "anywhere"])
-    elif words[start] in BENCHMARKS:
-        parse_single(BENCHMARKS[words[start]], words[start], words[start + 1 :])
-    elif words[start + 1] != "--help":
-        collect(*_parse(words[start + 1 :]))
+    elif words[start + 1 :] != ["--help"]:
+        PROGRAMS[words[start]].parse(words[start + 1 :])
 
 
 # ---- links

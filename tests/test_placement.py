@@ -15,7 +15,7 @@ from far_train.data.concepts import Concept
 from far_train.data.fusion import ConceptFusion
 from far_train.data.images import mask_to_pil
 from far_train.data.placement import Cutout, Placed, paste, place
-from far_train.utils.config import RECIPES, FusionConfig
+from far_train.data.settings import LAYOUTS, FusionConfig
 
 from .coloured import COLOURS, NO_CHANGES, centre, colour_of, fuse, mention_box, only, photo, region, shows
 
@@ -29,9 +29,9 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_every_mask_lies_on_its_own_subject(recipe):
-    fused = fuse(3, size=128, **only(recipe))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_mask_lies_on_its_own_subject(layout):
+    fused = fuse(3, size=128, **only(layout))
     for i in range(25):
         composite = fused.composite(i)
         for mention in composite.mentions:
@@ -43,11 +43,11 @@ def test_every_mask_lies_on_its_own_subject(recipe):
             assert not shows(composite.image, colour).any(), "an in-filled background still shows its subject"
 
 
-@pytest.mark.parametrize("recipe", ["pair", "triple", "beside_prior"])
+@pytest.mark.parametrize("layout", ["pair", "triple", "beside_prior"])
 @pytest.mark.parametrize("margin", [1 / 64, 0.1])
-def test_subjects_keep_their_distance(recipe, margin):
+def test_subjects_keep_their_distance(layout, margin):
     """At a tenth of the canvas random places hardly ever fit, so the columns are tested as well."""
-    fused = fuse(3, size=128, margin=margin, **only(recipe, row=0, occlusion=0, erode=0))
+    fused = fuse(3, size=128, margin=margin, **only(layout, row_probability=0, occlusion=0, erode=0))
     for i in range(25):
         grown = [ndimage.maximum_filter(region(m), 2 * round(margin * 128) + 1) for m in fused.composite(i).mentions]
         for a, b in itertools.combinations(grown, 2):
@@ -85,7 +85,7 @@ def test_an_occlusion_hides_some_but_little(count):
 
 
 def test_occluded_masks_are_trimmed_to_what_is_seen():
-    fused = fuse(2, size=128, **only("pair", row=0, occlusion=1, max_covered=0.5, **NO_CHANGES))
+    fused = fuse(2, size=128, **only("pair", row_probability=0, occlusion=1, max_covered=0.5, **NO_CHANGES))
     trimmed = 0
     for i in range(25):
         composite = fused.composite(i)
@@ -99,7 +99,7 @@ def test_occluded_masks_are_trimmed_to_what_is_seen():
 
 @pytest.mark.parametrize("row", [0, 1])
 def test_place_does_not_follow_the_order_of_mention(row):
-    fused, draws = fuse(2, **only("pair", row=row)), 400
+    fused, draws = fuse(2, **only("pair", row_probability=row)), 400
     left = first = red_left = 0
     for i in range(draws):
         composite = fused.composite(i)
@@ -119,7 +119,7 @@ def test_the_class_subject_is_mentioned_first_as_often_as_last():
 
 
 def test_single_subjects_come_in_all_sizes_at_all_places():
-    fused = fuse(1, (), size=128, height_drift=1, **only("solo", **NO_CHANGES))
+    fused = fuse(1, (), size=128, vertical_jitter=1, **only("solo", **NO_CHANGES))
     composites = [fused.composite(i) for i in range(120)]
     sides = np.array([max(mention_box(c.mentions[0])) / 128 for c in composites])
     assert 0.33 < sides.min() < 0.40 and 0.85 < sides.max() < 0.92
@@ -134,32 +134,34 @@ def test_single_subjects_come_in_all_sizes_at_all_places():
         assert ("close" in composite.caption) == (words == "close up")
 
 
-@pytest.mark.parametrize("recipe", ["original", "pair", "triple", "beside_prior"])
-def test_size_words_are_for_single_subjects(recipe):
-    fused = fuse(3, **only(recipe))
+@pytest.mark.parametrize("layout", ["original", "pair", "triple", "beside_prior"])
+def test_size_words_are_for_single_subjects(layout):
+    fused = fuse(3, **only(layout))
     captions = [fused.composite(i).caption for i in range(30)]
     assert not [c for c in captions if "far" in c or "close" in c]
 
 
 @pytest.mark.parametrize(
-    ("recipe", "fill", "low", "high"), [("pair", 0.6, 0.27, 0.5), ("pair", 0.9, 0.42, 0.5), ("triple", 0.6, 0.28, 0.34)]
+    ("layout", "fill", "low", "high"), [("pair", 0.6, 0.27, 0.5), ("pair", 0.9, 0.42, 0.5), ("triple", 0.6, 0.28, 0.34)]
 )
-def test_several_subjects_share_the_width(recipe, fill, low, high):
-    """Fitted to half the canvas × U(pair_fill, 1), or to a third × U(.9, 1), whichever side binds."""
+def test_several_subjects_share_the_width(layout, fill, low, high):
+    """Fitted to half the canvas × U(pair_scale_min, 1), or to a third × U(.9, 1), whichever side binds."""
     wide = Concept("<wide>", "ball", *(tuple([x]) for x in photo("red", 60, 60, (0.1, 0.4, 0.9, 0.6))))
     others = [dataclasses.replace(wide, token=f"<wide-{i}>") for i in range(2)]
-    settings = only(recipe, size=128, row=0, occlusion=0, margin=0.01, flip=0, pair_fill=fill, **NO_CHANGES)
+    settings = only(
+        layout, size=128, row_probability=0, occlusion=0, margin=0.01, flip=0, pair_scale_min=fill, **NO_CHANGES
+    )
     fused = ConceptFusion([wide, *others], (), (), FusionConfig(**settings))
     widths = [mention_box(m)[0] / 128 for i in range(40) for m in fused.composite(i).mentions]
     assert low - 0.01 < min(widths) < low + 0.08 and high - 0.04 < max(widths) < high + 0.012
 
 
-@pytest.mark.parametrize(("recipe", "count"), [("pair", 2), ("triple", 3)])
-def test_narrow_subjects_get_no_more_room_than_square_ones(recipe, count):
-    """Of a box of 0.2 × 0.8, the area that a square of the same recipe has: (U(.9, 1) / count)²."""
+@pytest.mark.parametrize(("layout", "count"), [("pair", 2), ("triple", 3)])
+def test_narrow_subjects_get_no_more_room_than_square_ones(layout, count):
+    """Of a box of 0.2 × 0.8, the area that a square of the same layout has: (U(.9, 1) / count)²."""
     tall = Concept("<tall>", "ball", *(tuple([x]) for x in photo("red", 60, 60, (0.4, 0.1, 0.6, 0.9))))
     others = [dataclasses.replace(tall, token=f"<tall-{i}>") for i in range(2)]
-    fused = ConceptFusion([tall, *others], (), (), FusionConfig(size=256, **only(recipe, occlusion=0, **NO_CHANGES)))
+    fused = ConceptFusion([tall, *others], (), (), FusionConfig(size=256, **only(layout, occlusion=0, **NO_CHANGES)))
     boxes = [mention_box(m) for i in range(20) for m in fused.composite(i).mentions]
     areas = [width * height / 256**2 for width, height in boxes]
     assert 0.85 * (0.9 / count) ** 2 < min(areas) and max(areas) < 1.1 / count**2
@@ -169,15 +171,17 @@ def test_narrow_subjects_get_no_more_room_than_square_ones(recipe, count):
 def test_in_a_row_wide_subjects_get_no_less_room():
     wide = Concept("<wide>", "ball", *(tuple([x]) for x in photo("red", 60, 60, (0.15, 0.3, 0.85, 0.8))))
     other = dataclasses.replace(wide, token="<other>")
-    fused = ConceptFusion([wide, other], (), (), FusionConfig(size=256, **only("pair", row=1, max_covered=0.5)))
+    fused = ConceptFusion(
+        [wide, other], (), (), FusionConfig(size=256, **only("pair", row_probability=1, max_covered=0.5))
+    )
     boxes = [mention_box(m) for i in range(20) for m in fused.composite(i).mentions]
     areas = [width * height / 256**2 for width, height in boxes]
     assert 0.85 * 0.45**2 < np.median(areas) < 1.1 * 0.5**2 and max(width for width, _ in boxes) > 0.55 * 256
 
 
-@pytest.mark.parametrize(("recipe", "count"), [("pair", 2), ("triple", 3)])
-def test_in_a_row_subjects_are_evenly_apart(recipe, count):
-    fused = fuse(3, size=256, **only(recipe, row=1, max_covered=0, **NO_CHANGES))
+@pytest.mark.parametrize(("layout", "count"), [("pair", 2), ("triple", 3)])
+def test_in_a_row_subjects_are_evenly_apart(layout, count):
+    fused = fuse(3, size=256, **only(layout, row_probability=1, max_covered=0, **NO_CHANGES))
     for i in range(25):
         xs = sorted(centre(region(m))[0] for m in fused.composite(i).mentions)
         assert np.diff(xs) == pytest.approx([0.82 / count] * (count - 1), abs=0.1 / count)
@@ -187,7 +191,9 @@ def test_in_a_row_subjects_are_evenly_apart(recipe, count):
 def test_in_a_row_the_lower_one_is_in_front_and_hides_little():
     tall = Concept("<tall>", "ball", *(tuple([x]) for x in photo("red", 60, 60, (0.25, 0.2, 0.75, 0.8))))
     flat = Concept("<flat>", "ball", *(tuple([x]) for x in photo("green", 60, 60, (0.1, 0.4, 0.9, 0.9))))
-    fused = ConceptFusion([tall, flat], (), (), FusionConfig(size=128, **only("pair", row=1, flip=0, **NO_CHANGES)))
+    fused = ConceptFusion(
+        [tall, flat], (), (), FusionConfig(size=128, **only("pair", row_probability=1, flip=0, **NO_CHANGES))
+    )
     touching = 0
     for i in range(40):
         mentions = sorted(fused.composite(i).mentions, key=lambda m: np.flatnonzero(region(m).any(1))[-1])
@@ -217,10 +223,10 @@ def two_faced() -> Concept:
     return Concept("<two-faced>", "thing", (image,), (mask,))
 
 
-@pytest.mark.parametrize("recipe", ["original", "solo"])
+@pytest.mark.parametrize("layout", ["original", "solo"])
 @pytest.mark.parametrize("flip", [0.0, 0.5, 1.0])
-def test_a_mask_is_mirrored_with_its_picture(recipe, flip):
-    fused = ConceptFusion([two_faced()], (), (), FusionConfig(size=128, **only(recipe, flip=flip, rotation=0)))
+def test_a_mask_is_mirrored_with_its_picture(layout, flip):
+    fused = ConceptFusion([two_faced()], (), (), FusionConfig(size=128, **only(layout, flip=flip, rotation=0)))
     mirrored = 0
     for i in range(60):
         composite = fused.composite(i)
@@ -267,12 +273,12 @@ def test_a_subject_thinner_than_the_eroded_rim_survives():
     assert all(region(fused.composite(i).mentions[0]).any() for i in range(20))
 
 
-@pytest.mark.parametrize("recipe", ["solo", "pair"])
-def test_subjects_stand_as_high_as_in_one_of_their_photos(recipe):
+@pytest.mark.parametrize("layout", ["solo", "pair"])
+def test_subjects_stand_as_high_as_in_one_of_their_photos(layout):
     feet = (0.7, 0.8)  # where the ellipses of the photos end
     off = {}
     for drift in (0.1, 1.0):
-        fused = fuse(2, size=128, height_drift=drift, **only(recipe, flip=0, occlusion=0, **NO_CHANGES))
+        fused = fuse(2, size=128, vertical_jitter=drift, **only(layout, flip=0, occlusion=0, **NO_CHANGES))
         off[drift] = []
         for mention in (m for i in range(25) for m in fused.composite(i).mentions):
             rows = np.flatnonzero(region(mention).any(1))

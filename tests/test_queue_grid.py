@@ -111,7 +111,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def farms(monkeypatch) -> Iterator[Callable[[], Farm]]:
     monkeypatch.setattr(comfy_client, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(comfy_client, "PATIENCE", 0.05)
+    monkeypatch.setattr(comfy_client, "ANSWER_TIMEOUT", 0.05)
     made: list[Farm] = []
 
     def make() -> Farm:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,13 +11,13 @@ import torch
 
 from far_train.data.concepts import Composite
 from far_train.data.fusion import ConceptFusion
+from far_train.data.settings import FusionConfig
 from far_train.models.attention_maps import AttentionRecorder, cross_attention_layers, supervised_layers
 from far_train.models.loading import load_base
-from far_train.training import recipe
-from far_train.training.latent_cache import slice_batch
+from far_train.training import step
 from far_train.training.recipe import Callbacks, TrainingRun, train
 from far_train.training.run_folder import find_run, read_metrics, run_identity
-from far_train.utils.config import FusionConfig, TrainConfig
+from far_train.training.settings import TrainConfig
 from far_train.utils.errors import CheckpointError, ConfigError, Interrupted, OutputError, TrainingDiverged
 
 QUICK = TrainConfig(steps=4, sample_every=0, save_every=2, device="cpu")
@@ -31,9 +32,7 @@ def same_weights(a, b) -> bool:
 
 
 def open_run(base, fusion, folder: Path, **settings) -> TrainingRun:
-    run = TrainingRun(base, fusion, QUICK.replace(**settings), folder)
-    run.set_up()
-    return run
+    return TrainingRun(base, fusion, QUICK.replace(**settings), folder)
 
 
 def stop_at(step: int) -> Callbacks:
@@ -42,18 +41,18 @@ def stop_at(step: int) -> Callbacks:
     return Callbacks(on_step=lambda step, _: done.append(step), should_stop=lambda: len(done) >= step > 0)
 
 
-@pytest.mark.parametrize(("trainable", "matrices"), [("kv", 20), ("attention", 80)])
+@pytest.mark.parametrize(("trainable", "matrices"), [("kv", 20), ("lora", 80)])
 def test_everything_trainable_moves_and_nothing_else_does(base, fusion, tmp_path: Path, trainable, matrices):
     before = state_of(base)
     run = open_run(base, fusion, tmp_path, trainable=trainable)
-    rows = run.trainables.rows[0].detach().clone()
+    rows = run.state.adapter.rows[0].detach().clone()
     for _ in range(4):
         run.train_step()
-    moved = (run.trainables.rows[0].detach() - rows).abs().amax(1)
+    moved = (run.state.adapter.rows[0].detach() - rows).abs().amax(1)
     assert (moved > 0).all() and len(moved) == 2  # the last row too
     weights = run.save_weights()
     assert len(weights.shapes()) == matrices and all(weights.delta(name).any() for name in weights.shapes())
-    run.clean_up()
+    run.close()
     after = state_of(base)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)
@@ -101,16 +100,16 @@ def train_on_one_batch(base, fusion, folder: Path, monkeypatch, refinement_weigh
         weight_decay=0.0,
         prior_batch_size=0,
     )
-    batch = recipe.draw_batch(run.pools, (2, 0), 1000, seed=0, step=0)
+    batch = run.state.latent_cache.sample_batch((2, 0), 1000, seed=0, step=0)
     batch.timesteps.clamp_(max=400)  # a random model can't learn to see subjects in pure noise
-    monkeypatch.setattr(recipe, "draw_batch", lambda *_, **__: batch)
-    if run.recorder is None:  # λ = 0 measures nothing by itself
-        run.recorder = AttentionRecorder(base.unet, supervised_layers(base.unet, 16, 16))
-    before = run.backward(batch)[1:3]
+    monkeypatch.setattr(step, "sample_batch", lambda _: batch)
+    if run.state.recorder is None:  # λ = 0 measures nothing by itself
+        run.state.recorder = AttentionRecorder(base.unet, supervised_layers(base.unet, 16, 16))
+    before = step.forward_backward(run.state, batch, 1.0)[1:3]
     for _ in range(100):
         run.train_step()
-    after = run.backward(batch)[1:3]
-    run.clean_up()
+    after = step.forward_backward(run.state, batch, 1.0)[1:3]
+    run.close()
     monkeypatch.undo()
     return before, after
 
@@ -128,8 +127,8 @@ def test_micro_batches_add_up_to_the_whole_step(base, fusion, tmp_path: Path):
     for i, micro in enumerate((None, 1, 3)):
         run = open_run(base, fusion, tmp_path / str(i), micro_batch=micro, batch_size=3, prior_batch_size=2)
         run.train_step()
-        gradients.append({k: p.grad.clone() for k, p in run.trainables.named_parameters().items()})
-        run.clean_up()
+        gradients.append({k: p.grad.clone() for k, p in run.state.adapter.named_parameters().items()})
+        run.close()
     for other in gradients[1:]:
         for name, gradient in gradients[0].items():
             assert torch.allclose(gradient, other[name], rtol=1e-4, atol=1e-7), name
@@ -140,28 +139,28 @@ def test_gradient_checkpointing_changes_nothing(base, fusion, tmp_path: Path):
     for i, checkpointing in enumerate((False, True)):
         run = open_run(base, fusion, tmp_path / str(i), gradient_checkpointing=checkpointing)
         run.train_step()
-        gradients.append({k: p.grad.clone() for k, p in run.trainables.named_parameters().items()})
-        run.clean_up()
+        gradients.append({k: p.grad.clone() for k, p in run.state.adapter.named_parameters().items()})
+        run.close()
     assert all(torch.allclose(gradients[0][k], gradients[1][k], rtol=1e-4, atol=1e-7) for k in gradients[0])
 
 
 def test_prior_rows_carry_no_refinement(base, fusion, tmp_path: Path):
     run = open_run(base, fusion, tmp_path)
-    batch = recipe.draw_batch(run.pools, (2, 2), 1000, seed=0, step=0)
+    batch = run.state.latent_cache.sample_batch((2, 2), 1000, seed=0, step=0)
     assert batch.is_instance.tolist() == [True, True, False, False]
-    whole = run.backward(batch)
-    prior_part = run.backward(slice_batch(batch, 2, 4))
-    run.clean_up()
+    whole = step.forward_backward(run.state, batch, 1.0)
+    prior_part = step.forward_backward(run.state, batch[2:4], 1.0)
+    run.close()
     assert whole[2] > 0 and prior_part[2] == 0 and prior_part[1] == 0
     assert torch.isclose(prior_part[3], whole[3])
 
 
 def test_masks_follow_flips_and_tokens_follow_the_caption(base, fusion, tmp_path: Path):
-    """The pool's masks lie where the pictures' subjects are, and its columns on the words that name them."""
+    """The cached masks lie where the subjects are, and the token columns on the words that name them."""
     run = open_run(base, fusion, tmp_path)
     composite: Composite = fusion.composite(0)
     for index in range(12):
-        composite, sample = fusion.composite(index), run.pools[0][index]
+        composite, sample = fusion.composite(index), run.state.latent_cache.composites[index]
         pieces = [base.tokenizer.decode([i]) if i < 49408 else "modifier" for i in sample.prompt.ids]
         for k, mention in enumerate(composite.mentions):
             words = [pieces[i].strip() for i in sample.noun_select[k].nonzero()[:, 0]]
@@ -169,21 +168,21 @@ def test_masks_follow_flips_and_tokens_follow_the_caption(base, fusion, tmp_path
             expected = ["modifier"] if mention.name.token else []
             assert [pieces[i] for i in sample.token_select[k].nonzero()[:, 0]] == expected
             if mention.name.token:
-                row = base.tokenizer_size + run.vocabulary.rows(mention.name.token)[0]
+                row = base.tokenizer_size + run.state.vocabulary.rows(mention.name.token)[0]
                 assert sample.prompt.ids[sample.token_select[k].argmax()] == row
             channel = {"<red-ball>": 0, "<blue-ball>": 2}.get(mention.name.token)
             if channel is not None:
                 inside = composite.image[mention.mask > 0.9]
                 assert inside[:, channel].mean() > 0.7 > 0.4 > inside[:, 1].mean()
             assert torch.allclose(sample.map_masks[k].mean(), mention.mask.mean(), atol=1e-5)
-    run.clean_up()
+    run.close()
 
 
 def test_the_right_number_of_layers_is_recorded(base, fusion, tmp_path: Path):
     run = open_run(base, fusion, tmp_path)
-    assert len(run.recorder.layers) == 3  # all 16×16 layers of the tiny UNet: one going down, two going up
-    run.clean_up()
-    assert all(type(layer.processor).__name__ == "AttnProcessor2_0" for layer in run.recorder.layers.values())
+    assert len(run.state.recorder.layers) == 3  # all 16×16 layers of the tiny UNet: one going down, two going up
+    run.close()
+    assert all(type(layer.processor).__name__ == "AttnProcessor2_0" for layer in run.state.recorder.layers.values())
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3])
@@ -274,9 +273,9 @@ def test_global_randomness_is_neither_used_nor_changed(tiny_folder: Path, fusion
 
 def test_class_pictures_are_drawn_where_there_are_none(base, concepts, tmp_path: Path):
     shares = {"solo": 0.5, "beside_prior": 0.5}
-    bare = ConceptFusion(concepts, (), (), FusionConfig(size=128, count=4, recipe_weights=shares))
+    bare = ConceptFusion(concepts, (), (), FusionConfig(size=128, count=4, layout_weights=shares))
     assert any("falls away" in note for note in bare.notes)
-    config = QUICK.replace(steps=1, prior_pictures=2, prior_steps=1)
+    config = QUICK.replace(steps=1, num_class_images=2, class_image_steps=1)
     train(base, bare, config, tmp_path)
     drawn = sorted((tmp_path / "priors" / "ball").iterdir())
     assert [p.name for p in drawn] == ["0000.png", "0001.png"]
@@ -295,14 +294,15 @@ def test_without_prior_half(base, concepts, tmp_path: Path):
 def test_steps_that_are_not_finite_are_skipped_then_end_the_run(base, fusion, tmp_path: Path):
     run = open_run(base, fusion, tmp_path, steps=10)
     run.train_step()
-    before = {k: p.detach().clone() for k, p in run.trainables.named_parameters().items()}
-    run.pools[0][:] = [type(s)(**{**vars(s), "latents": s.latents * float("nan")}) for s in run.pools[0]]
+    before = {k: p.detach().clone() for k, p in run.state.adapter.named_parameters().items()}
+    composites = run.state.latent_cache.composites
+    composites[:] = [dataclasses.replace(s, latents=s.latents * float("nan")) for s in composites]
     metrics = run.train_step()
     assert not metrics["finite"]
-    assert all(torch.equal(before[k], p) for k, p in run.trainables.named_parameters().items())
+    assert all(torch.equal(before[k], p) for k, p in run.state.adapter.named_parameters().items())
     with pytest.raises(TrainingDiverged, match="3 steps"):
         run.fit()
-    run.clean_up()
+    run.close()
 
 
 def test_norms_are_capped_at_the_nouns(base, fusion, tmp_path: Path):
@@ -310,20 +310,20 @@ def test_norms_are_capped_at_the_nouns(base, fusion, tmp_path: Path):
     table = base.text_encoders[0].get_input_embeddings().weight
     limit = table[base.tokenizer("ball", add_special_tokens=False)["input_ids"]].mean(0).norm()
     with torch.no_grad():
-        run.trainables.rows[0][0].mul_(100)
-        run.trainables.rows[0][1].mul_(0.5)
-        half = run.trainables.rows[0][1].clone()
-    run.trainables.cap_norms()
-    assert torch.isclose(run.trainables.rows[0][0].norm(), limit, rtol=1e-5)
-    assert torch.equal(run.trainables.rows[0][1], half)
-    run.clean_up()
+        run.state.adapter.rows[0][0].mul_(100)
+        run.state.adapter.rows[0][1].mul_(0.5)
+        half = run.state.adapter.rows[0][1].clone()
+    run.state.adapter.cap_norms()
+    assert torch.isclose(run.state.adapter.rows[0][0].norm(), limit, rtol=1e-5)
+    assert torch.equal(run.state.adapter.rows[0][1], half)
+    run.close()
 
 
 def test_bad_settings(base, concepts, tmp_path: Path):
     with pytest.raises(ConfigError, match="device: 'abacus'"):
         train(base, ConceptFusion(concepts, config=FusionConfig(size=128)), QUICK.replace(device="abacus"), tmp_path)
     with pytest.raises(ConfigError, match="nothing would be learned"):
-        TrainConfig(low_rank_lr=0, embedding_lr=0)
+        TrainConfig(lora_lr=0, embedding_lr=0)
     assert not any(tmp_path.iterdir())
 
 
@@ -331,17 +331,17 @@ def test_other_sizes_than_the_native_one(base, concepts, tmp_path: Path):
     """Training at 192 px supervises maps of at least 16 cells there too."""
     larger = ConceptFusion(concepts, config=FusionConfig(size=192, count=2))
     run = open_run(base, larger, tmp_path, prior_batch_size=0)
-    assert run.pools[0][0].map_masks.shape[-2:] == (24, 24)
+    assert run.state.latent_cache.composites[0].map_masks.shape[-2:] == (24, 24)
     assert run.train_step()["finite"]
-    run.clean_up()
+    run.close()
 
 
 def test_bf16_base_keeps_fp32_masters(base, fusion, tmp_path: Path):
     """Tiny updates survive: the delta is fp32 and isn't rounded into the frozen weight."""
     run = open_run(base, fusion, tmp_path, precision="bf16")
     assert base.unet.conv_in.weight.dtype == torch.bfloat16
-    assert all(p.dtype == torch.float32 for p in run.trainables.named_parameters().values())
+    assert all(p.dtype == torch.float32 for p in run.state.adapter.named_parameters().values())
     metrics = run.train_step()
     assert metrics["finite"]
-    assert all(p.grad.dtype == torch.float32 for p in run.trainables.named_parameters().values())
-    run.clean_up()
+    assert all(p.grad.dtype == torch.float32 for p in run.state.adapter.named_parameters().values())
+    run.close()

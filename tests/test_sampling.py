@@ -11,11 +11,12 @@ from far_train.models.apply import applied_weights
 from far_train.models.conditioning import TextConditioner
 from far_train.models.conditioning import plain_vocabulary as plain
 from far_train.models.sampling import draw_pictures
+from far_train.models.settings import SampleConfig
 from far_train.models.tokens import Vocabulary
 from far_train.models.weights import FarWeights
 from far_train.training.callbacks import Callbacks
 from far_train.training.recipe import train
-from far_train.utils.config import SampleConfig, TrainConfig
+from far_train.training.settings import TrainConfig
 from far_train.utils.errors import ConfigError
 
 QUICK = SampleConfig(sampling_steps=2)
@@ -83,7 +84,7 @@ def test_prompts_are_encoded_once_and_with_gradients_where_modifiers_stand(base)
     adapter.remove()
 
 
-@pytest.mark.parametrize("trainable", ["attention", "kv"])
+@pytest.mark.parametrize("trainable", ["lora", "kv"])
 def test_a_trainings_samples_are_what_the_saved_weights_draw(base, fusion, tmp_path, trainable):
     """There W x + Δ x, here (W + Δ) x with Δ from a file in fp16."""
     shown = []
@@ -94,7 +95,7 @@ def test_a_trainings_samples_are_what_the_saved_weights_draw(base, fusion, tmp_p
         sample_prompts=("a <red-ball> ball",),
         device="cpu",
         trainable=trainable,
-    ).replace(low_rank_lr=2e-3, kv_lr=2e-3, embedding_lr=1e-2)
+    ).replace(lora_lr=2e-3, kv_lr=2e-3, embedding_lr=1e-2)
     train(base, fusion, config, tmp_path, callbacks=Callbacks(on_samples=lambda *sample: shown.append(sample)))
     ((_, prompts, samples),) = shown
     weights = FarWeights.load(tmp_path / "weights.safetensors")

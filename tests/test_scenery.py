@@ -13,7 +13,7 @@ from far_train.data.backgrounds import cover, infill
 from far_train.data.concepts import Concept
 from far_train.data.fusion import ConceptFusion
 from far_train.data.images import from_pil, mask_to_pil, to_pil
-from far_train.utils.config import FusionConfig
+from far_train.data.settings import FusionConfig
 
 from .coloured import COLOURS, SCENES, SIZE, centre, fuse, only, photo, region, shows
 

@@ -21,7 +21,7 @@ from far_train.training.checkpoints import load_checkpoint
 from far_train.utils.errors import BaseModelError, CheckpointError, SubjectError, UnreadableFile, WeightsError
 from far_train.utils.files import MAX_HEADER, read_tensors
 
-from .test_state import save_checkpoint, training
+from .test_checkpoints import save_checkpoint, training
 from .test_weights import make_weights
 
 ROOT = Path(__file__).parents[1]

@@ -12,6 +12,7 @@ from PIL import Image
 
 from far_train.data.images import Photo, load_mask, load_photo, to_uint8
 from far_train.data.sam import build_sam
+from far_train.data.settings import ExtractConfig
 from far_train.data.subjects import (
     AUTOMATIC_POINTS,
     Prompt,
@@ -22,7 +23,6 @@ from far_train.data.subjects import (
     extract_folder,
     subject_from_mask,
 )
-from far_train.utils.config import ExtractConfig
 from far_train.utils.errors import OutputError, PhotoError, SubjectError
 
 from .tiny_sam import TINY, tiny_sam

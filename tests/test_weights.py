@@ -17,8 +17,8 @@ from far_train.models.conditioning import TextConditioner
 from far_train.models.export import export_embeddings, file_stem
 from far_train.models.layers import attention_projections, kv_weights
 from far_train.models.loading import load_base
+from far_train.models.settings import SampleConfig
 from far_train.models.weights import FarWeights, LowRankDelta, Provenance, describe
-from far_train.utils.config import SampleConfig
 from far_train.utils.errors import ConfigError, WeightsError
 
 

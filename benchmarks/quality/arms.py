@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from far_train.data.settings import FusionConfig
 from far_train.mini.shipped import DRAWING, FUSING, PLAIN_LOSS, TRAINING
-from far_train.utils.config import FusionConfig, SampleConfig, TrainConfig
+from far_train.models.settings import SampleConfig
+from far_train.training.settings import TrainConfig
 from far_train.utils.errors import ConfigError
 
 CLASS_PICTURES = 32
@@ -21,8 +23,8 @@ NO_REFINEMENT = {"refinement_weight": 0.0}
 KV = {"trainable": "kv"}
 # At four times this rate, FaR's on the first small base, a loss that counts the photos' backgrounds learns their places
 # (benchmarks/reports/2026-11-26/tuning.md).
-PHOTOS_RATE = {"low_rank_lr": 1.25e-4}
-ORIGINALS = {"recipe_weights": {"original": 1.0}}
+PHOTOS_RATE = {"lora_lr": 1.25e-4}
+ORIGINALS = {"layout_weights": {"original": 1.0}}
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ FURTHER = (
         "Textual inversion",
         "arXiv 2208.01618: embeddings alone, photos as they are",
         data="resized",
-        training=RESIZED_LOSS | {"low_rank_lr": 0.0},
+        training=RESIZED_LOSS | {"lora_lr": 0.0},
     ),
     Arm(
         "dreambooth-lora",
@@ -102,7 +104,7 @@ FURTHER = (
         "far-companions",
         "FaR + S3",
         "a tenth of the composites shows a subject beside another of its class, in place of as many alone",
-        fusion={"recipe_weights": {"original": 0.10, "solo": 0.15, "pair": 0.65, "beside_prior": 0.10}},
+        fusion={"layout_weights": {"original": 0.10, "solo": 0.15, "pair": 0.65, "beside_prior": 0.10}},
     ),
     Arm(
         "far-plain-backgrounds",

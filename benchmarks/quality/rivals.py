@@ -20,11 +20,11 @@ from far_train.data.captions import write_caption
 from far_train.data.concepts import Composite, Concept, TrainingSet
 from far_train.data.images import Photo, from_pil, mask_from_pil, mask_to_pil, to_pil
 from far_train.data.placement import cut_out, fit_inside, paste, place
+from far_train.data.settings import ExtractConfig
 from far_train.data.subjects import SubjectExtractor
 from far_train.mini.identity import Identity
 from far_train.mini.scenery import PLACES
 from far_train.mini.world import render_scene
-from far_train.utils.config import ExtractConfig
 
 SEGMIX_SHARE = 0.3
 
@@ -179,7 +179,7 @@ class TruePairs(_Changed):
 
     def composite(self, index: int) -> Composite:
         composite = self._set.composite(index)
-        return self._scenes.composite(index) if composite.recipe == "pair" else composite
+        return self._scenes.composite(index) if composite.layout == "pair" else composite
 
 
 class ShuffledMasks(_Changed):

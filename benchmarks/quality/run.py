@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from far_train.data.captions import Name, join_phrases, with_article
 from far_train.data.concepts import Background, ClassPicture, Concept, TrainingSet
 from far_train.data.fusion import ConceptFusion
+from far_train.data.settings import FusionConfig
 from far_train.data.subjects import SubjectExtractor
 from far_train.evaluation.attention_focus import attention_maps, focus
 from far_train.evaluation.sheets import picture_grid, save_sheet
@@ -43,9 +44,9 @@ from far_train.models.conditioning import plain_vocabulary
 from far_train.models.loading import load_base
 from far_train.models.sampling import draw_pictures
 from far_train.models.tokens import Vocabulary
-from far_train.training.class_images import WithPriors
+from far_train.training.class_images import WithClassImages
 from far_train.training.recipe import Callbacks, train
-from far_train.utils.config import TrainConfig
+from far_train.training.settings import TrainConfig
 from far_train.utils.errors import CheckpointError, Interrupted
 from far_train.utils.files import write_json, write_tensors, write_text
 
@@ -116,7 +117,7 @@ class Bench:
         started = time.monotonic()
         base, vocabulary = load_base(self.base_folder).to(self.device), None
         if arm.learns:
-            training_set = WithPriors(self.training_set(arm, group, seed), self._class_pictures(arm, group))
+            training_set = WithClassImages(self.training_set(arm, group, seed), self._class_pictures(arm, group))
             vocabulary = self._train(base, training_set, arm, seed, folder / "training")
         trained = time.monotonic()
         figures, seen, pictures = self._judge(base, vocabulary, arm, group, seed)
@@ -137,9 +138,10 @@ class Bench:
     def _identity(self, arm: Arm, group: Group, seed: int) -> dict[str, Any]:
         """What decides a row, as JSON types."""
         about = {
-            "arm": asdict(arm),
+            "arm": asdict(arm)
+            | {"training": TrainConfig.first_names(arm.training), "fusion": FusionConfig.first_names(arm.fusion)},
             "training": self.train_config(arm, seed).result_shaping(),
-            "fusion": arm.fusion_config(seed).to_dict(),
+            "fusion": FusionConfig.first_names(arm.fusion_config(seed).to_dict()),
             "class_drawing": arm.class_config().to_dict(),
             "scenes": EMPTY_PLACES.to_dict() | {"each": EMPTY_SCENES},
             "group": [asdict(i) for i in group.identities],

@@ -24,13 +24,13 @@ class BenchConfig(Config):
     seeds: int | None = setting(None, "runs of each arm and group (default: the plan's)", low=1, high=100)
     # For tuning: the same change of all arms, each against its own default.
     steps: int | None = setting(None, "training steps of every arm (default: each arm's own)", low=1, high=100_000)
-    kv_lr: float | None = setting(None, "learning rate of K and V in every arm that learns them", low=0, high=1)
-    low_rank_lr: float | None = setting(
-        None, "learning rate of low-rank changes in every arm that learns them", low=0, high=1
+    kv_lr: float | None = setting(None, "learning rate of K and V in every arm that trains them", low=0, high=1)
+    lora_lr: float | None = setting(
+        None, "LoRA learning rate of every arm that trains one", low=0, high=1, was=("low_rank_lr",)
     )
     embedding_lr: float | None = setting(None, "learning rate of the embeddings in every arm", low=0, high=1)
 
     def training_changes(self) -> dict[str, Any]:
         """Changes of every arm's training."""
-        names = ("steps", "kv_lr", "low_rank_lr", "embedding_lr")
+        names = ("steps", "kv_lr", "lora_lr", "embedding_lr")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}

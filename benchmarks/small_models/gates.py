@@ -24,7 +24,7 @@ from far_train.mini.world import render_scene
 from far_train.models.base import BaseModel
 from far_train.models.conditioning import plain_vocabulary
 from far_train.models.sampling import draw_pictures
-from far_train.utils.config import SampleConfig
+from far_train.models.settings import SampleConfig
 
 from .autoencoder import EVAL_SEED, round_trip
 from .learning import write_figures

@@ -15,13 +15,13 @@ import logging
 import shutil
 import sys
 import time
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from far_train.cli.parsing import flag_of
 from far_train.data.sam import load_sam
 from far_train.mini.oracle import CONFUSION_FILE, load_oracle
 from far_train.mini.oracle import FILE as ORACLE_FILE
@@ -95,12 +95,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--pictures", type=int, default=512, help="gates: pictures of the base for each gate")
     parser.add_argument("--only", choices=TRAININGS, help="gates: measure this model alone")
     for config in (LearnConfig, PoolConfig):
-        hints = typing.get_type_hints(config)
+        kinds = config.kinds()
         for field in dataclasses.fields(config):
-            kinds = typing.get_args(hints[field.name]) or (hints[field.name],)
-            options: dict[str, Any] = {"help": f"{field.metadata['help']} (default {field.default})", "default": None}
-            options |= {"action": argparse.BooleanOptionalAction} if kinds[0] is bool else {"type": kinds[0]}
-            parser.add_argument("--" + field.name.replace("_", "-"), **options)
+            kind = kinds[field.name].type
+            options: dict[str, Any] = {"dest": field.name, "default": None}
+            options |= {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+            text = f"{field.metadata['help']} (default {field.default})"
+            parser.add_argument(flag_of(field.name), help=text, **options)
+            for former in field.metadata["was"]:
+                parser.add_argument(flag_of(former), help=argparse.SUPPRESS, **options)
     return parser
 
 

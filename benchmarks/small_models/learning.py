@@ -53,7 +53,7 @@ class LearnConfig(Config):
     lr: float = setting(1e-3, "learning rate at its highest, of Muon and AdamW alike", low=0, high=1)
     warmup: int = setting(500, "steps over which the rate rises; then it falls as a cosine", low=0)
     weight_decay: float = setting(0.01, "decay of matrices and kernels", low=0, high=1)
-    grad_clip: float = setting(1.0, "largest norm of the gradient", low=1e-6, high=1e6)
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", low=1e-6, high=1e6, was=("grad_clip",))
     ema_decay: float = setting(0.999, "decay of the averaged weights, which are the result", low=0, high=1)
     learn_seed: int = setting(0, "seed of the first weights and of every step's choices", low=0, high=2**31)
     precision: str = setting("auto", "bf16 (autocast) or fp32; auto: bf16 on CUDA", choices=("auto", "fp32", "bf16"))
@@ -141,7 +141,7 @@ def fit(
     trained = _seconds_trained(folder / METRICS_FILE)
     started, kept = time.monotonic(), step
     window, since = [], started
-    descend = partial(_descend, parameters, average, optimizer, config.grad_clip, device, dtype)
+    descend = partial(_descend, parameters, average, optimizer, config.max_grad_norm, device, dtype)
     captured = None
     if captures:
         if device.index is not None:
@@ -233,7 +233,7 @@ def _descend(
     parameters: Mapping[str, nn.Parameter],
     average: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    grad_clip: float,
+    max_grad_norm: float,
     device: torch.device,
     dtype: torch.dtype,
     loss_of: Callable[[], Loss],
@@ -244,7 +244,7 @@ def _descend(
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
         loss, figures = loss_of()
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), grad_clip)
+    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm)
     optimizer.step()
     with torch.no_grad():
         for mean, parameter in zip(average.values(), parameters.values()):

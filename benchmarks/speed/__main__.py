@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from far_train.cli.main import DEVICE, Argument, Command, Inputs, run_single
+from far_train.cli.parsing import Argument, Command, Inputs
+from far_train.cli.program import Program
+from far_train.cli.shared import DEVICE
 from far_train.utils.terminal import progress_bars
 
-from .bench_speed import run_bench_speed
 from .settings import SpeedConfig
-
-COMMAND = Command(
-    "speed",
-    "measure the training step beside Custom Diffusion's, and the phases of a whole run",
-    (Argument("out", "folder for speed.md and speed.json (default: outputs/speed)"), DEVICE),
-    SpeedConfig,
-)
 
 
 def run_speed(inputs: Inputs, config: SpeedConfig) -> None:
+    """Measure, and write and print the tables."""
+    from .bench_speed import run_bench_speed
 
     with progress_bars() as bars:
         page = run_bench_speed(Path(inputs.get("out") or "outputs/speed"), config, bars)
@@ -28,10 +23,14 @@ def run_speed(inputs: Inputs, config: SpeedConfig) -> None:
     print(f"The same as JSON → {page.with_suffix('.json')}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark; returns the exit status, as :func:`far_train.cli.main.main` does."""
-    return run_single(COMMAND, run_speed, "benchmarks.speed", argv)
-
+SPEED = Command(
+    "speed",
+    "measure the training step beside Custom Diffusion's, and the phases of a whole run",
+    (Argument("out", "folder for speed.md and speed.json (default: outputs/speed)"), DEVICE),
+    run_speed,
+    SpeedConfig,
+)
+PROGRAM = Program("benchmarks.speed", (SPEED,))
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(PROGRAM.run())

@@ -24,7 +24,7 @@ from far_train.models.families import SD21
 from far_train.models.loading import packaged_configs, read_configs
 from far_train.models.sampling import check_size
 from far_train.training.memory_plan import PeakMemory
-from far_train.utils.config import TrainConfig
+from far_train.training.settings import TrainConfig
 from far_train.utils.devices import choose_device
 from far_train.utils.files import write_json, write_text
 

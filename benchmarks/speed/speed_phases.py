@@ -7,15 +7,16 @@ from dataclasses import dataclass
 
 from far_train.data.concepts import ClassPicture
 from far_train.data.fusion import ConceptFusion
+from far_train.data.settings import FusionConfig
 from far_train.data.subjects import Prompt, SubjectExtractor
 from far_train.mini.shipped import small_sam
 from far_train.models.base import BaseModel
 from far_train.models.conditioning import plain_vocabulary
 from far_train.models.sampling import draw_pictures
-from far_train.training.checkpoints import save_checkpoint
+from far_train.models.settings import SampleConfig
 from far_train.training.class_images import prior_sampling
-from far_train.training.latent_cache import encode_pool
-from far_train.utils.config import FusionConfig, SampleConfig, TrainConfig
+from far_train.training.latent_cache import cache_latents
+from far_train.training.settings import TrainConfig
 
 from .speed_work import POOL, our_run, random_concepts
 
@@ -51,7 +52,7 @@ def measure_phases(
     """
     names = ("class pictures", "extraction", "fusion", "training")
     phases = [Phase("load the base", "base", 1, loading)]
-    pictures = config.prior_pictures  # both concepts are dogs
+    pictures = config.num_class_images  # both concepts are dogs
 
     on_progress("phases", 0, len(names))
     sampling = prior_sampling(config)
@@ -74,8 +75,8 @@ def measure_phases(
 
     on_progress("phases", 3, len(names))
     with our_run(base, size, config) as run:
-        pool = run.training_set
-        encode = clock(lambda: encode_pool(pool, base, run.vocabulary, 1, seed=0)) / (2 * POOL)
+        data, vocabulary = run.state.training_set, run.state.vocabulary
+        encode = clock(lambda: cache_latents(data, base, vocabulary, 1, seed=0)) / (2 * POOL)
         phases.append(Phase("encoding", "picture", fusion_config.count + pictures, encode))
         for _ in range(3):
             run.take_step()
@@ -83,9 +84,7 @@ def measure_phases(
         steps = config.steps_for(len(concepts))
         phases.append(Phase("training", "step", steps, step))
         saves = steps // config.save_every
-        parameters = run.trainables.named_parameters()
-        seconds = clock(lambda: save_checkpoint(run.folder / "checkpoints", 1, parameters, run.optimizer, keep=1))
-        phases.append(Phase("checkpoints", "checkpoint", saves, seconds))
+        phases.append(Phase("checkpoints", "checkpoint", saves, clock(run.save_checkpoint)))
         phases.append(Phase("weights", "file", 1, clock(run.save_weights)))
     on_progress("phases", len(names), len(names))
     return phases

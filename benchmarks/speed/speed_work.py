@@ -19,7 +19,7 @@ from far_train.models.conditioning import TextConditioner, plain_vocabulary
 from far_train.models.families import SD21
 from far_train.models.loading import build_parts, load_tokenizer
 from far_train.training.recipe import TrainingRun
-from far_train.utils.config import TrainConfig
+from far_train.training.settings import TrainConfig
 
 from .counting import Counts, counting
 from .reference import CustomDiffusion
@@ -116,12 +116,8 @@ def our_run(
 ) -> Iterator[TrainingRun]:
     """A training by the recipe, set up and ready to take steps; by default on random pictures."""
     with tempfile.TemporaryDirectory() as folder:
-        run = TrainingRun(base, pictures or RandomPictures(size), config, Path(folder) / "run")
-        try:
-            run.set_up()
+        with TrainingRun(base, pictures or RandomPictures(size), config, Path(folder) / "run") as run:
             yield run
-        finally:
-            run.clean_up()
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from ..utils.text_files import read_words
 
 DEFAULT_HOST = "http://127.0.0.1:8188"
 POLL_SECONDS = 0.5
-PATIENCE = 60.0  # seconds without an answer: loading a checkpoint can keep the host from answering for long
+ANSWER_TIMEOUT = 60.0  # seconds without an answer: loading a checkpoint can keep the host from answering for long
 REPORT_SECONDS = 30.0
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -178,7 +178,7 @@ class RunningHost:
 
     def ask_patiently(self, path: str) -> Any:
         """A GET of JSON that bears with a busy host. Raises HostLost when it stays silent."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + ANSWER_TIMEOUT
         while True:
             try:
                 return json.loads(self.ask(path) or b"null")
@@ -206,9 +206,10 @@ class RunningHost:
     def cancel(self, prompt_id: str) -> None:
         """Take a prompt out of the queue, or interrupt it if it is running; others are left alone.
 
-        Says so again until the prompt has ended or PATIENCE is over: one that just starts forgets what came before.
+        Says so again until the prompt has ended or ANSWER_TIMEOUT is over: one that just starts forgets what came
+        before.
         """
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + ANSWER_TIMEOUT
         while True:
             self.ask("/queue", {"delete": [prompt_id]})
             # Hosts that don't know the field interrupt whatever runs, so look first.

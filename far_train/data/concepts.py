@@ -95,7 +95,7 @@ class Composite:
     image: Tensor
     caption: str
     mentions: tuple[Mention, ...]
-    recipe: str
+    layout: str
 
     @classmethod
     def build(
@@ -103,13 +103,13 @@ class Composite:
         image: Tensor,
         caption: str,
         subjects: Sequence[tuple[Name, Tensor]],
-        recipe: str,
+        layout: str,
         where: str = "the caption",
     ) -> Composite:
         """Locate the subjects' words in the caption. Raises CaptionError naming ``where``."""
         spans = locate_mentions(caption, [name for name, _ in subjects], where)
         mentions = tuple(Mention(name, mask, s) for (name, mask), s in zip(subjects, spans))
-        return cls(image, caption, mentions, recipe)
+        return cls(image, caption, mentions, layout)
 
 
 @runtime_checkable

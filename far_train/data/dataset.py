@@ -103,7 +103,7 @@ def _write_composite(folder: Path, stem: str, composite: Composite) -> dict[str,
     for i, mention in enumerate(composite.mentions):
         save_mask(folder / f"{stem}.{i}.mask.png", mention.mask)
         mentions.append({"token": mention.name.token, "noun": mention.name.noun, "mask": f"{stem}.{i}.mask.png"})
-    return {"image": f"{stem}.png", "recipe": composite.recipe, "mentions": mentions}
+    return {"image": f"{stem}.png", "layout": composite.layout, "mentions": mentions}
 
 
 class DatasetFolder:
@@ -241,7 +241,7 @@ class DatasetFolder:
             if faint := describe_faint(mask):
                 raise DatasetError(f"{path}: the mask {faint}, or delete {entry.image.name}")
         return Composite.build(
-            image, _read_caption(entry.image), subjects, entry.recipe, str(entry.image.with_suffix(".txt"))
+            image, _read_caption(entry.image), subjects, entry.layout, str(entry.image.with_suffix(".txt"))
         )
 
     def prior_count(self) -> int:
@@ -261,10 +261,10 @@ class DatasetFolder:
 
 
 class _Entry:
-    """One composite of the index: its picture, its recipe, and (name, mask file) of each mention."""
+    """One composite of the index: its picture, its layout, and (name, mask file) of each mention."""
 
-    def __init__(self, image: Path, recipe: str, subjects: list[tuple[Name, Path]]):
-        self.image, self.recipe, self.subjects = image, recipe, subjects
+    def __init__(self, image: Path, layout: str, subjects: list[tuple[Name, Path]]):
+        self.image, self.layout, self.subjects = image, layout, subjects
 
     @classmethod
     def read(cls, folder: Path, entry: dict[str, Any]) -> _Entry:
@@ -272,7 +272,11 @@ class _Entry:
         for mention in entry["mentions"]:
             token = check_token(mention["token"]) if mention["token"] is not None else None
             subjects.append((Name(check_noun(mention["noun"]), token), folder / plain_name(mention["mask"])))
-        return cls(folder / plain_name(entry["image"]), str(entry["recipe"]), subjects)
+        return cls(
+            folder / plain_name(entry["image"]),
+            str(entry["layout"] if "layout" in entry else entry["recipe"]),
+            subjects,
+        )
 
     def check(self, concepts: set[Name]) -> None:
         """Masks exist, concepts are known, and the caption mentions all of them in order."""

@@ -18,7 +18,6 @@ import numpy as np
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from ..utils.config import BACKGROUND_SHARES, MANY_CONCEPTS, RECIPE_SHARES, FusionConfig
 from ..utils.errors import SubjectError, TokenError
 from .backgrounds import cover, infill, plain_background
 from .captions import Name, write_caption
@@ -26,6 +25,7 @@ from .concepts import Background, ClassPicture, Composite, Concept
 from .images import from_pil, mask_from_pil, mask_to_pil, to_pil
 from .masks import check_own_mask
 from .placement import Cutout, cut_out, cut_sides, fit_inside, paste, place, place_in_row
+from .settings import BACKGROUND_SHARES, LAYOUT_SHARES, MANY_CONCEPTS, FusionConfig
 
 # Part of every digest: to be raised by whoever changes what composites of the same inputs look like.
 ALGORITHM = 2
@@ -103,7 +103,7 @@ class ConceptFusion:
         ]
         self._scenes = [(to_pil(b.image), b.phrase) for b in backgrounds]
         self._companions = [s for s in self._prior_subjects if s.is_whole]
-        self.recipes = self._available_recipes()
+        self.layouts = self._available_layouts()
         self.background_kinds = self._available_backgrounds()
         self._pasted = [self._whole(sources) for sources in self._references]
         if cut := len(self._prior_subjects) - len(self._companions):
@@ -137,7 +137,7 @@ class ConceptFusion:
             )
             return sources
         if cut:
-            fate = "serve for 'original' alone" if "original" in self.recipes else "are left out"
+            fate = "serve for 'original' alone" if "original" in self.layouts else "are left out"
             self.notes.append(f"{token}: photos that cut the subject off at a side {fate}: {', '.join(cut)}.")
         if low := [s.label for s in whole if s.cut]:
             self.notes.append(
@@ -166,34 +166,34 @@ class ConceptFusion:
         return len(self._pictures)
 
     def composite(self, index: int) -> Composite:
-        """Build instance ``index``: one of the recipes, drawn by its share."""
+        """Build instance ``index``: one of the layouts, drawn by its share."""
         rng = self._rng("composite", index)
-        recipe = _draw(rng, self.recipes)
-        if recipe == "original":
+        layout = _draw(rng, self.layouts)
+        if layout == "original":
             return self._original(rng)
-        if recipe == "beside_prior":
+        if layout == "beside_prior":
             reference = self._pick(rng, self._pasted[int(rng.integers(len(self.names)))])
-            return self._fuse(rng, recipe, [reference, self._companion(rng, reference.name.noun)])
-        count = {"solo": 1, "pair": 2, "triple": 3}[recipe]
+            return self._fuse(rng, layout, [reference, self._companion(rng, reference.name.noun)])
+        count = {"solo": 1, "pair": 2, "triple": 3}[layout]
         chosen = rng.permutation(len(self.names))[:count]
-        return self._fuse(rng, recipe, [self._pick(rng, self._pasted[int(c)]) for c in chosen])
+        return self._fuse(rng, layout, [self._pick(rng, self._pasted[int(c)]) for c in chosen])
 
     def prior(self, index: int) -> Composite:
         """Build class picture ``index``: as it is, or (a share of them) two class subjects on one background."""
         rng = self._rng("prior", index)
         name, picture = self._pictures[index % len(self._pictures)]
-        if len(self._companions) > 1 and rng.random() < self.config.prior_collages:
+        if len(self._companions) > 1 and rng.random() < self.config.prior_composites:
             first, second = rng.choice(len(self._companions), 2, replace=False)
-            fused = self._fuse(rng, "prior_collage", [self._companions[first], self._companions[second]])
-            return Composite(fused.image, fused.caption, (), fused.recipe)
+            fused = self._fuse(rng, "prior_composite", [self._companions[first], self._companions[second]])
+            return Composite(fused.image, fused.caption, (), fused.layout)
         image, _ = cover(picture, None, self.size, rng)
         return Composite(from_pil(image), write_caption([name], rng), (), "prior")
 
     def _rng(self, stream: str, index: int) -> np.random.Generator:
         return np.random.default_rng([self.config.fusion_seed, zlib.crc32(stream.encode()), index])
 
-    def _available_recipes(self) -> dict[str, float]:
-        shares = self.config.recipe_weights or RECIPE_SHARES.get(len(self.names), MANY_CONCEPTS)
+    def _available_layouts(self) -> dict[str, float]:
+        shares = self.config.layout_weights or LAYOUT_SHARES.get(len(self.names), MANY_CONCEPTS)
         missing = {}
         if not self._companions:
             missing["beside_prior"] = "there are no class pictures with masks that show the subject whole"
@@ -201,10 +201,10 @@ class ConceptFusion:
             missing["pair"] = "it needs two concepts"
         if len(self.names) < 3:
             missing["triple"] = "it needs three concepts"
-        for recipe, why in missing.items():
-            if shares.get(recipe):
-                self.notes.append(f"Recipe '{recipe}' ({shares[recipe]:.0%} of the composites) falls away: {why}.")
-        return _renormalise({k: v for k, v in shares.items() if v > 0 and k not in missing}, "recipe_weights")
+        for layout, why in missing.items():
+            if shares.get(layout):
+                self.notes.append(f"Layout '{layout}' ({shares[layout]:.0%} of the composites) falls away: {why}.")
+        return _renormalise({k: v for k, v in shares.items() if v > 0 and k not in missing}, "layout_weights")
 
     def _available_backgrounds(self) -> dict[str, float]:
         shares = self.config.background_weights or BACKGROUND_SHARES
@@ -237,23 +237,23 @@ class ConceptFusion:
         caption = write_caption([source.name], rng)
         return Composite.build(from_pil(image), caption, [(source.name, mask_from_pil(mask))], "original")
 
-    def _fuse(self, rng: np.random.Generator, recipe: str, sources: list[_Source]) -> Composite:
+    def _fuse(self, rng: np.random.Generator, layout: str, sources: list[_Source]) -> Composite:
         """Paste the subjects onto a background. Caption order and position are drawn apart from each other: else the
         loss would teach that the first one mentioned stands on the left."""
         canvas, phrase = self._background(rng)
-        in_row = len(sources) > 1 and self.config.row > 0 and rng.random() < self.config.row
+        in_row = len(sources) > 1 and self.config.row_probability > 0 and rng.random() < self.config.row_probability
         sizes = [self._extent(rng, s.cutout, len(sources), in_row) for s in sources]
         cutouts = [self._vary(rng, s.cutout, extent) for s, extent in zip(sources, sizes)]
         if in_row:
-            placed = place_in_row(cutouts, self.size, self.config.max_covered, rng, self.config.height_drift)
+            placed = place_in_row(cutouts, self.size, self.config.max_covered, rng, self.config.vertical_jitter)
         else:
             may_cover = self.config.max_covered if rng.random() < self.config.occlusion else 0.0
             margin = round(self.config.margin * self.size)
-            placed = place(cutouts, self.size, margin, may_cover, rng, self.config.height_drift)
+            placed = place(cutouts, self.size, margin, may_cover, rng, self.config.vertical_jitter)
         feather, erode = self.config.feather * self.size, round(self.config.erode * self.size)
         image, masks = paste(canvas, placed, feather, erode, self.config.shadow)
         size_word = ""
-        if len(sources) == 1 and recipe == "solo":
+        if len(sources) == 1 and layout == "solo":
             share = max(placed[0].cutout.extent) / self.size
             size_word = "far away" if share < FAR_AWAY else "close up" if share > CLOSE_UP else ""
         order = rng.permutation(len(sources))
@@ -263,9 +263,9 @@ class ConceptFusion:
             rng,
             background=phrase,
             size_word=size_word,
-            collage=rng.random() < self.config.collage_words,
+            collage=rng.random() < self.config.collage_caption_probability,
         )
-        return Composite.build(from_pil(image), caption, subjects, recipe)
+        return Composite.build(from_pil(image), caption, subjects, layout)
 
     def _extent(
         self, rng: np.random.Generator, cutout: Cutout, count: int, in_row: bool = False
@@ -278,7 +278,7 @@ class ConceptFusion:
         if count == 1:
             side = rng.uniform(0.35, 0.90)
             return side, side
-        shrink = rng.uniform(self.config.pair_fill if count == 2 else 0.9, 1.0)
+        shrink = rng.uniform(self.config.pair_scale_min if count == 2 else 0.9, 1.0)
         side, (width, height) = shrink / count, cutout.extent
         stretch = math.sqrt(height / width)
         return min(side * (1.2 if in_row else 1), side / stretch), min(side * stretch, shrink * 0.95)

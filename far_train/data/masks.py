@@ -7,8 +7,8 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from ..utils.config import ExtractConfig
 from ..utils.errors import SubjectError
+from .settings import ExtractConfig
 
 # A mask that marks the corners, this much of the frame's rim, and not this much of the picture shows the background.
 RIM_SHARE = 0.7

@@ -106,28 +106,28 @@ def place(
     margin: int,
     max_covered: float,
     rng: np.random.Generator,
-    height_drift: float = 1.0,
+    vertical_jitter: float = 1.0,
 ) -> list[Placed]:
     """Find a place for every subject on a square canvas of ``size`` pixels.
 
     Random places are tried until the subjects, each grown by ``margin`` pixels, don't overlap; after 50 tries they
     stand in permuted columns. With ``max_covered`` > 0 subjects do overlap instead, by at most that share of the
     smaller one (of all pairs together, so that nobody is hidden piece by piece). A subject's lower edge stays within
-    ``height_drift`` × ``size`` of where it was in its photo; with 1 it may be anywhere.
+    ``vertical_jitter`` × ``size`` of where it was in its photo; with 1 it may be anywhere.
     """
     layers = [int(z) for z in rng.permutation(len(cutouts))]
     occlude = max_covered > 0 and len(cutouts) > 1
     grown = [_grow(c.region, 0 if occlude else margin) for c in cutouts]
     for _ in range(TRIES):
-        placed = [Placed(c, *_random_corner(c, size, rng, height_drift), z) for c, z in zip(cutouts, layers)]
+        placed = [Placed(c, *_random_corner(c, size, rng, vertical_jitter), z) for c, z in zip(cutouts, layers)]
         covered = _covered(placed, grown)
         if (0 < covered <= max_covered) if occlude else covered == 0:
             return placed
-    return _columns(cutouts, size, margin, layers, rng, height_drift)
+    return _columns(cutouts, size, margin, layers, rng, vertical_jitter)
 
 
 def place_in_row(
-    cutouts: Sequence[Cutout], size: int, max_covered: float, rng: np.random.Generator, height_drift: float = 1.0
+    cutouts: Sequence[Cutout], size: int, max_covered: float, rng: np.random.Generator, vertical_jitter: float = 1.0
 ) -> list[Placed]:
     """Put the subjects side by side on a square canvas of ``size`` pixels, as people stand for a photo.
 
@@ -143,7 +143,7 @@ def place_in_row(
         placed = []
         for cutout, column in zip(cutouts, columns):
             left, _, right, bottom = cutout.box
-            y = _random_top(cutout, size, rng, height_drift)
+            y = _random_top(cutout, size, rng, vertical_jitter)
             middle = size / 2 + ROW_PITCH * width * (column + rng.uniform(-ROW_SHAKE, ROW_SHAKE))
             x = min(max(round(middle - (right - left) / 2), 0), max(size - (right - left), 0))
             placed.append(Placed(cutout, x - left, y, y + bottom))
@@ -214,22 +214,22 @@ def _grow(region: np.ndarray, margin: int) -> np.ndarray:
     return ndimage.maximum_filter(padded, 2 * margin + 1) if margin else padded
 
 
-def _random_corner(cutout: Cutout, size: int, rng: np.random.Generator, height_drift: float) -> tuple[int, int]:
+def _random_corner(cutout: Cutout, size: int, rng: np.random.Generator, vertical_jitter: float) -> tuple[int, int]:
     """A uniform place at which the subject (not its context) lies inside the canvas, near its height in the photo."""
     left, _, right, _ = cutout.box
     x = rng.integers(0, max(size - (right - left), 0) + 1) - left
-    return int(x), _random_top(cutout, size, rng, height_drift)
+    return int(x), _random_top(cutout, size, rng, vertical_jitter)
 
 
-def _random_top(cutout: Cutout, size: int, rng: np.random.Generator, height_drift: float) -> int:
+def _random_top(cutout: Cutout, size: int, rng: np.random.Generator, vertical_jitter: float) -> int:
     """The upper edge of such a place, of the cutout with its context."""
     _, top, _, bottom = cutout.box
     lowest = max(size - (bottom - top), 0)
     if cutout.on_edge:
         return lowest - top
-    if cutout.foot is None or height_drift >= 1:
+    if cutout.foot is None or vertical_jitter >= 1:
         return int(rng.integers(0, lowest + 1) - top)
-    foot = (cutout.foot + rng.uniform(-height_drift, height_drift)) * size
+    foot = (cutout.foot + rng.uniform(-vertical_jitter, vertical_jitter)) * size
     return int(np.clip(round(foot) - (bottom - top), 0, lowest) - top)
 
 
@@ -265,7 +265,7 @@ def _columns(
     margin: int,
     layers: Sequence[int],
     rng: np.random.Generator,
-    height_drift: float,
+    vertical_jitter: float,
 ) -> list[Placed]:
     width = size // len(cutouts)
     placed = []
@@ -273,7 +273,7 @@ def _columns(
         room = width - 2 * margin
         if cutout.extent[0] > room:
             cutout = fit_inside(cutout, room - 1, cutout.extent[1])  # resampling may round a pixel up
-        x, y = _random_corner(cutout, size, rng, height_drift)
+        x, y = _random_corner(cutout, size, rng, vertical_jitter)
         left, _, right, _ = cutout.box
         x = int(column) * width + (width - (right - left)) // 2 - left
         placed.append(Placed(cutout, x, y, z))

@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..utils.config import ExtractConfig
 from ..utils.errors import OutputError, PhotoError, SubjectError
 from ..utils.files import make_folder
 from .folders import describe_unread, list_photos, mask_path
 from .images import Photo, load_photo, save_pair, to_uint8
 from .masks import check_own_mask, clean_mask, mask_box
 from .sam import segment_anything
+from .settings import ExtractConfig
 
 __all__ = [
     "Extracted",

@@ -86,8 +86,8 @@ def contact_sheet(
 def dataset_sheet(
     composites: Sequence[Composite], names: Sequence[Name], *, columns: int = 4, cell: int = 256
 ) -> Image.Image:
-    """Contact sheet of composites with coloured masks, recipe and caption."""
-    labels = [f"[{c.recipe}] {c.caption}" for c in composites]
+    """Contact sheet of composites with coloured masks, layout and caption."""
+    labels = [f"[{c.layout}] {c.caption}" for c in composites]
     return contact_sheet([overlay(c, names) for c in composites], labels, columns=columns, cell=cell)
 
 

@@ -32,7 +32,7 @@ from ..models.sampling import draw_pictures
 from ..models.tokens import Vocabulary
 from ..training.recipe import Callbacks, train
 from ..training.run_folder import METRICS_FILE, read_metrics
-from ..utils.config import TrainConfig
+from ..training.settings import TrainConfig
 from ..utils.devices import choose_device
 from ..utils.errors import OutputError
 from .identity import Identity, describe
@@ -122,7 +122,7 @@ def run_demo(out: Path, device: str, on_progress: Progress = lambda phase, done,
         out / "dataset",
         on_progress=lambda *a: on_progress("fusing", *a),
     )
-    originals = ConceptFusion(concepts, priors, (), settings.replace(recipe_weights=ORIGINALS_ONLY))
+    originals = ConceptFusion(concepts, priors, (), settings.replace(layout_weights=ORIGINALS_ONLY))
     page.section(
         "Concept Fusion",
         "Subjects recombined, on empty scenes that the base drew. Colours mark each mention's mask.",
@@ -131,7 +131,7 @@ def run_demo(out: Path, device: str, on_progress: Progress = lambda phase, done,
 
     prompts = [(f"a photo of {join_phrases(names)}, {PLACES[place][0]}", place) for place in PLACES_SHOWN]
     shown = [_judged("The base, told 'a dog and another dog'", base, None, prompts, identities, oracle, on_progress)]
-    probe = next(c for c in (fused.composite(i) for i in range(COMPOSITES)) if c.recipe == "pair")
+    probe = next(c for c in (fused.composite(i) for i in range(COMPOSITES)) if c.layout == "pair")
     heats = []
     for title, training_set, config, folder in (
         ("Custom Diffusion", originals, RIVAL, "run-custom-diffusion"),

@@ -9,8 +9,8 @@ from ..data.concepts import Background, ClassPicture
 from ..data.images import Photo
 from ..data.subjects import SubjectExtractor
 from ..models.base import BaseModel
-from ..training.class_images import EmptyScene, draw_class_pictures, draw_empty_scenes
-from ..utils.config import SampleConfig
+from ..models.settings import SampleConfig
+from ..training.class_images import EmptyScene, draw_class_images, draw_empty_scenes
 from ..utils.errors import SubjectError
 from .scenery import PLACES
 from .shipped import DRAWING, EMPTY_PLACES
@@ -28,7 +28,7 @@ def cut_class_pictures(
     on_progress: OnProgress = lambda done, total: None,
 ) -> list[ClassPicture]:
     """What the base draws for each noun, cut out where a subject is found; pictures in ``folder`` are used again."""
-    pictures = draw_class_pictures(base, nouns, count, folder, config, on_progress=on_progress)
+    pictures = draw_class_images(base, nouns, count, folder, config, on_progress=on_progress)
     cut = []
     for i, picture in enumerate(pictures):
         try:

@@ -10,9 +10,11 @@ import torch
 from ..data.captions import Name
 from ..data.images import Photo
 from ..data.sam import load_sam
+from ..data.settings import FusionConfig
 from ..models.base import BaseModel
 from ..models.loading import load_base
-from ..utils.config import FusionConfig, SampleConfig, TrainConfig
+from ..models.settings import SampleConfig
+from ..training.settings import TrainConfig
 from ..utils.errors import BaseModelError
 from .identity import Identity
 from .oracle import FILE as ORACLE_FILE
@@ -32,9 +34,9 @@ TRAINING = TrainConfig(
     batch_size=6,
     prior_batch_size=2,
     embedding_lr=1e-2,
-    trainable="attention",
+    trainable="lora",
     kv_lr=4e-5,
-    low_rank_lr=2e-4,  # 1.6e-3 for the whole step of eight samples
+    lora_lr=2e-4,  # 1.6e-3 for the whole step of eight samples
     min_snr_gamma=None,
     refinement_weight=0.1,
     sample_every=0,
@@ -45,8 +47,8 @@ FUSING = FusionConfig(
     size=SIZE,
     rotation=0,
     brightness=0,
-    collage_words=0,
-    row=1.0,
+    collage_caption_probability=0,
+    row_probability=1.0,
     background_weights={"scene": 0.85, "plain": 0.15},
 )
 # The loss as Custom Diffusion and MuDI have it: no refinement, every cell and every timestep alike.

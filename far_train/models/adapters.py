@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..utils.config import TrainConfig
 from ..utils.errors import WeightsError
 from ..utils.seeding import derive_seed
 from .base import BaseModel
 from .conditioning import TextConditioner
 from .layers import attention_projections, kv_layers
+from .settings import AdapterSettings
 from .tokens import Vocabulary, initial_rows, norm_limits
 from .weights import FarWeights, LowRankDelta
 
@@ -103,7 +103,7 @@ class Adapter(ABC):
                 parameter.grad = torch.zeros_like(parameter)
         return [parameter.grad for parameter in self.named_parameters().values()]
 
-    def optimizer(self, config: TrainConfig, samples_per_step: int) -> torch.optim.Optimizer:
+    def optimizer(self, config: AdapterSettings, samples_per_step: int) -> torch.optim.Optimizer:
         """AdamW over all parameters. The UNet's learning rate is per sample of a step; embeddings don't decay.
 
         The rate grows linearly with the samples, as in Custom Diffusion's script. It was measured at four to eight
@@ -136,11 +136,11 @@ class Adapter(ABC):
             setattr(owner, name, module)
 
 
-def inject_adapter(base: BaseModel, vocabulary: Vocabulary, config: TrainConfig) -> Adapter:
+def inject_adapter(base: BaseModel, vocabulary: Vocabulary, config: AdapterSettings) -> Adapter:
     """Inject the kind of adapter that ``config.trainable`` names into ``base``."""
     if config.trainable == "kv":
         return CrossAttentionKV(base, vocabulary)
-    return LoRAAttention(base, vocabulary, config.low_rank, config.train_seed)
+    return LoRAAttention(base, vocabulary, config.lora_rank, config.train_seed)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, steps: int, decay: float) -> None:
@@ -297,7 +297,7 @@ class LoRAAttention(Adapter):
         }
 
     def _load_deltas(self, weights: FarWeights) -> None:
-        _check_kind(weights, "attention", self.rank)
+        _check_kind(weights, "lora", self.rank)
         for name, layer in self.layers.items():
             layer.up.copy_(weights.low_rank_deltas[name].up)
             layer.down.copy_(weights.low_rank_deltas[name].down)
@@ -316,9 +316,9 @@ class LoRAAttention(Adapter):
 
 def _check_kind(weights: FarWeights, trainable: str, rank: int | None = None) -> None:
     """Refuse weights that an adapter of this kind and LoRA rank can't continue. Raises WeightsError."""
-    kind = "attention" if weights.low_rank_deltas else "kv"
+    kind = "lora" if weights.low_rank_deltas else "kv"
     ranks = {delta.rank for delta in weights.low_rank_deltas.values()}
     if kind != trainable:
         raise WeightsError(f"continue_from: these weights were trained with trainable {kind}; set it to {kind}")
     if ranks and ranks != {rank}:
-        raise WeightsError(f"continue_from: these weights have rank {max(ranks)}; set low_rank to {max(ranks)}")
+        raise WeightsError(f"continue_from: these weights have rank {max(ranks)}; set lora_rank to {max(ranks)}")

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..utils.config import SampleConfig
 from ..utils.errors import ConfigError, WeightsError
 from .base import BaseModel
 from .conditioning import TextConditioner
 from .layers import attention_projections
+from .settings import SampleConfig
 from .tokens import Vocabulary, noun_embedding
 from .weights import FarWeights
 

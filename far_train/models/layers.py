@@ -26,29 +26,36 @@ def set_checkpointing(unet: nn.Module, on: bool) -> None:
 MOST_GRAPHS = 64
 
 
-def set_compiled(unet: nn.Module, on: bool, **options: Any) -> None:
-    """Compile the transformer blocks, which repeat (diffusers' regional compilation), or run them as they are again.
+@contextmanager
+def compiled(unet: nn.Module, **options: Any) -> Iterator[None]:
+    """Within, the transformer blocks are compiled, which repeat (diffusers' regional compilation).
 
     ``options`` are torch.compile's.
     """
-    if on:
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
+    limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
+    with torch._dynamo.config.patch(recompile_limit=limit):
         unet.compile_repeated_blocks(**options)
-    else:
-        for module in unet.modules():
-            module._compiled_call_impl = None  # compiling a module has no public way back
+        try:
+            yield
+        finally:
+            _run_eagerly(unet)
 
 
 @contextmanager
 def uncompiled(unet: nn.Module) -> Iterator[None]:
     """Within, the UNet runs as it is: sample pictures have other sizes, and few passes, to be compiled for."""
-    compiled = {m: m._compiled_call_impl for m in unet.modules() if m._compiled_call_impl is not None}
-    set_compiled(unet, False)
+    calls = {m: m._compiled_call_impl for m in unet.modules() if m._compiled_call_impl is not None}
+    _run_eagerly(unet)
     try:
         yield
     finally:
-        for module, call in compiled.items():
+        for module, call in calls.items():
             module._compiled_call_impl = call
+
+
+def _run_eagerly(unet: nn.Module) -> None:
+    for module in unet.modules():
+        module._compiled_call_impl = None  # compiling a module has no public way back
 
 
 def attention_projections(unet: nn.Module) -> dict[str, tuple[nn.Module, str]]:

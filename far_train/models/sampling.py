@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..utils.config import SampleConfig
 from ..utils.errors import ConfigError
 from ..utils.out_of_memory import in_batches, with_less_memory
 from .base import BaseModel
 from .conditioning import TextConditioner
+from .settings import SampleConfig
 from .tokens import Vocabulary, unknown_tokens
 
 if TYPE_CHECKING:

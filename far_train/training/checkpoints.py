@@ -1,4 +1,4 @@
-"""Checkpoints: written atomically, verified when read, resumable to the bit."""
+"""Checkpoints: written atomically, verified by a checksum when read, resumable to the bit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def save_checkpoint(
 ) -> Path:
     """Write parameters and optimizer moments after ``step`` steps, then delete all but the newest ``keep`` files.
 
-    An older file goes only when the new one is complete on disk. Raises OutputError.
+    Older files are deleted only when the new one is complete on disk. Raises OutputError.
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
@@ -41,15 +41,20 @@ def save_checkpoint(
 
 
 def checkpoint_bytes(parameters: Mapping[str, nn.Parameter]) -> int:
-    """About how large a checkpoint of these parameters is: their values and AdamW's two moments."""
+    """The approximate size of a checkpoint of these parameters: their values and AdamW's two moments."""
     return 3 * sum(p.numel() * p.element_size() for p in parameters.values())
 
 
-def load_checkpoint(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
-    """Restore the newest checkpoint that is whole; returns its step, or 0 where there is none.
+def weights_bytes(parameters: Mapping[str, nn.Parameter]) -> int:
+    """The approximate size of the weights file of these parameters, whose values are saved in fp16."""
+    return sum(p.numel() * torch.float16.itemsize for p in parameters.values())
 
-    A damaged file is passed over with a warning. Raises CheckpointError if all are damaged, or if the newest whole
-    one belongs to other parameters.
+
+def load_checkpoint(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+    """Restore the newest intact checkpoint; returns its step, or 0 if there is no checkpoint.
+
+    A damaged file is skipped with a warning. Raises CheckpointError if all are damaged, or if the newest intact one
+    belongs to other parameters.
     """
     found = _checkpoints(folder)
     for path in found:
@@ -66,7 +71,7 @@ def load_checkpoint(folder: Path, parameters: Mapping[str, nn.Parameter], optimi
 
 
 def newest_step(folder: Path) -> int:
-    """The step of the newest checkpoint, be it whole or not; 0 where there is none."""
+    """The step of the newest checkpoint, which may be damaged; 0 if there is none."""
     found = _checkpoints(folder)
     return int(_NAME.fullmatch(found[0].name)[1]) if found else 0
 

@@ -1,4 +1,4 @@
-"""Class pictures and empty scenes: what the base itself shows for words, drawn where the user brings none."""
+"""Regularization images and empty backgrounds, drawn by the base model itself where the user has none."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from ..data.images import load_photo, save_picture
 from ..models.base import BaseModel
 from ..models.conditioning import plain_vocabulary
 from ..models.sampling import draw_pictures
-from ..utils.config import SampleConfig, TrainConfig
+from ..models.settings import SampleConfig
 from ..utils.errors import ConfigError
 from ..utils.seeding import derive_seed
 from .distributed import World
+from .settings import TrainConfig
 
 log = logging.getLogger(__name__)
 
 
-def draw_class_pictures(
+def draw_class_images(
     base: BaseModel,
     nouns: Sequence[str],
     count: int,
@@ -37,11 +38,11 @@ def draw_class_pictures(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[ClassPicture]:
-    """Draw ``count`` pictures "a photo of a NOUN" per noun into ``folder``/NOUN; those that are there already stay.
+    """Draw ``count`` images of "a photo of a NOUN" for each noun into ``folder``/NOUN; those that exist are kept.
 
-    ``size``: side in pixels, default the base's own. Picture i of a noun depends on its seed alone, so an
-    interrupted call goes on where it stopped. ``on_progress(done, total)`` counts pictures, ``on_step(done, total)``
-    the sampling steps of a batch; both may raise to stop.
+    ``size``: side in pixels, by default the base model's own. Image i of a noun depends on its seed alone, so that an
+    interrupted call resumes. ``on_progress(done, total)`` counts images, ``on_step(done, total)`` the sampling steps of
+    a batch; both may raise to stop.
     """
     each = [(noun, i) for noun in sorted(set(nouns)) for i in range(count)]
     wanted = [
@@ -57,8 +58,8 @@ def draw_class_pictures(
 
 
 class EmptyScene(NamedTuple):
-    """A place without any subject: the ``prompt`` that draws it, and the ``phrase`` that a caption adds for it ("on
-    the beach"), or ""."""
+    """A background without a subject: the ``prompt`` that draws it, and the ``phrase`` that captions add for it, such
+    as "on the beach", or ""."""
 
     prompt: str
     phrase: str = ""
@@ -81,8 +82,8 @@ empty mountains at sunset | in the mountains at sunset"""
 
 
 def parse_scenes(lines: Sequence[str]) -> list[EmptyScene]:
-    """Empty scenes as people write them, "an empty beach | on the beach", one a line; blank lines don't count, and
-    without a bar the captions say nothing of the place. Raises ConfigError."""
+    """Parse empty scenes, one a line: "an empty beach | on the beach". Blank lines are skipped; without a bar, captions
+    don't mention the place. Raises ConfigError."""
     scenes = []
     for number, line in enumerate(lines, 1):
         prompt, _, phrase = (" ".join(part.split()) for part in line.partition("|"))
@@ -109,9 +110,9 @@ def draw_empty_scenes(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Background]:
-    """Draw ``each`` pictures of every scene into ``folder``, scene by scene; those that are there already stay.
+    """Draw ``each`` images of every scene into ``folder``, scene by scene; those that exist are kept.
 
-    Everything else is as with :func:`draw_class_pictures`.
+    The other arguments are those of :func:`draw_class_images`.
     """
     wanted = [
         _Wanted(scene_path(folder, s.prompt, i), s.prompt, derive_seed(config.sample_seed, f"scene {s.prompt}", i))
@@ -158,47 +159,50 @@ def _draw_missing(
 
 
 def prior_sampling(config: TrainConfig) -> SampleConfig:
-    """How a training draws its class pictures.
+    """How a training draws its regularization images.
 
-    A class picture stands for its class, not for one result of one sampler, so a solver that needs few steps will do.
+    Such an image stands for its class, not for the result of a certain sampler, so a solver that needs few steps is
+    good enough.
     """
-    return SampleConfig(sampler="dpm++", sampling_steps=config.prior_steps, sample_seed=config.train_seed)
+    return SampleConfig(sampler="dpm++", sampling_steps=config.class_image_steps, sample_seed=config.train_seed)
 
 
 def prior_key(base: BaseModel, sampling: SampleConfig, size: int) -> str:
-    """Hex key of all that decides what class picture i of a noun looks like; the number of pictures doesn't."""
+    """Hex key of everything that decides what regularization image i of a noun looks like; their number doesn't."""
     settings = sampling.replace(sample_batch=1).to_dict()
     about = [base.fingerprint, base.prediction_type, size, settings]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
 
 def picture_path(folder: Path, noun: str, index: int) -> Path:
-    """Where :func:`draw_class_pictures` keeps picture ``index`` of a noun."""
+    """Where :func:`draw_class_images` saves image ``index`` of a noun."""
     return folder / noun.replace(" ", "_") / f"{index:04d}.png"
 
 
 def scene_path(folder: Path, prompt: str, index: int) -> Path:
-    """Where :func:`draw_empty_scenes` keeps picture ``index`` of a prompt: words that people can read, and a digest
-    that tells apart what they don't."""
+    """Where :func:`draw_empty_scenes` saves image ``index`` of a prompt.
+
+    The name starts with the prompt's words, for people; a digest distinguishes prompts that share them.
+    """
     words = re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")[:48]
     return folder / f"{words}-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}-{index:04d}.png"
 
 
-def with_class_pictures(
+def with_class_images(
     training_set: TrainingSet,
     base: BaseModel,
     config: TrainConfig,
     folder: Path,
     on_progress: Callable[[int, int], None],
-) -> WithPriors:
-    """A training set with the class pictures that ``config`` asks for; of several processes, one draws.
+) -> WithClassImages:
+    """A training set with the regularization images that ``config`` asks for; the main process draws them.
 
-    They go into ``folder``, or into the config's cache, where a run with the same inputs finds them.
-    ``on_progress(done, total)`` may raise to stop, also within a batch of pictures.
+    They are saved in ``folder``, or in the config's ``class_image_cache``, where a run with the same inputs finds them.
+    ``on_progress(done, total)`` may raise to stop, also within a batch of images.
     """
     sampling = prior_sampling(config)
-    if config.prior_cache:
-        folder = Path(config.prior_cache) / prior_key(base, sampling, training_set.size)
+    if config.class_image_cache:
+        folder = Path(config.class_image_cache) / prior_key(base, sampling, training_set.size)
 
     def draw(report: Callable[[int, int], None] = lambda done, total: None) -> list[ClassPicture]:
         last = (0, 1)
@@ -208,10 +212,10 @@ def with_class_pictures(
             last = (done, total)
             report(*last)
 
-        return draw_class_pictures(
+        return draw_class_images(
             base,
             [n.noun for n in training_set.names],
-            config.prior_pictures,
+            config.num_class_images,
             folder,
             sampling,
             size=training_set.size,
@@ -220,14 +224,14 @@ def with_class_pictures(
         )
 
     world = World.current()
-    if world.writes:
+    if world.is_main_process:
         draw(on_progress)
-    world.wait()
-    return WithPriors(training_set, draw())
+    world.barrier()
+    return WithClassImages(training_set, draw())
 
 
-class WithPriors:
-    """A training set with class pictures added as its prior half."""
+class WithClassImages:
+    """A training set with regularization images added."""
 
     def __init__(self, training_set: TrainingSet, pictures: Sequence[ClassPicture]):
         self._pictures = list(pictures)

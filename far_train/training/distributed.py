@@ -1,7 +1,7 @@
-"""Several processes on one training (``torchrun``): each takes its share of every step, one of them writes.
+"""Training in several processes (``torchrun``): each computes a part of every step, and the main one writes files.
 
-The batch of a step is drawn as a whole in every process, by the same counters; a process then works on every
-``size``-th sample. Gradients are shares of the whole step's, so their sum is what one process would have.
+Every process draws the whole batch of a step from the same seeds, then works on every ``size``-th sample. Losses and
+gradients are scaled for the whole batch, so their sum over the processes is what a single process would compute.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor, distributed
 from ..utils.devices import choose_device
 from ..utils.errors import ProcessFailed
 
-PATIENCE = timedelta(hours=6)  # the others wait while one process draws class pictures or samples
-FAILED = 2  # a vote above yes
+COLLECTIVE_TIMEOUT = timedelta(hours=6)  # the others wait while the main process draws class or sample images
+FAILED = 2  # outvotes True in any_process
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all that train together; alone, it is process 0 of 1."""
+    """The rank of this process and the number of processes; a process alone is rank 0 of 1."""
 
     rank: int = 0
     size: int = 1
@@ -36,31 +36,35 @@ class World:
         return cls()
 
     @property
-    def writes(self) -> bool:
-        """Whether this is the one process that writes files and reports."""
+    def is_main_process(self) -> bool:
+        """Whether this is the one process that writes files and reports progress."""
         return self.rank == 0
 
-    def sum(self, tensors: Sequence[Tensor]) -> None:
-        """Add up each tensor over all processes, in place. Tensors on a GPU are added there, without the host."""
+    def all_reduce_sum(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over all processes. Tensors on a GPU are summed there, without the host."""
         if self.size > 1:
             for tensor in tensors:
                 distributed.all_reduce(tensor)
 
-    def any(self, flag: bool) -> bool:
-        """Whether a flag is up in any process: what one decides, all do at the same step.
+    def any_process(self, flag: bool) -> bool:
+        """Whether ``flag`` is true in any process. Every process must call this at the same point.
 
-        Raises ProcessFailed where another process has failed: it would be waited for in vain.
+        Raises ProcessFailed if another process has failed, since waiting for it would never end.
         """
         if self.size == 1:
             return flag
-        worst = self._vote(int(flag))
-        if worst == FAILED:
+        highest = self._vote(int(flag))
+        if highest == FAILED:
             raise ProcessFailed("another process of this training failed; its own message says why")
-        return bool(worst)
+        return bool(highest)
+
+    def barrier(self) -> None:
+        """Wait until all processes are here. Raises ProcessFailed."""
+        self.any_process(False)
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
-        """An error in here ends the other processes too, at their next :meth:`any`."""
+        """An error within this context also ends the other processes, at their next :meth:`any_process`."""
         try:
             yield
         except ProcessFailed:
@@ -76,16 +80,12 @@ class World:
         distributed.all_reduce(votes, distributed.ReduceOp.MAX)
         return int(votes)
 
-    def wait(self) -> None:
-        """Until all processes are here."""
-        self.any(False)
-
 
 @contextmanager
-def joined(device: str = "auto") -> Iterator[World]:
-    """Join the processes that ``torchrun`` started with this one; alone, nothing happens.
+def distributed_context(device: str = "auto") -> Iterator[World]:
+    """Join the process group that ``torchrun`` started, and leave it afterwards. Does nothing in a single process.
 
-    On GPUs each process takes the one of its local rank; the host's own decisions travel over the CPU.
+    Each process uses the GPU of its local rank; decisions of the host are exchanged over the CPU.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
         yield World.current()
@@ -93,7 +93,7 @@ def joined(device: str = "auto") -> Iterator[World]:
     kind = choose_device(device)[0].type
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=PATIENCE)
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
     try:
         yield World.current()
     finally:

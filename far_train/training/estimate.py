@@ -1,4 +1,4 @@
-"""What a training will cost, measured before it starts: a few of its own steps, which leave nothing behind."""
+"""Time, memory and disk that a training will need, measured on a few of its own steps."""
 
 from __future__ import annotations
 
@@ -19,22 +19,25 @@ from ..data.captions import Name, default_prompts, with_article
 from ..data.concepts import Composite, TrainingSet
 from ..models.base import BaseModel
 from ..models.sampling import draw_pictures
+from ..models.settings import SampleConfig
 from ..models.tokens import Vocabulary
 from ..models.weights import FarWeights
-from ..utils.config import SampleConfig, TrainConfig
 from ..utils.wording import duration, size_in_words
-from .recipe import Callbacks, TrainingRun
+from .callbacks import Callbacks
+from .checkpoints import checkpoint_bytes, weights_bytes
+from .recipe import TrainingRun
+from .settings import TrainConfig
 
-TRIAL_STEPS = 2  # after a first one, which also warms up
-TRIAL_SAMPLING = (1, 3)  # sampling steps of two trial pictures: what each step costs, and what comes on top
+TRIAL_STEPS = 2  # after a first one that warms up
+TRIAL_SAMPLING = (1, 3)  # sampling steps of two trial pictures; their difference is the time of a step
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a training has before it. Seconds are of one step or picture; ``memory`` and ``disk`` in bytes.
+    """The estimate. Seconds are per step or picture; ``memory``, at its peak on the device, and ``disk`` are in bytes.
 
-    ``encoded``, ``drawn``, ``sampled``: pictures of the dataset, class pictures that the base must draw first, and
-    sample pictures. ``memory``: at its peak, on the device.
+    ``encoded``, ``drawn``, ``sampled`` count the images of the dataset, the regularization images that the base must
+    draw first, and the sample pictures.
     """
 
     device: str
@@ -51,7 +54,7 @@ class Cost:
 
     @property
     def seconds(self) -> float:
-        """Of the whole training."""
+        """Duration of the whole training."""
         parts = (
             (self.steps, self.step_seconds),
             (self.encoded, self.encode_seconds),
@@ -62,8 +65,10 @@ class Cost:
 
     @property
     def words(self) -> str:
-        """For people, a line for each phase."""
-        lines = [f"class pictures to draw: {self.drawn}, {duration(self.drawn * self.draw_seconds)}"] * bool(self.drawn)
+        """A line of text for each phase."""
+        lines = []
+        if self.drawn:
+            lines.append(f"regularization images to draw: {self.drawn}, {duration(self.drawn * self.draw_seconds)}")
         lines += [
             f"pictures to encode: {self.encoded}, {duration(self.encoded * self.encode_seconds)}",
             f"steps: {self.steps}, {duration(self.steps * self.step_seconds)} ({self.step_seconds:.2f} s each)",
@@ -86,64 +91,71 @@ def measure_cost(
     steps_done: int = 0,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Cost:
-    """Take a few steps of this training aside, draw two pictures, and count up. The base comes back as it was.
+    """Take a few steps of this training, draw two pictures, and extrapolate. The base comes back as it was.
 
     ``steps_done``: of a run that is to be resumed. Raises what the training would raise, Interrupted as well.
     """
-    clock: list[float] = []
-    callbacks = Callbacks(on_phase=lambda *_: clock.append(time.perf_counter()), should_stop=should_stop)
+    ticks: list[float] = []  # a moment before each picture is encoded, and one after the last
+
+    def on_phase(phase: str, _done: int, _total: int) -> None:
+        if phase == "encoding":
+            ticks.append(time.perf_counter())
+
+    callbacks = Callbacks(on_phase=on_phase, should_stop=should_stop)
     excerpt = _Excerpt(training_set, config.batch_size, config.prior_batch_size)
-    with TemporaryDirectory(prefix="far-") as folder:
-        run = TrainingRun(base, excerpt, config, Path(folder), callbacks=callbacks, start=start)
-        try:
-            run.set_up()
-            encode_seconds = (clock[-1] - clock[0]) / max(len(clock) - 1, 1)
-            with LiveBytes() as counted:
-                run.train_step()  # warms up, and makes the optimizer's moments
-            step_seconds = []
-            for _ in range(TRIAL_STEPS):
-                began = time.perf_counter()
-                run.train_step()
-                step_seconds.append(time.perf_counter() - began)
-            learned = list(run.trainables.named_parameters().values())
-            trained = sum(p.numel() for p in learned)
-            prompts = config.sample_prompts or default_prompts(training_set.names)
-            overhead, each = _time_sampling(base, run.vocabulary, prompts[0], training_set.size)
-        finally:
-            run.clean_up()
+    prompts = config.sample_prompts or default_prompts(training_set.names)
+    with (
+        TemporaryDirectory(prefix="far-") as folder,
+        TrainingRun(base, excerpt, config, Path(folder), callbacks=callbacks, start=start) as run,
+    ):
+        device, learned = run.state.device, run.state.adapter.named_parameters()
+        with LiveBytes() as counted:
+            run.train_step()  # warms up, and makes the optimizer's moments
+        step_seconds = min(_seconds(run.train_step) for _ in range(TRIAL_STEPS))
+        overhead, each = _time_sampling(base, run.state.vocabulary, prompts[0], training_set.size)
     steps = max(config.steps_for(len(training_set.names)) - steps_done, 0)
     nouns = {name.noun for name in training_set.names}
     lacks_priors = config.prior_batch_size and not training_set.prior_count() and not steps_done
-    drawn = config.prior_pictures * len(nouns) if lacks_priors else 0
+    drawn = config.num_class_images * len(nouns) if lacks_priors else 0
     rounds = steps // config.sample_every if config.sample_every else 0
     return Cost(
-        device=str(run.device),
+        device=str(device),
         steps=steps,
-        step_seconds=min(step_seconds),
+        step_seconds=step_seconds,
         encoded=training_set.composite_count() + max(training_set.prior_count(), drawn),
-        encode_seconds=encode_seconds,
+        encode_seconds=(ticks[-1] - ticks[0]) / (len(ticks) - 1),
         drawn=drawn,
-        draw_seconds=overhead + config.prior_steps * each,
+        draw_seconds=overhead + config.class_image_steps * each,
         sampled=rounds * len(prompts),
         sample_seconds=overhead + config.sample_steps * each,
-        memory=_bytes_of(base, learned) + counted.peak,
-        disk=trained * (12 * config.keep_checkpoints + 2),  # values and two moments in fp32; in the end fp16 values
+        memory=_bytes_of(base, list(learned.values())) + counted.peak,
+        disk=config.keep_checkpoints * checkpoint_bytes(learned) + weights_bytes(learned),
     )
 
 
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
 def _time_sampling(base: BaseModel, vocabulary: Vocabulary, prompt: str, size: int) -> tuple[float, float]:
-    """Seconds for a picture whatever its steps, and for each sampling step."""
-    seconds = []
-    for steps in TRIAL_SAMPLING:
-        began = time.perf_counter()
+    """Seconds that a picture takes whatever its sampling steps, and seconds for each of them."""
+
+    def draw(steps: int) -> None:
         draw_pictures(base, vocabulary, [prompt], SampleConfig(sampling_steps=steps, sample_batch=1), size=(size, size))
-        seconds.append(time.perf_counter() - began)
-    each = max(seconds[1] - seconds[0], 0.0) / (TRIAL_SAMPLING[1] - TRIAL_SAMPLING[0])
-    return max(seconds[0] - TRIAL_SAMPLING[0] * each, 0.0), each
+
+    few, more = TRIAL_SAMPLING
+    few_seconds, more_seconds = _seconds(lambda: draw(few)), _seconds(lambda: draw(more))
+    each = max(more_seconds - few_seconds, 0.0) / (more - few)
+    return max(few_seconds - few * each, 0.0), each
 
 
 class _Excerpt:
-    """As many pictures of a training set as one step needs; a composite stands in for class pictures still to draw."""
+    """The first images of a training set, as many as one step needs.
+
+    A composite stands in for regularization images that are not drawn yet: it costs as much.
+    """
 
     def __init__(self, training_set: TrainingSet, composites: int, priors: int):
         self._whole = training_set
@@ -170,9 +182,9 @@ class _Excerpt:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Within it, the bytes of all tensors that operations have made and that are still alive: ``now``, and ``peak``.
+    """Counts the bytes of the live tensors that operations create within this context: ``now``, and their ``peak``.
 
-    Unlike an allocator's own statistics it counts on every device. Tensors made before are not counted.
+    Unlike the statistics of an allocator it works on every device. Tensors from before the context are not counted.
     """
 
     def __init__(self) -> None:
@@ -202,6 +214,6 @@ def _storages(values: Any) -> list[torch.UntypedStorage]:
 
 
 def _bytes_of(base: BaseModel, learned: Sequence[Tensor]) -> int:
-    """Of all weights; the learned ones may or may not be parts of the base's modules."""
+    """Of all weights, each storage once: the learned ones may be part of the base's modules."""
     tensors = [t for part in base.parts.values() for t in (*part.parameters(), *part.buffers())] + list(learned)
     return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())

@@ -1,12 +1,12 @@
-"""The training pool: every picture as latents, its caption as token ids, its masks at both resolutions.
+"""The latent cache: every training image as latents, its caption as token ids, its masks at both resolutions.
 
-A picture is encoded once and trained on many times. Batches are drawn by counters: step, place and seed decide them,
-so that a resumed run and a run on several cards see the same samples.
+An image is encoded once and trained on many times. The batch of a step depends on the seed and the step's number alone,
+so that a resumed run and a run on several GPUs see the same samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -25,12 +25,13 @@ from ..utils.seeding import derive_seed
 from .distributed import World
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sample:
-    """A picture ready for training.
+    """A training image, encoded.
 
     ``latents`` [C, h, w]; per mention: ``cell_masks`` [N, h, w], ``map_masks`` [N, a, b] at the attention maps' size,
-    ``token_select`` and ``noun_select`` [N, length], rows that average over the tokens of modifier and noun.
+    ``token_select`` and ``noun_select`` [N, length], rows that average over the tokens of the placeholder and of the
+    class noun.
     """
 
     latents: Tensor
@@ -41,11 +42,11 @@ class Sample:
     noun_select: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
-    """Samples side by side, with noise [B, C, h, w] and timesteps [B].
+    """Samples side by side, with noise [B, C, h, w] and timesteps [B]. Every field has one entry per sample.
 
-    Mentions are padded to the largest count N; ``is_instance`` [B] is False for class pictures.
+    Mentions are padded to the largest count N; ``is_instance`` [B] is False for regularization images.
     """
 
     latents: Tensor
@@ -58,9 +59,26 @@ class Batch:
     token_select: Tensor
     noun_select: Tensor
 
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, samples: slice) -> Batch:
+        """Some of the samples, as a batch."""
+        return Batch(
+            latents=self.latents[samples],
+            noise=self.noise[samples],
+            timesteps=self.timesteps[samples],
+            prompts=self.prompts[samples],
+            is_instance=self.is_instance[samples],
+            cell_masks=self.cell_masks[samples],
+            map_masks=self.map_masks[samples],
+            token_select=self.token_select[samples],
+            noun_select=self.noun_select[samples],
+        )
+
     @property
     def is_concept(self) -> Tensor:
-        """[B, N]: mentions that have a modifier."""
+        """[B, N]: mentions that have a placeholder token."""
         return self.token_select.sum(-1) > 0
 
     @property
@@ -69,15 +87,69 @@ class Batch:
         return self.noun_select.sum(-1) > 0
 
     def to(self, device: torch.device) -> Batch:
-        """Move all tensors; to a GPU in the background, from memory that it can read by itself."""
+        """Move all tensors; to a GPU from pinned memory, in the background."""
 
         def move(tensor: Tensor) -> Tensor:
             return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
-        return Batch(**{k: move(v) if isinstance(v, Tensor) else v for k, v in vars(self).items()})
+        return Batch(
+            latents=move(self.latents),
+            noise=move(self.noise),
+            timesteps=move(self.timesteps),
+            prompts=self.prompts,
+            is_instance=move(self.is_instance),
+            cell_masks=move(self.cell_masks),
+            map_masks=move(self.map_masks),
+            token_select=move(self.token_select),
+            noun_select=move(self.noun_select),
+        )
 
 
-def encode_pool(
+@dataclass(frozen=True, eq=False)
+class LatentCache:
+    """All training images, encoded: composites and regularization images."""
+
+    composites: list[Sample]
+    class_images: list[Sample]
+
+    def prompts(self) -> list[TokenizedPrompt]:
+        """The caption of every image, composites first."""
+        return [sample.prompt for sample in (*self.composites, *self.class_images)]
+
+    def sample_batch(self, counts: tuple[int, int], timesteps: int, *, seed: int, step: int) -> Batch:
+        """The batch of ``step``: ``counts`` composites and regularization images, each with its own noise and timestep.
+
+        ``timesteps``: how many the noise schedule has. Each image comes up once before any comes up again.
+        """
+        samples, noises, times, is_instance = [], [], [], []
+        for stream, cached, count in zip(("composite", "prior"), (self.composites, self.class_images), counts):
+            for place in range(count if cached else 0):
+                number = step * count + place
+                samples.append(cached[_shuffled(len(cached), number, seed, stream)])
+                generator = torch.Generator().manual_seed(derive_seed(seed, f"{stream} noise", number))
+                times.append(torch.randint(timesteps, (), generator=generator))
+                noises.append(torch.randn(samples[-1].latents.shape, generator=generator))
+                is_instance.append(stream == "composite")
+        mentions = max((len(s.cell_masks) for s in samples), default=0)
+
+        def padded(field: str) -> Tensor:
+            rows = [getattr(s, field) for s in samples]
+            return torch.stack([F.pad(r, [0, 0] * (r.ndim - 1) + [0, mentions - len(r)]) for r in rows])
+
+        return Batch(
+            latents=torch.stack([s.latents for s in samples]),
+            noise=torch.stack(noises),
+            timesteps=torch.stack(times),
+            prompts=tuple(s.prompt for s in samples),
+            is_instance=torch.tensor(is_instance),
+            cell_masks=padded("cell_masks"),
+            map_masks=padded("map_masks"),
+            token_select=padded("token_select"),
+            noun_select=padded("noun_select"),
+        )
+
+
+def cache_latents(
     training_set: TrainingSet,
     base: BaseModel,
     vocabulary: Vocabulary,
@@ -85,22 +157,23 @@ def encode_pool(
     *,
     seed: int,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[list[Sample], list[Sample]]:
-    """Encode all composites and all class pictures, each process its share of the latents.
+) -> LatentCache:
+    """Encode all composites and regularization images; of several processes, each encodes a part.
 
-    Calls ``on_progress(done, total)``, which may raise to stop.
+    ``map_stride``: latent cells per cell of the supervised attention maps. Calls ``on_progress(done, total)``, which
+    may raise to stop.
     """
     world = World.current()
-    composites, priors = training_set.composite_count(), training_set.prior_count()
-    total = composites + priors
-    pools: tuple[list[Sample], list[Sample]] = ([], [])
+    composites = training_set.composite_count()
+    total = composites + training_set.prior_count()
+    samples: list[Sample] = []
     for i in range(total):
         on_progress(i, total)
         picture = training_set.composite(i) if i < composites else training_set.prior(i - composites)
         try:
             prompt = vocabulary.tokenize(picture.caption)
         except CaptionError as e:
-            which = f"composite {i}" if i < composites else f"class picture {i - composites}"
+            which = f"composite {i}" if i < composites else f"regularization image {i - composites}"
             raise CaptionError(f"{which} of the dataset: {e}") from e  # of one in memory; files were checked before
         if i % world.size == world.rank:
             generator = torch.Generator().manual_seed(derive_seed(seed, "latents", i))
@@ -109,17 +182,17 @@ def encode_pool(
             latents = torch.zeros(
                 base.vae.config.latent_channels, *(s // base.downscale for s in picture.image.shape[:2])
             )
-        pools[i >= composites].append(_sample(picture, prompt, latents, map_stride))
-    world.wait()
-    world.sum([s.latents for pool in pools for s in pool])  # the others' were zeros
+        samples.append(_sample(picture, prompt, latents, map_stride))
+    world.barrier()
+    world.all_reduce_sum([s.latents for s in samples])  # those encoded elsewhere are zeros here
     on_progress(total, total)
-    return pools
+    return LatentCache(samples[:composites], samples[composites:])
 
 
 def check_captions(training_set: TrainingSet, base: BaseModel, vectors: int) -> None:
     """Refuse a dataset folder with a caption that is too long for ``base``, before anything is done with it.
 
-    ``vectors``: those of each modifier token. Raises CaptionError naming the file, TokenError.
+    ``vectors``: embedding vectors of each placeholder token. Raises CaptionError naming the file, TokenError.
     """
     if not isinstance(training_set, DatasetFolder):
         return
@@ -148,64 +221,22 @@ def _sample(picture: Composite, prompt: TokenizedPrompt, latents: Tensor, map_st
     select = [(average_tokens(prompt, m.spans.token), average_tokens(prompt, m.spans.noun)) for m in mentions]
     empty = torch.zeros(0, len(prompt.ids))
     return Sample(
-        latents,
-        prompt,
-        F.adaptive_avg_pool2d(masks, cells),
-        F.adaptive_avg_pool2d(masks, maps),
-        torch.stack([s[0] for s in select]) if select else empty,
-        torch.stack([s[1] for s in select]) if select else empty,
+        latents=latents,
+        prompt=prompt,
+        cell_masks=F.adaptive_avg_pool2d(masks, cells),
+        map_masks=F.adaptive_avg_pool2d(masks, maps),
+        token_select=torch.stack([s[0] for s in select]) if select else empty,
+        noun_select=torch.stack([s[1] for s in select]) if select else empty,
     )
 
 
 def average_tokens(prompt: TokenizedPrompt, span: tuple[int, int] | None) -> Tensor:
-    """A row [length] that averages over the tokens under ``span``; zeros without one."""
+    """A row [length] of weights that averages over the tokens of ``span``; zeros without a span."""
     row = torch.zeros(len(prompt.ids))
     if span is not None:
         positions = prompt.positions(span)
         row[list(positions)] = 1 / len(positions)
     return row
-
-
-def draw_batch(
-    pools: tuple[Sequence[Sample], Sequence[Sample]],
-    counts: tuple[int, int],
-    timesteps: int,
-    *,
-    seed: int,
-    step: int,
-) -> Batch:
-    """The batch of ``step``: ``counts`` composites and class pictures, each with its own noise and timestep."""
-    samples, noises, times, is_instance = [], [], [], []
-    for stream, pool, count in zip(("composite", "prior"), pools, counts):
-        for place in range(count if pool else 0):
-            number = step * count + place
-            samples.append(pool[_shuffled(len(pool), number, seed, stream)])
-            generator = torch.Generator().manual_seed(derive_seed(seed, f"{stream} noise", number))
-            times.append(torch.randint(timesteps, (), generator=generator))
-            noises.append(torch.randn(samples[-1].latents.shape, generator=generator))
-            is_instance.append(stream == "composite")
-    mentions = max((len(s.cell_masks) for s in samples), default=0)
-
-    def padded(field: str) -> Tensor:
-        rows = [getattr(s, field) for s in samples]
-        return torch.stack([F.pad(r, [0, 0] * (r.ndim - 1) + [0, mentions - len(r)]) for r in rows])
-
-    return Batch(
-        torch.stack([s.latents for s in samples]),
-        torch.stack(noises),
-        torch.stack(times),
-        tuple(s.prompt for s in samples),
-        torch.tensor(is_instance),
-        padded("cell_masks"),
-        padded("map_masks"),
-        padded("token_select"),
-        padded("noun_select"),
-    )
-
-
-def slice_batch(batch: Batch, start: int, stop: int | None, step: int = 1) -> Batch:
-    """Every ``step``-th sample from ``start`` to ``stop`` of a batch; all its fields are per sample."""
-    return Batch(**{k: v[start:stop:step] for k, v in vars(batch).items()})
 
 
 def _shuffled(size: int, number: int, seed: int, stream: str) -> int:

@@ -1,8 +1,8 @@
 """The loss of Fuse-and-Refine as pure functions: denoising and Localized Refinement.
 
 A reconstruction (method.md, section 3); each function names the published form that it follows. Shapes: B samples,
-N mentions, h×w cells of an attention map or of the latent. Every function returns one value per sample, so that
-micro-batches and several processes add up to the same step.
+N mentions, h×w cells of an attention map or of the latents. Losses have one value per sample, so that micro-batches
+and several processes add up to the same step.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def subject_weight(masks: Tensor, background_weight: float, per_mention: bool = 
     """Weight [B, 1, h, w] of each latent cell: 1 on subjects grown by one cell, ``background_weight`` elsewhere.
 
     ``masks`` [B, N, h, w] are the mentions' masks averaged over each latent cell (after Break-a-Scene's masked loss).
-    ``per_mention``: every subject of a sample has the same part in the sum, and all together as much as before.
+    ``per_mention``: all subjects of a sample contribute equally to the sum, whose total stays the same.
     """
     if not masks.shape[1]:
         return torch.full_like(masks[:, :1].sum(1, keepdim=True), background_weight)
@@ -55,9 +55,8 @@ def subject_weight(masks: Tensor, background_weight: float, per_mention: bool = 
 def denoising_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """Squared error [B] of a prediction [B, C, h, w], as a mean over cells weighted by ``weight`` [B, 1, h, w].
 
-    The weights are normalised within each sample, whatever share of the canvas its subjects take. Within a sample
-    cells count, not subjects: of two, the larger one has the larger part of the error, unless ``weight`` evens them
-    out.
+    The weights are normalised within each sample, however much of the image its subjects cover. Within a sample the
+    error is a sum over cells: the larger of two subjects dominates it, unless ``weight`` compensates for that.
     """
     error = (prediction.float() - target.float()).square().mean(1, keepdim=True)
     if weight is None:
@@ -66,7 +65,7 @@ def denoising_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = N
 
 
 def localization_loss(attention: Tensor, masks: Tensor) -> Tensor:
-    """How far each map is from its mask: mean over cells of (M − A / max A)², [B, N].
+    """Distance of each map from its mask: mean over cells of (M − A / max A)², [B, N].
 
     ``attention`` and ``masks`` are [B, N, h, w]. After Break-a-Scene (Avrahami et al. 2023, arXiv 2305.16311, eq. 3);
     here the maximum is detached, so that a map can't fit its mask by lowering its peak. Scale-free, because the
@@ -77,7 +76,7 @@ def localization_loss(attention: Tensor, masks: Tensor) -> Tensor:
 
 
 def competition_loss(attention: Tensor, masks: Tensor, present: Tensor, per_mention: bool = False) -> Tensor:
-    """Who owns a cell: cross-entropy of the mentions' shares of attention inside their masks, [B].
+    """Cross-entropy of the mentions' normalised attention inside their masks, [B]: each should own its cells.
 
     −Σ_p Σ_i M_i(p) log(A_i(p) / Σ_j A_j(p)) / Σ_p Σ_i M_i(p), or ``per_mention`` the mean over mentions of each one's
     own such quotient. ``attention`` and ``masks`` are [B, N, h, w], ``present`` [B, N] marks the rows that are mentions
@@ -108,8 +107,8 @@ def refinement_loss(
 
     mean_i [L_loc(V_i) + ``noun_weight`` · L_loc(c_i)] + ``competition_weight`` · [L_cmp(nouns) + L_cmp(modifiers)].
     ``token_maps``, ``noun_maps``, ``masks``: [B, N, h, w], the attention of each mention's modifier and class noun,
-    and its region; ``is_concept``, ``is_mention``: bool [B, N]. A class subject has a noun map alone; rows that are
-    no mention are padding. Like competes with like: nouns of all mentions, modifiers of the concepts.
+    and its region; ``is_concept``, ``is_mention``: bool [B, N]. A subject of the class alone has only a noun map; rows
+    that are no mention are padding. Nouns compete with the nouns of all mentions, modifiers with those of concepts.
     """
     total = torch.zeros(len(masks), dtype=token_maps.dtype, device=token_maps.device)
     if localization == "mse":
@@ -121,11 +120,16 @@ def refinement_loss(
     return total + competition_weight * competition
 
 
-def refinement_schedule(alphas_cumprod: Tensor, step: int, steps: int, ramp: float) -> Tensor:
-    """Weight of the refinement loss for each sample, [B]: ramp over the first steps × w(t) = √ᾱ_t.
+def refinement_ramp(step: int, steps: int, ramp: float) -> float:
+    """Weight of the refinement loss in step number ``step`` (from 0) of ``steps``: it rises linearly to 1 over the
+    first ``ramp`` × ``steps``."""
+    ramp_steps = ramp * steps
+    return min((step + 1) / ramp_steps, 1.0) if ramp_steps >= 1 else 1.0
+
+
+def refinement_timestep_weight(alphas_cumprod: Tensor) -> Tensor:
+    """Weight of the refinement loss for each sample, [B]: w(t) = √ᾱ_t.
 
     At high noise a subject's identity can't be read yet; full supervision there would teach layout shortcuts.
     """
-    ramp_steps = ramp * steps
-    rise = min((step + 1) / ramp_steps, 1.0) if ramp_steps >= 1 else 1.0
-    return rise * alphas_cumprod.sqrt()
+    return alphas_cumprod.sqrt()

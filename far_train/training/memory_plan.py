@@ -1,4 +1,4 @@
-"""How a step fits into the memory there is: how many samples run at once, and whether the UNet is checkpointed."""
+"""How a training step fits into memory: how many samples run at once, and whether the UNet is checkpointed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from ..utils.config import TrainConfig
 from ..utils.out_of_memory import out_of_memory
+from .settings import TrainConfig
 
 log = logging.getLogger(__name__)
 
 STATM = Path("/proc/self/statm")
-MARGIN = 0.9  # share of the free memory that a plan may use; the rest is for fragments and for the desktop
+MARGIN = 0.9  # part of the free memory that a plan may use; the rest is for fragmentation and for the desktop
 
 
 @dataclass(frozen=True)
@@ -29,32 +29,42 @@ class MemoryPlan:
     checkpointing: bool
 
 
+@dataclass(frozen=True)
+class Trial:
+    """What a step of one sample showed, in bytes.
+
+    ``peak``: memory that it needed beyond what was in use before, infinite if it did not fit. ``free``: memory that
+    was free *after* it, since a first step leaves behind what stays, such as the workspaces of libraries.
+    """
+
+    peak: float
+    free: int
+
+
 def plan_memory(
     config: TrainConfig, samples: int, device: torch.device, one_sample: Callable[[bool], None]
 ) -> MemoryPlan:
     """The fastest plan for a step of ``samples`` that fits the device; what the config sets is kept.
 
-    On a CUDA card with ``memory`` "auto" it is measured: ``one_sample(checkpointing)`` takes a step of one sample.
+    With ``memory`` "auto" on a CUDA device it is measured: ``one_sample(checkpointing)`` takes a step of one sample.
     """
     if config.memory == "auto" and device.type == "cuda":
-        return choose_plan(config, samples, lambda on: _peak(device, lambda: one_sample(on)), lambda: _free(device))
-    lean = config.gradient_checkpointing or config.memory == "lean"
-    return MemoryPlan(min(config.micro_batch or samples, samples), lean)
+        return choose_plan(config, samples, lambda checkpointing: measure(device, lambda: one_sample(checkpointing)))
+    checkpointing = config.gradient_checkpointing or config.memory == "lean"
+    return MemoryPlan(min(config.micro_batch or samples, samples), checkpointing)
 
 
-def choose_plan(
-    config: TrainConfig, samples: int, peak: Callable[[bool], float], free: Callable[[], int]
-) -> MemoryPlan:
-    """The fastest plan, given the ``peak(checkpointing)`` of one sample and the ``free()`` memory after it, in bytes.
+def choose_plan(config: TrainConfig, samples: int, trial_of: Callable[[bool], Trial]) -> MemoryPlan:
+    """The fastest plan for a step of ``samples``, given ``trial_of(checkpointing)``.
 
-    Several samples without checkpointing are best; fewer at once come before checkpointing, which computes the forward
-    pass twice.
+    Many samples at once without checkpointing are fastest. A smaller micro-batch comes before checkpointing, which
+    computes the forward pass twice.
     """
     whole = min(config.micro_batch or samples, samples)
     fitting = 0
     for checkpointing in (True,) if config.gradient_checkpointing else (False, True):
-        need = peak(checkpointing)  # first: what the trial leaves behind, such as libraries' workspaces, isn't free
-        fitting = min(whole, int(MARGIN * free() / need))
+        trial = trial_of(checkpointing)
+        fitting = min(whole, int(MARGIN * trial.free / trial.peak))
         if fitting:
             break
     parts = math.ceil(samples / max(fitting, 1))
@@ -65,30 +75,27 @@ def choose_plan(
     return plan
 
 
-def _free(device: torch.device) -> int:
-    torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info(device)[0]
-
-
-def _peak(device: torch.device, work: Callable[[], None]) -> float:
-    """Bytes that ``work`` needs at its peak, beyond what is there; infinite if it did not fit."""
+def measure(device: torch.device, work: Callable[[], None]) -> Trial:
+    """Run ``work`` on a CUDA device and say what it needed and what it left."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     try:
         work()
+        peak = max(torch.cuda.max_memory_allocated(device) - before, 1)
     except (MemoryError, RuntimeError) as e:
         if not out_of_memory(e):
             raise
-        return math.inf
-    return max(torch.cuda.max_memory_allocated(device) - before, 1)
+        peak = math.inf
+    torch.cuda.empty_cache()
+    return Trial(peak, free=torch.cuda.mem_get_info(device)[0])
 
 
 class PeakMemory:
-    """The most memory that this process has held.
+    """The peak memory of this process.
 
-    On a CUDA device what PyTorch has allocated there; on a CPU under Linux what is resident, looked at a hundred times
-    a second. Elsewhere it is unknown.
+    On a CUDA device it is what PyTorch has allocated there. On a CPU under Linux it is the resident memory, sampled a
+    hundred times a second. Elsewhere it is unknown.
     """
 
     def __init__(self, device: torch.device):
@@ -107,13 +114,13 @@ class PeakMemory:
         self._done.set()
 
     def restart(self) -> None:
-        """Forget what was before."""
+        """Start measuring anew."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         self._highest = 0
 
     def peak(self) -> int | None:
-        """Bytes, or None where it can't be known."""
+        """Bytes, or None if unknown."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         return self._highest or None

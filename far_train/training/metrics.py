@@ -1,4 +1,4 @@
-"""The metrics of each step: read off the device without waiting for it, written, and watched for divergence."""
+"""Metrics of each step: copied to the host without waiting for the device, reported, and checked for divergence."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ DEPTH = 2  # steps that the host may be ahead of a GPU
 class Readback:
     """Metrics of past steps on their way to the host.
 
-    On a GPU the host queues a step while the one before still runs; asking for its loss would stop that. So values are
-    copied in the background, and come out ``DEPTH`` steps later. On the CPU they come out at once.
+    On a GPU the host queues a step while the one before still runs; reading its loss at once would stall that. So
+    values are copied in the background and become available ``DEPTH`` steps later. On the CPU they are available at
+    once.
     """
 
     def __init__(self, device: torch.device):
@@ -41,10 +42,17 @@ class Readback:
             event.record(torch.cuda.current_stream(source.device))  # which need not be the current device's
         self._queue.append((step, values, event))
 
-    def take(self, *, all: bool = False) -> list[tuple[int, dict[str, Any]]]:
-        """Steps with their metrics, oldest first: those that are old enough, or ``all`` that are queued."""
+    def take(self) -> list[tuple[int, dict[str, Any]]]:
+        """Remove and return the steps that are at least ``DEPTH`` old, with their metrics, oldest first."""
+        return self._pop_until(self._depth)
+
+    def drain(self) -> list[tuple[int, dict[str, Any]]]:
+        """Wait for all queued steps; remove and return them, oldest first."""
+        return self._pop_until(0)
+
+    def _pop_until(self, left: int) -> list[tuple[int, dict[str, Any]]]:
         taken = []
-        while len(self._queue) > (0 if all else self._depth):
+        while len(self._queue) > left:
             step, values, event = self._queue.popleft()
             if event is not None:
                 event.synchronize()
@@ -54,9 +62,9 @@ class Readback:
 
 
 class StepReports:
-    """Passes on the metrics of the steps that a readback gives out: to metrics.jsonl, if any, and to a callback.
+    """Writes the metrics that arrive from a readback to metrics.jsonl, if given, and passes them to a callback.
 
-    Raises TrainingDiverged after ``patience`` steps in a row that were not finite.
+    Raises TrainingDiverged after ``max_non_finite`` steps in a row whose gradient was not finite.
     """
 
     def __init__(
@@ -64,28 +72,36 @@ class StepReports:
         readback: Readback,
         history: MetricsLog | None,
         on_step: Callable[[int, dict[str, Any]], None],
-        patience: int,
+        max_non_finite: int,
     ):
-        self._readback, self._history, self._on_step, self._patience = readback, history, on_step, patience
-        self._failures = 0
+        self._readback, self._history, self._on_step = readback, history, on_step
+        self._max_non_finite = max_non_finite
+        self._non_finite = 0
         self.start_clock()
 
     def start_clock(self) -> None:
-        """The next step begins now: what was done since the last one is no part of its time."""
+        """The next step begins now; the time since the last one, as for samples or a checkpoint, is not counted."""
         self._last = time.perf_counter()
 
-    def pass_on(self, *, all: bool = False) -> None:
-        """Report the steps that have arrived, or ``all`` that were taken."""
-        for step, metrics in self._readback.take(all=all):
+    def report(self) -> None:
+        """Report the steps that have arrived, without waiting for more."""
+        self._report(self._readback.take())
+
+    def flush(self) -> None:
+        """Wait for all steps taken so far, and report them."""
+        self._report(self._readback.drain())
+
+    def _report(self, steps: list[tuple[int, dict[str, Any]]]) -> None:
+        for step, metrics in steps:
             if metrics["finite"]:
-                self._failures = 0
+                self._non_finite = 0
             else:
-                self._failures += 1
+                self._non_finite += 1
                 log.warning("Step %d: the gradient is not finite; the step is skipped.", step)
-            if self._failures == self._patience:
+            if self._non_finite == self._max_non_finite:
                 raise TrainingDiverged(
-                    f"the loss was not finite for {self._patience} steps up to step {step}; the last checkpoint is "
-                    "kept. Lower its learning rates, or use precision fp32"
+                    f"the loss was not finite for {self._max_non_finite} steps up to step {step}; the last checkpoint "
+                    "is kept. Lower its learning rates, or use precision fp32"
                 )
             last, self._last = self._last, time.perf_counter()
             metrics["seconds"] = round(self._last - last, 4)

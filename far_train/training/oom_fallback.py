@@ -1,4 +1,4 @@
-"""Computing less of a training step at once where memory runs out: the same step, in more passes."""
+"""When a training step runs out of memory, compute the same step again in smaller parts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import nn
 
 from ..models.layers import set_checkpointing
 from ..utils.errors import OutOfMemory
-from ..utils.out_of_memory import give_back, out_of_memory, reason_of
+from ..utils.out_of_memory import empty_cache, out_of_memory, reason_of
+from .memory_plan import MemoryPlan
 
 log = logging.getLogger(__name__)
 
@@ -18,43 +19,45 @@ T = TypeVar("T")
 
 
 class OomFallback:
-    """How much of a step is computed at once: ``micro_batch`` samples (None: all), ``checkpointing`` in the UNet.
+    """Runs steps by a memory plan, which it tightens for the rest of the run whenever memory runs out.
 
-    Starts as the settings say and becomes thriftier, for the rest of the run, whenever memory runs out: first by
-    gradient checkpointing, then by halving the samples at once. The step stays the same but for rounding.
+    First it switches on gradient checkpointing, then it halves the micro-batch. The step stays the same but for
+    rounding.
     """
 
-    def __init__(self, unet: nn.Module, micro_batch: int | None, checkpointing: bool):
+    def __init__(self, unet: nn.Module, plan: MemoryPlan):
         self._unet = unet
-        self.micro_batch = micro_batch
-        self.checkpointing = checkpointing
-        set_checkpointing(unet, checkpointing)
+        self.use(plan)
+
+    def use(self, plan: MemoryPlan) -> None:
+        """Follow ``plan`` from now on."""
+        self.plan = plan
+        set_checkpointing(self._unet, plan.checkpointing)
 
     def run(self, compute: Callable[[int], T], samples: int) -> T:
-        """``compute(samples at once)``, from the start again with less at once where memory runs out.
+        """``compute(micro_batch)``, started over with a tighter plan when memory runs out.
 
-        Raises OutOfMemory when not even one sample at a time fits.
+        Raises OutOfMemory if not even one sample at a time fits.
         """
         while True:
-            size = min(self.micro_batch or samples, samples)
+            micro_batch = min(self.plan.micro_batch, samples)
             try:
-                return compute(size)
+                return compute(micro_batch)
             except (MemoryError, RuntimeError) as e:
                 if not out_of_memory(e):
                     raise
                 reason = reason_of(e)
-            # Only here, since an exception's traceback holds the tensors of the step that failed.
-            self._spend_less(size, reason)
+            # Outside of the except block, since the traceback of an exception holds the tensors of the failed step.
+            empty_cache()
+            self._tighten(micro_batch, reason)
 
-    def _spend_less(self, size: int, reason: str) -> None:
-        give_back()
-        if not self.checkpointing:
-            self.checkpointing = True
-            set_checkpointing(self._unet, True)
+    def _tighten(self, micro_batch: int, reason: str) -> None:
+        if not self.plan.checkpointing:
+            self.use(MemoryPlan(self.plan.micro_batch, checkpointing=True))
             log.warning("Memory ran out (%s): going on with gradient checkpointing, which takes longer.", reason)
-        elif size > 1:
-            self.micro_batch = size // 2
-            log.warning("Memory ran out (%s): going on with %d samples at once.", reason, self.micro_batch)
+        elif micro_batch > 1:
+            self.use(MemoryPlan(micro_batch // 2, checkpointing=True))
+            log.warning("Memory ran out (%s): going on with %d samples at once.", reason, self.plan.micro_batch)
         else:
             raise OutOfMemory(
                 f"a training step doesn't fit into memory, even one sample at a time ({reason}); what is done is kept "

@@ -1,49 +1,38 @@
-"""The training recipe, to be read from top to bottom: set up, train, save, clean up.
+"""The training recipe: set up, take steps, save, clean up. Read ``train`` first, then ``TrainingRun.fit``.
 
-``train`` is the one entry. What is stopped, killed or out of power goes on from its last checkpoint with
-``resume=True`` and ends, on the CPU, in the same bits. Under ``torchrun`` several processes share each step.
+What one step does is in :mod:`step`, what a run needs before it in :mod:`build`. A run that was stopped or killed
+resumes from its last checkpoint with ``resume=True``; on the CPU its result is the same to the bit. Under ``torchrun``
+several processes share each step.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 from ..data.captions import default_prompts
 from ..data.concepts import TrainingSet
 from ..data.images import save_picture
-from ..models.adapters import Adapter, inject_adapter, set_learning_rates
-from ..models.attention_maps import AttentionRecorder, layer_stride, supervised_layers
 from ..models.base import BaseModel
-from ..models.conditioning import TextConditioner
-from ..models.layers import set_checkpointing, set_compiled, uncompiled
-from ..models.sampling import check_size, draw_pictures
-from ..models.tokens import Vocabulary
+from ..models.layers import uncompiled
+from ..models.sampling import draw_pictures
+from ..models.settings import SampleConfig
 from ..models.weights import FarWeights, Provenance
-from ..utils.config import SampleConfig, TrainConfig
-from ..utils.devices import choose_device
-from ..utils.errors import BaseModelError, ConfigError, DatasetError, Interrupted
-from ..utils.files import check_space
+from ..utils.errors import Interrupted
 from ..utils.out_of_memory import skip_without_memory
-from . import losses
+from .build import build_run
 from .callbacks import Callbacks
-from .checkpoints import checkpoint_bytes, load_checkpoint, save_checkpoint
-from .class_images import with_class_pictures
+from .checkpoints import save_checkpoint
 from .distributed import World
-from .latent_cache import Batch, draw_batch, encode_pool, slice_batch
-from .memory_plan import plan_memory
 from .metrics import Readback, StepReports
-from .oom_fallback import OomFallback
-from .run_folder import METRICS_FILE, WEIGHTS_FILE, MetricsLog, cut_metrics, open_run, run_identity
+from .run_folder import METRICS_FILE, WEIGHTS_FILE, MetricsLog
+from .settings import TrainConfig
+from .step import take_step
 
-PATIENCE = 3  # non-finite steps in a row that end a run
-FP16_SCALE = 2.0**12  # of the loss at first; each overflow halves it, and is then no failure
+MAX_NON_FINITE_STEPS = 3  # in a row, after which a run ends
 
 
 def train(
@@ -57,26 +46,37 @@ def train(
     keep_base: bool = True,
     callbacks: Callbacks = Callbacks(),
 ) -> FarWeights:
-    """Teach ``base`` the concepts of ``training_set``; the base comes back as it was.
+    """Teach ``base`` the concepts of ``training_set``; afterwards the base is as it was.
 
-    ``start``: weights of the same base to learn on from; new concepts may join them. ``keep_base``: False for a base
-    that nobody needs afterwards: it stays on the training device in the training's precision, and no memory is spent
-    on its original weights.
+    ``start``: weights of the same base to continue from; new concepts may join them. ``keep_base``: False for a base
+    that is not needed afterwards. It then stays on the training device in the precision of the training, and no memory
+    is spent on its original weights.
     ``run_folder`` gets run.json, metrics.jsonl, checkpoints, samples and ``weights.safetensors``. Raises Interrupted
     when ``should_stop`` says so (after saving), TrainingDiverged, OutOfMemory, or errors of dataset and disk.
     """
-    with World.current().failing_together():
-        run = TrainingRun(base, training_set, config, Path(run_folder), resume, callbacks, start, keep_base)
-        try:
-            run.set_up()
-            run.fit()
-            return run.save_weights()
-        finally:
-            run.clean_up()
+    with (
+        World.current().failing_together(),
+        TrainingRun(
+            base,
+            training_set,
+            config,
+            Path(run_folder),
+            start=start,
+            resume=resume,
+            keep_base=keep_base,
+            callbacks=callbacks,
+        ) as run,
+    ):
+        run.fit()
+        return run.save_weights()
 
 
 class TrainingRun:
-    """One training from beginning to end; see :func:`train`."""
+    """A training that is set up and can be taken step by step, as estimates, benchmarks and tests do.
+
+    The arguments are those of :func:`train`. ``state`` is what the run holds, ``readback`` the metrics of its steps.
+    Use it as a context manager or close it: until then its adapter is installed in the base.
+    """
 
     def __init__(
         self,
@@ -84,256 +84,128 @@ class TrainingRun:
         training_set: TrainingSet,
         config: TrainConfig,
         folder: Path,
-        resume: bool = False,
-        callbacks: Callbacks = Callbacks(),
+        *,
         start: FarWeights | None = None,
+        resume: bool = False,
         keep_base: bool = True,
+        callbacks: Callbacks = Callbacks(),
     ):
-        if TextConditioner(base).has_placeholders:
-            raise BaseModelError(
-                "base: FaR weights are applied to it; load it anew, or train outside of 'with applied_weights'. "
-                "To train on from weights, give them as start (continue_from)"
+        self.callbacks = callbacks
+        with ExitStack() as undo:
+            self.state = build_run(
+                undo,
+                base,
+                training_set,
+                config,
+                folder,
+                start=start,
+                resume=resume,
+                keep_base=keep_base,
+                callbacks=callbacks,
             )
-        if not training_set.composite_count():
-            raise DatasetError("dataset: it holds no composites; fuse at least one")
-        check_size(base, training_set.size, training_set.size)
-        if start is not None:
-            start.check_fits(base)
-        self.base, self.training_set, self.config = base, training_set, config
-        self.folder, self.callbacks, self.start, self.keep_base = folder, callbacks, start, keep_base
-        self.placed = ExitStack()  # undoes what set_up does to the base's weights
-        self.steps = config.steps_for(len(training_set.names))
-        self.vocabulary = Vocabulary(base.tokenizer, training_set.names, base.tokenizer_size, config.vectors_per_token)
-        self.device, self.dtype = choose_device(config.device, config.precision)
-        self.trainables: Adapter | None = None
-        self.recorder: AttentionRecorder | None = None
-        self.world = World.current()
-        if config.batch_size < self.world.size:
-            raise ConfigError(f"batch_size: {config.batch_size} composites are too few for {self.world.size} processes")
-        if self.world.writes:
-            open_run(folder, run_identity(base, training_set, config, start), resume)
-        self.world.wait()
+            self._undo = undo.pop_all()
+        self.readback = Readback(self.state.device)
 
-    # ---- set up
+    def __enter__(self) -> TrainingRun:
+        return self
 
-    def set_up(self) -> None:
-        """Draw missing class pictures, encode the pool, put the learning parameters in, restore a checkpoint."""
-        config, base = self.config, self.base
-        if self.keep_base:
-            self.placed.enter_context(base.placed(self.device, self.dtype))
-        else:
-            base.to(self.device, self.dtype)
-        if config.prior_batch_size and not self.training_set.prior_count():
-            folder, report = self.folder / "priors", self._reporter("class pictures")
-            self.training_set = with_class_pictures(self.training_set, base, config, folder, report)
-        side = self.training_set.size // base.downscale
-        layers = supervised_layers(base.unet, side, side, config.attention_cells)
-        stride = layer_stride(layers[0], len(base.unet.config.block_out_channels))
-        seed, report = config.train_seed, self._reporter("encoding")
-        self.pools = encode_pool(self.training_set, base, self.vocabulary, stride, seed=seed, on_progress=report)
-        self.alphas_cumprod = base.alphas_cumprod.to(self.device)
-        self.conditioner = TextConditioner(base, [sample.prompt for pool in self.pools for sample in pool])
-        self.trainables = inject_adapter(base, self.vocabulary, config)
-        if self.start is not None:
-            self.trainables.start_from(self.start)
-        if config.refinement_weight > 0:
-            self.recorder = AttentionRecorder(base.unet, layers)
-        samples_per_step = config.batch_size + (config.prior_batch_size if self.pools[1] else 0)
-        self.optimizer = self.trainables.optimizer(config, samples_per_step)
-        # The scaler also skips a step that isn't finite, without asking the host; only fp16 needs a scale for that.
-        self.first_scale = FP16_SCALE if self.dtype == torch.float16 else 1.0
-        self.scaler = torch.amp.GradScaler(self.device.type, self.first_scale)
-        self.readback = Readback(self.device)
-        check_space(self.folder, checkpoint_bytes(self.trainables.named_parameters()))
-        self.scaler_state = nn.Parameter(torch.tensor([self.first_scale, 0.0]), requires_grad=False)
-        self.step = load_checkpoint(self.folder / "checkpoints", self._saved(), self.optimizer)
-        if self.dtype == torch.float16:
-            scale, growth = self.scaler_state.tolist()
-            self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": scale, "_growth_tracker": int(growth)})
-        if self.world.writes:
-            cut_metrics(self.folder / METRICS_FILE, self.step)
-        self.thrift = self._plan_memory(-(-samples_per_step // self.world.size))
-        if config.compile:  # after the trial, whose one sample is a size of its own
-            set_compiled(base.unet, True)
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
 
-    def _plan_memory(self, samples: int) -> OomFallback:
-        """Choose how many of this process's samples run at once, and whether the UNet is checkpointed."""
+    def close(self) -> None:
+        """Leave the base as it was found."""
+        self._undo.close()
 
-        def one_sample(checkpointing: bool) -> None:
-            set_checkpointing(self.base.unet, checkpointing)
-            self.backward(slice_batch(self._draw(), 0, 1).to(self.device))
-            self.optimizer.zero_grad(set_to_none=True)
-
-        plan = plan_memory(self.config, samples, self.device, one_sample)
-        return OomFallback(self.base.unet, plan.micro_batch, plan.checkpointing)
-
-    def _reporter(self, phase: str) -> Callable[[int, int], None]:
-        def report(done: int, total: int) -> None:
-            self.callbacks.on_phase(phase, done, total)
-            self._check_stop(phase)
-
-        return report
-
-    def _check_stop(self, phase: str) -> None:
-        if self.callbacks.should_stop():
-            raise Interrupted(f"stopped in the phase '{phase}'; resume the run to go on")
-
-    # ---- train
-
-    def fit(self) -> None:
-        """All remaining steps, with checkpoints and sample pictures."""
-        saved, patience = self.step, PATIENCE + int(math.log2(self.first_scale))
-        with MetricsLog(self.folder / METRICS_FILE) if self.world.writes else nullcontext() as history:
-            reports = StepReports(self.readback, history, self.callbacks.on_step, patience)
-            while self.step < self.steps:
-                if self.world.any(self.callbacks.should_stop()):
-                    reports.pass_on(all=True)
-                    if saved != self.step and self.world.writes:
-                        self._save_checkpoint()
-                    raise Interrupted(f"stopped at step {self.step} of {self.steps}, which is saved; resume to go on")
-                self.take_step()
-                save = self.step % self.config.save_every == 0 or self.step == self.steps
-                sample = bool(self.config.sample_every) and self.step % self.config.sample_every == 0
-                reports.pass_on(all=save or sample)
-                if save and self.world.writes:
-                    self._save_checkpoint()
-                    saved = self.step
-                if sample and self.world.writes:
-                    with suppress(Interrupted), skip_without_memory("the sample pictures"):  # a stop is met above
-                        self._sample()
-                reports.start_clock()
-
-    def train_step(self) -> dict[str, Any]:
-        """Take one step and wait for its metrics."""
-        self.take_step()
-        return self.readback.take(all=True)[-1][1]
+    # ---- steps
 
     def take_step(self) -> None:
-        """Queue one optimizer step without waiting for it; a gradient that isn't finite leaves all as it is."""
-        batch = slice_batch(self._draw(), self.world.rank, None, self.world.size)
+        """Queue one optimizer step and the copy of its metrics into ``readback``, without waiting for either."""
+        metrics = take_step(self.state)
+        self.readback.put(self.state.step, metrics)
 
-        def gradient(size: int) -> Tensor:
-            self.optimizer.zero_grad(set_to_none=True)
-            starts = range(0, len(batch.latents), size)
-            parts = [self.backward(slice_batch(batch, i, i + size).to(self.device)) for i in starts]
-            return torch.stack(parts).sum(0)
+    def train_step(self) -> dict[str, Any]:
+        """Take one optimizer step and wait for its metrics."""
+        self.take_step()
+        return self.readback.drain()[-1][1]
 
-        shares = self.thrift.run(gradient, len(batch.latents))
-        self.world.wait()  # where a process failed before its part of the sum, nobody shall wait for it
-        self.world.sum([shares, *self.trainables.gradients()])
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.trainables.named_parameters().values(), self.config.grad_clip)
-        set_learning_rates(self.optimizer, self.step, self.steps, self.config.lr_decay)
-        self.scaler.step(self.optimizer)
-        self.scaler.update(None if self.dtype == torch.float16 else self.first_scale)
-        self.trainables.cap_norms()
-        self.step += 1
-        self.readback.put(self.step, torch.cat([shares, norm[None]]))
+    def fit(self) -> None:
+        """Take all remaining steps, with checkpoints and sample pictures."""
+        state, config, is_main = self.state, self.state.config, self.state.world.is_main_process
+        saved_step = state.step
+        max_non_finite = MAX_NON_FINITE_STEPS + int(math.log2(state.scaler.initial_scale))  # fp16 first finds its scale
+        with MetricsLog(state.folder / METRICS_FILE) if is_main else nullcontext() as history:
+            reports = StepReports(self.readback, history, self.callbacks.on_step, max_non_finite)
+            while state.step < state.steps:
+                if state.world.any_process(self.callbacks.should_stop()):
+                    reports.flush()
+                    if saved_step != state.step and is_main:
+                        self.save_checkpoint()
+                    raise Interrupted(f"stopped at step {state.step} of {state.steps}, which is saved; resume to go on")
+                self.take_step()
+                save = state.step % config.save_every == 0 or state.step == state.steps
+                sample = bool(config.sample_every) and state.step % config.sample_every == 0
+                if save or sample:
+                    reports.flush()
+                else:
+                    reports.report()
+                if save and is_main:
+                    self.save_checkpoint()
+                    saved_step = state.step
+                if sample and is_main:
+                    # An interruption only ends the drawing here; the loop sees it at the next step.
+                    with suppress(Interrupted), skip_without_memory("the sample pictures"):
+                        self._draw_samples()
+                reports.start_clock()
 
-    def _draw(self) -> Batch:
-        counts = (self.config.batch_size, self.config.prior_batch_size)
-        return draw_batch(self.pools, counts, len(self.alphas_cumprod), seed=self.config.train_seed, step=self.step)
-
-    def backward(self, batch: Batch) -> Tensor:
-        """Add the gradient of one part of the step's batch (method.md, section 3).
-
-        Returns the part's share [4] of the step's loss, denoising, refinement and prior terms: the shares of all
-        parts add up to the whole, whatever the cut.
-        """
-        config = self.config
-        alphas = self.alphas_cumprod[batch.timesteps]
-        noisy, target = losses.add_noise(batch.latents, batch.noise, alphas, self.base.prediction_type)
-        instance = batch.is_instance / config.batch_size
-        prior = ~batch.is_instance / max(config.prior_batch_size, 1)
-        select = torch.cat([batch.token_select, batch.noun_select], 1)
-        conditioning = self.conditioner.encode(batch.prompts, (self.training_set.size,) * 2)
-        context = conditioning.context
-        recording = self.recorder.recording(select) if self.recorder else nullcontext()
-        with recording, self.trainables.prepared_for(context):
-            more = conditioning.unet_kwargs()
-            prediction = self.base.unet(noisy.to(context.dtype), batch.timesteps, context, **more).sample
-            weight = losses.subject_weight(batch.cell_masks, config.background_weight, config.per_mention)
-            weight = torch.where(batch.is_instance[:, None, None, None], weight, 1.0)
-            snr = losses.min_snr_weight(alphas, self.base.prediction_type, config.min_snr_gamma)
-            error = snr * losses.denoising_loss(prediction, target, weight)
-            refinement = self._refinement(batch) if self.recorder else torch.zeros_like(error)
-            schedule = losses.refinement_schedule(alphas, self.step, self.steps, config.refinement_ramp)
-            denoising_share, prior_share = (instance * error).sum(), (prior * error).sum()
-            loss = denoising_share + config.prior_weight * prior_share
-            loss = loss + config.refinement_weight * (instance * schedule * refinement).sum()
-            self.scaler.scale(loss).backward()
-        return torch.stack([loss, denoising_share, (instance * refinement).sum(), prior_share]).detach()
-
-    def _refinement(self, batch: Batch) -> Tensor:
-        """Localized Refinement [B] of the pass just recorded; 0 for samples without mentions."""
-        token_maps, noun_maps = self.recorder.maps(*batch.latents.shape[-2:]).chunk(2, 1)
-        return losses.refinement_loss(
-            token_maps,
-            noun_maps,
-            batch.map_masks,
-            batch.is_concept,
-            batch.is_mention,
-            noun_weight=self.config.noun_weight,
-            competition_weight=self.config.competition_weight,
-            localization=self.config.localization,
-            per_mention=self.config.per_mention,
-        )
-
-    # ---- save, clean up
-
-    def _saved(self) -> dict[str, nn.Parameter]:
-        """What a checkpoint holds beside the optimizer's moments; fp16 also has a loss scale, which changes."""
-        scaler = {"scaler": self.scaler_state} if self.dtype == torch.float16 else {}
-        return {**self.trainables.named_parameters(), **scaler}
-
-    def _save_checkpoint(self) -> None:
-        state = self.scaler.state_dict()
-        if state:  # empty where the scaler is off, as where fp16 was asked for without a GPU to scale on
-            self.scaler_state.copy_(torch.tensor([state["scale"], float(state["_growth_tracker"])]))
-        folder, keep = self.folder / "checkpoints", self.config.keep_checkpoints
-        save_checkpoint(folder, self.step, self._saved(), self.optimizer, keep)
-
-    def _sample(self) -> None:
-        prompts = self.config.sample_prompts or default_prompts(self.training_set.names)
-        settings = SampleConfig(sampling_steps=self.config.sample_steps, sample_batch=1)
-        size, check = (self.training_set.size,) * 2, lambda *_: self._check_stop("sample pictures")
-        with uncompiled(self.base.unet):
-            pictures = draw_pictures(self.base, self.vocabulary, prompts, settings, size=size, on_progress=check)
+    def _draw_samples(self) -> None:
+        state = self.state
+        prompts = state.config.sample_prompts or default_prompts(state.training_set.names)
+        settings = SampleConfig(sampling_steps=state.config.sample_steps, sample_batch=1)
+        with uncompiled(state.base.unet):
+            pictures = draw_pictures(
+                state.base,
+                state.vocabulary,
+                prompts,
+                settings,
+                size=(state.training_set.size, state.training_set.size),
+                on_progress=lambda *_: self.callbacks.check_stop("sample pictures"),
+            )
         for i, picture in enumerate(pictures):
-            save_picture(self.folder / "samples" / f"step-{self.step:06d}-{i}.png", picture)
-        self.callbacks.on_samples(self.step, prompts, pictures)
+            save_picture(state.folder / "samples" / f"step-{state.step:06d}-{i}.png", picture)
+        self.callbacks.on_samples(state.step, prompts, pictures)
+
+    # ---- files
+
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint, and delete those beyond ``keep_checkpoints``. Raises OutputError."""
+        state, keep = self.state, self.state.config.keep_checkpoints
+        save_checkpoint(state.checkpoints, state.step, state.saved(), state.optimizer, keep)
 
     def save_weights(self) -> FarWeights:
-        """Write the weights file that a finished run is known by."""
-        names, embeddings = self.training_set.names, {}
-        encoders = self.base.family.comfy_names
+        """The weights learned so far; the main process writes their file, by which a finished run is known."""
+        state = self.state
+        names, embeddings = state.training_set.names, {}
+        encoders = state.base.family.comfy_names
         for name in names:
-            own = list(self.vocabulary.rows(name.token))
-            embeddings[name.token] = {e: rows.detach().cpu()[own] for e, rows in zip(encoders, self.trainables.rows)}
-        deltas, low_rank_deltas = self.trainables.export_state()
+            own = list(state.vocabulary.rows(name.token))
+            embeddings[name.token] = {e: rows.detach().cpu()[own] for e, rows in zip(encoders, state.adapter.rows)}
+        deltas, low_rank_deltas = state.adapter.export_state()
         weights = FarWeights(
             embeddings=embeddings,
             deltas=deltas,
             low_rank_deltas=low_rank_deltas,
             provenance=Provenance(
-                family=self.base.family.key,
-                base_digest=self.base.digest,
-                prediction_type=self.base.prediction_type,
+                family=state.base.family.key,
+                base_digest=state.base.digest,
+                prediction_type=state.base.prediction_type,
                 nouns={n.token: n.noun for n in names},
-                steps=self.step,
-                size=self.training_set.size,
-                config=self.config.replace(prior_cache=None).to_dict(),  # files travel; this user's folders don't
+                steps=state.step,
+                size=state.training_set.size,
+                config=state.config.replace(
+                    class_image_cache=None
+                ).to_dict(),  # files travel; this user's folders don't
             ),
         )
-        if self.world.writes:
-            weights.save(self.folder / WEIGHTS_FILE)
+        if state.world.is_main_process:
+            weights.save(state.folder / WEIGHTS_FILE)
         return weights
-
-    def clean_up(self) -> None:
-        """Leave the base as it was found."""
-        for installed in filter(None, (self.recorder, self.trainables)):
-            installed.remove()
-        set_checkpointing(self.base.unet, False)
-        if self.config.compile:
-            set_compiled(self.base.unet, False)
-        self.placed.close()

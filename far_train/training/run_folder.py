@@ -1,4 +1,4 @@
-"""Run folders: what makes two runs the same, and the metrics that a run leaves."""
+"""Run folders: their identity (which runs are the same), and their metrics file."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from typing import Any, Protocol
 
 from ..data.concepts import TrainingSet
 from ..models.weights import FarWeights
-from ..utils.config import SCHEMA_VERSION, TrainConfig
+from ..utils.config import SCHEMA_VERSION
 from ..utils.errors import CheckpointError, OutputError
 from ..utils.files import make_folder, parse_json, remove_leftovers, write_json, write_text
+from .settings import TrainConfig
 
 RUN_FILE = "run.json"
 WEIGHTS_FILE = "weights.safetensors"
@@ -23,7 +24,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class IdentifiedBase(Protocol):
-    """What tells one base from another: a :class:`BaseModel`, or what a host knows of one without building it."""
+    """What identifies a base model: a :class:`BaseModel`, or what a host knows about one without building it."""
 
     @property
     def fingerprint(self) -> str: ...
@@ -35,9 +36,9 @@ class IdentifiedBase(Protocol):
 def run_identity(
     base: IdentifiedBase, training_set: TrainingSet, config: TrainConfig, start: FarWeights | None = None
 ) -> dict[str, Any]:
-    """What decides a run's result, as JSON types: two runs with equal identities learn the same.
+    """Everything that decides a run's result, as JSON types: runs with equal identities learn the same.
 
-    ``start``: the weights that it continues from, if any.
+    ``start``: the weights that the run continues from, if any.
     """
     identity = {
         "schema": SCHEMA_VERSION,
@@ -54,7 +55,7 @@ def run_identity(
 def find_run(parent: Path, name: str, identity: dict[str, Any]) -> tuple[Path, bool]:
     """The folder of the run with this identity among ``parent``/NAME, NAME-2, …, and whether it is finished.
 
-    Without such a run, the first free name: what another run has written is never touched, and no link is followed.
+    Without such a run, it is the first unused name: files of other runs are never touched, and no link is followed.
     """
     for folder, begun in _runs_of_name(parent, name):
         if begun is not None and begun == identity:
@@ -63,9 +64,9 @@ def find_run(parent: Path, name: str, identity: dict[str, Any]) -> tuple[Path, b
 
 
 def what_changed(parent: Path, name: str, identity: dict[str, Any]) -> tuple[str, list[str]] | None:
-    """The newest run among ``parent``/NAME, NAME-2, … and what ``identity`` has otherwise, in words; None without any.
+    """The newest run among ``parent``/NAME, NAME-2, … and how ``identity`` differs from it, in words; None without one.
 
-    For a run that begins though others have its name: why none of them goes on.
+    It tells the user why a new run begins although others have its name.
     """
     begun = [(folder.name, run) for folder, run in _runs_of_name(parent, name) if isinstance(run, dict)]
     if not begun:
@@ -75,9 +76,9 @@ def what_changed(parent: Path, name: str, identity: dict[str, Any]) -> tuple[str
 
 
 def _runs_of_name(parent: Path, name: str) -> Iterator[tuple[Path, Any]]:
-    """The folders ``parent``/NAME, NAME-2, … with their runs' identities; None where it is no run, last the free one.
+    """The folders ``parent``/NAME, NAME-2, … with the identities of their runs, up to the first unused name.
 
-    Links are left out: they may lead anywhere.
+    The identity is None for a folder that is no run. Links are skipped, since they may lead anywhere.
     """
     for number in itertools.count(1):
         folder = parent / (name if number == 1 else f"{name}-{number}")
@@ -117,7 +118,7 @@ def open_run(folder: Path, identity: dict[str, Any], resume: bool) -> None:
 
 
 class MetricsLog:
-    """metrics.jsonl, open for more lines; a context manager. Raises OutputError."""
+    """A metrics.jsonl that lines are appended to; a context manager. Raises OutputError."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -148,13 +149,13 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def cut_metrics(path: Path, step: int) -> None:
-    """Drop the lines after ``step``: a killed run took those steps after its last checkpoint and takes them again."""
+    """Drop the lines after ``step``: a killed run took those steps after its last checkpoint, and repeats them."""
     if path.exists():
         write_text(path, "".join(f"{json.dumps(m)}\n" for m in read_metrics(path) if m["step"] <= step))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics.jsonl; a last line cut off by a crash is left out."""
+    """Lines of a metrics.jsonl; a last line that a crash cut off is skipped."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -165,10 +166,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _differences(begun: Any, now: Any, name: str = "") -> list[str]:
-    """What differs between two run identities, in words."""
+    """How two run identities differ, in words."""
     if name == "base" and isinstance(begun, dict) and "digest" in begun:
         return ["base (that run is of an earlier version of FaR, which identified a base by part of its weights)"]
     if isinstance(begun, dict) and isinstance(now, dict):
+        if name == "config":  # kept under the settings' first names
+            begun, now = TrainConfig.current_names(begun), TrainConfig.current_names(now)
         return [d for k in {**begun, **now} for d in _differences(begun.get(k), now.get(k), f"{name}.{k}".lstrip("."))]
     if begun == now:
         return []

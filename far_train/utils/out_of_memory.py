@@ -1,4 +1,4 @@
-"""Memory that ran out: recognized, given back, and worked around with smaller batches or on the CPU."""
+"""Out of memory: how to recognize it, and how to go on with smaller batches or on the CPU."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def reason_of(error: BaseException) -> str:
     return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
 
 
-def give_back() -> None:
-    """Return cached memory to the device, after what failed for want of it."""
+def empty_cache() -> None:
+    """Return memory that PyTorch caches to the device, after something failed for want of it."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -74,7 +74,7 @@ def in_batches(compute: Callable[[range], list[T]], count: int, size: int, what:
             if not out_of_memory(e):
                 raise
             reason = reason_of(e)
-        give_back()  # here, since the traceback of an exception holds the tensors of what failed
+        empty_cache()  # here, since the traceback of an exception holds the tensors of what failed
         if len(batch) == 1:
             raise OutOfMemory(
                 f"{what} don't fit into memory, even one at a time ({reason}). Close other programs, or choose a "
@@ -94,6 +94,6 @@ def with_less_memory(vae: nn.Module, compute: Callable[[], T]) -> T:
             raise
         reason = reason_of(e)
     nn.Module.to(vae, device="cpu")
-    give_back()
+    empty_cache()
     log.warning("Memory ran out (%s): the VAE continues on the CPU, which is slower.", reason)
     return compute()

@@ -109,11 +109,11 @@ def test_priors_and_backgrounds_with_their_words(comfy: ComfyServer, folders: di
     assert node_id == "50" and "3 lines for 2 backgrounds" in words
 
 
-def test_recipes_can_be_weighted(comfy: ComfyServer, folders: dict[str, str]):
+def test_layouts_can_be_weighted(comfy: ComfyServer, folders: dict[str, str]):
     outputs = comfy.run(fusing(comfy, folders, original=0.0, solo=0.0, pair=0.7))
-    assert "recipes: pair 100%" in report(outputs)
+    assert "layouts: pair 100%" in report(outputs)
     outputs = comfy.run(fusing(comfy, folders, pair=0.0))
-    assert "recipes: original 29%, solo 71%" in report(outputs)
+    assert "layouts: original 29%, solo 71%" in report(outputs)
     node_id, words = refusal(comfy, fusing(comfy, folders, **dict.fromkeys(AUTOMATIC, 0.0)))
     assert node_id == "50" and "all shares are 0" in words
 

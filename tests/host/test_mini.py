@@ -23,7 +23,7 @@ from far_train.models.layers import kv_weights
 from far_train.models.weights import FarWeights, Provenance
 from far_train.training.recipe import train
 from far_train.training.run_folder import read_metrics
-from far_train.utils.config import TrainConfig
+from far_train.training.settings import TrainConfig
 
 from .comfy_server import ComfyServer, PromptRejected
 from .graphs import defaults, encoded, node, predicted

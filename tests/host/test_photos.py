@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from far_train.data.images import load_photo
 from far_train.data.sam import load_sam
+from far_train.data.settings import ExtractConfig
 from far_train.data.subjects import SubjectExtractor
-from far_train.utils.config import ExtractConfig
 from far_train.utils.errors import SubjectError
 
 from ..tiny_sam import save_tiny, tiny_sam

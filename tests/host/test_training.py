@@ -15,12 +15,13 @@ from torch import nn
 
 from far_train.data.concepts import ClassPicture, Concept
 from far_train.data.fusion import ConceptFusion
+from far_train.data.settings import FusionConfig
 from far_train.models.layers import kv_layers, kv_weights
 from far_train.models.loading import load_base
 from far_train.models.weights import FarWeights
 from far_train.training.recipe import train
 from far_train.training.run_folder import read_metrics
-from far_train.utils.config import FusionConfig, TrainConfig
+from far_train.training.settings import TrainConfig
 
 from .comfy_server import ComfyServer, ExecutionFailed, Host
 from .graphs import defaults, encoded, node, predicted
@@ -169,7 +170,7 @@ def test_the_graph_learns_what_the_library_learns(comfy: ComfyServer, tmp_path: 
     comfy.run(prompt)
     folder = run_folder(comfy, f"in-graph-{trainable}")
     base = load_base(comfy.folder("output") / "trained-on.safetensors", config=diffusers_configs())
-    config = TrainConfig(**settings, steps=3, batch_size=1, sample_every=0, device="cpu")
+    config = TrainConfig.from_dict({**settings, "steps": 3, "batch_size": 1, "sample_every": 0, "device": "cpu"})
     weights = train(base, balls(), config, tmp_path / "run")
 
     theirs, ours = read_metrics(folder / "metrics.jsonl"), read_metrics(tmp_path / "run" / "metrics.jsonl")

@@ -19,9 +19,9 @@ from far_train.models.export import export_lora
 from far_train.models.families import SD21
 from far_train.models.layers import attention_projections, kv_weights
 from far_train.models.loading import load_base, packaged_configs
+from far_train.models.settings import SampleConfig
 from far_train.models.tokens import noun_embedding
 from far_train.models.weights import FarWeights, LowRankDelta, Provenance
-from far_train.utils.config import SampleConfig
 
 from .comfy_server import ComfyServer, ExecutionFailed, PromptRejected
 from .graphs import encoded, node, predicted, tiny_base

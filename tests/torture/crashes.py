@@ -26,12 +26,13 @@ from safetensors.torch import load_file
 
 from far_train.data.concepts import ClassPicture, Concept
 from far_train.data.fusion import ConceptFusion
+from far_train.data.settings import FusionConfig
 from far_train.mini.tiny import random_states, tiny_configs, write_folder
 from far_train.models.loading import load_base
 from far_train.training import recipe
 from far_train.training.checkpoints import load_checkpoint
 from far_train.training.run_folder import read_metrics
-from far_train.utils.config import FusionConfig, TrainConfig
+from far_train.training.settings import TrainConfig
 
 CONFIG = TrainConfig(
     steps=24, batch_size=1, prior_batch_size=1, save_every=3, sample_every=8, sample_steps=1, attention_cells=8,

@@ -25,6 +25,7 @@ from far_train.data.concepts import ClassPicture, Concept
 from far_train.data.dataset import DatasetFolder, write_dataset
 from far_train.data.fusion import ConceptFusion
 from far_train.data.sam import load_sam
+from far_train.data.settings import FusionConfig
 from far_train.mini.shipped import SAM
 from far_train.mini.tiny import random_states, single_file_state, tiny_configs, write_folder
 from far_train.models.layers import kv_weights
@@ -32,7 +33,7 @@ from far_train.models.loading import load_base
 from far_train.models.weights import FarWeights, Provenance, describe
 from far_train.training.checkpoints import load_checkpoint, save_checkpoint
 from far_train.training.run_folder import find_run
-from far_train.utils.config import SCHEMA_VERSION, FusionConfig
+from far_train.utils.config import SCHEMA_VERSION
 from far_train.utils.errors import FarError
 
 SECONDS = 5.0

@@ -69,12 +69,12 @@ def broken_previews() -> None:
 
 
 FAULTS: dict[str, Callable[[], None]] = {
-    "memory once": lambda: fail(far("far_train.training.recipe").TrainingRun, "backward", out_of_memory, times=2),
-    "memory": lambda: fail(far("far_train.training.recipe").TrainingRun, "backward", out_of_memory),
-    "memory while encoding": lambda: fail(far("far_train.training.recipe"), "encode_pool", out_of_memory),
+    "memory once": lambda: fail(far("far_train.training.step"), "forward_backward", out_of_memory, times=2),
+    "memory": lambda: fail(far("far_train.training.step"), "forward_backward", out_of_memory),
+    "memory while encoding": lambda: fail(far("far_train.training.build"), "cache_latents", out_of_memory),
     "disk": full_disk,
     "preview": broken_previews,
-    "crash": lambda: fail(far("far_train.training.recipe").TrainingRun, "take_step", ZeroDivisionError),
+    "crash": lambda: fail(far("far_train.training.recipe"), "take_step", ZeroDivisionError),
 }
 
 
@@ -101,7 +101,7 @@ def gate(module: str, owner: str, name: str) -> Callable[[], None]:
 GATES = {
     "priors": gate("far_train.training.class_images", "", "draw_pictures"),
     "encoding": gate("far_train.data.fusion", "ConceptFusion", "composite"),
-    "step": gate("far_train.training.recipe", "TrainingRun", "backward"),
+    "step": gate("far_train.training.step", "", "forward_backward"),
     "save": gate("far_train.training.recipe", "", "save_checkpoint"),
     "sampling": gate("far_train.training.recipe", "", "draw_pictures"),
 }

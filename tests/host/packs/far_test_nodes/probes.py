@@ -58,7 +58,7 @@ class Dataset(io.ComfyNode):
 
     @classmethod
     def execute(cls, count: int, fusion_seed: int, priors: int = 2) -> io.NodeOutput:
-        concepts, config = far("far_train.data.concepts"), far("far_train.utils.config")
+        concepts, config = far("far_train.data.concepts"), far("far_train.data.settings")
         balls = {"red-ball": (0.9, 0.1, 0.1), "blue-ball": (0.1, 0.1, 0.9)}
         learned = [
             concepts.Concept(f"<{token}>", "ball", *((part,) for part in disc(colour)))

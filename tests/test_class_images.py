@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from far_train.data.fusion import ConceptFusion
+from far_train.data.settings import FusionConfig
 from far_train.models.base import BaseModel
 from far_train.models.loading import load_base
+from far_train.models.settings import SampleConfig
 from far_train.models.weights import FarWeights
 from far_train.training import class_images
 from far_train.training.class_images import (
@@ -22,15 +24,15 @@ from far_train.training.class_images import (
 )
 from far_train.training.recipe import train
 from far_train.training.run_folder import read_metrics
-from far_train.utils.config import FusionConfig, SampleConfig, TrainConfig
+from far_train.training.settings import TrainConfig
 from far_train.utils.errors import ConfigError
 
-CONFIG = TrainConfig(steps=1, prior_pictures=2, prior_steps=1, sample_every=0, device="cpu")
+CONFIG = TrainConfig(steps=1, num_class_images=2, class_image_steps=1, sample_every=0, device="cpu")
 
 
 def test_runs_with_the_same_inputs_share_them(tiny_folder, concepts, tmp_path: Path, monkeypatch):
     bare = ConceptFusion(concepts, (), (), FusionConfig(size=128, count=2))
-    config = CONFIG.replace(prior_cache=str(tmp_path / "cache"))
+    config = CONFIG.replace(class_image_cache=str(tmp_path / "cache"))
     train(load_base(tiny_folder), bare, config, tmp_path / "one")
     assert not (tmp_path / "one" / "priors").exists()
     pictures = sorted(p.name for p in (tmp_path / "cache").glob("*/ball/*"))
@@ -43,12 +45,12 @@ def test_runs_with_the_same_inputs_share_them(tiny_folder, concepts, tmp_path: P
     train(load_base(tiny_folder), bare, config.replace(steps=2), tmp_path / "two")
     assert read_metrics(tmp_path / "two" / "metrics.jsonl")[0]["prior"] > 0
     with pytest.raises(AssertionError, match="drawn again"):
-        train(load_base(tiny_folder), bare, config.replace(prior_steps=2), tmp_path / "three")
+        train(load_base(tiny_folder), bare, config.replace(class_image_steps=2), tmp_path / "three")
     # The cache is this machine's affair: it shapes no result and doesn't travel with the weights.
     (tmp_path / "cache").rename(tmp_path / "moved")
-    moved = config.replace(prior_cache=str(tmp_path / "moved"))
+    moved = config.replace(class_image_cache=str(tmp_path / "moved"))
     train(load_base(tiny_folder), bare, moved, tmp_path / "one", resume=True)
-    assert FarWeights.load(tmp_path / "two" / "weights.safetensors").provenance.config["prior_cache"] is None
+    assert FarWeights.load(tmp_path / "two" / "weights.safetensors").provenance.config["class_image_cache"] is None
 
 
 def test_the_key_is_of_all_that_shapes_a_picture(base: BaseModel):
@@ -75,7 +77,7 @@ def test_few_steps_are_the_default():
 
 def test_both_samplers_draw_and_differ(base: BaseModel, tmp_path: Path):
     drawn = [
-        class_images.draw_class_pictures(
+        class_images.draw_class_images(
             base, ["ball"], 1, tmp_path / s, SampleConfig(sampler=s, sampling_steps=3), size=128
         )
         for s in ("ddim", "dpm++")

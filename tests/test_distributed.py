@@ -17,10 +17,10 @@ from far_train.data.dataset import write_dataset
 from far_train.models.layers import kv_weights
 from far_train.models.loading import load_base
 from far_train.models.weights import FarWeights
-from far_train.training.distributed import World, joined
+from far_train.training.distributed import World, distributed_context
 from far_train.training.recipe import TrainingRun
 from far_train.training.run_folder import read_metrics
-from far_train.utils.config import TrainConfig
+from far_train.training.settings import TrainConfig
 from far_train.utils.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +53,7 @@ def learn(
 
 
 @pytest.mark.skipif(not distributed.is_available(), reason="this PyTorch comes without torch.distributed")
-@pytest.mark.parametrize(("trainable", "name"), [("kv", "value/kv"), ("attention", "value/low_rank")])
+@pytest.mark.parametrize(("trainable", "name"), [("kv", "value/kv"), ("lora", "value/low_rank")])
 def test_two_processes_learn_what_one_learns(tiny_folder: Path, dataset: Path, tmp_path: Path, trainable, name):
     """Five samples a step, so that the shares differ in size."""
     alone = learn(tiny_folder, dataset, tmp_path / "alone", trainable)
@@ -75,9 +75,9 @@ def test_two_processes_learn_what_one_learns(tiny_folder: Path, dataset: Path, t
 
 def test_alone_nothing_is_joined(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with joined("cpu") as world:
-        assert world == World(0, 1) and world.writes
-        assert world.any(True) and not world.any(False)
+    with distributed_context("cpu") as world:
+        assert world == World(0, 1) and world.is_main_process
+        assert world.any_process(True) and not world.any_process(False)
 
 
 def test_a_batch_smaller_than_the_number_of_processes(base, fusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -92,14 +92,14 @@ import sys
 from pathlib import Path
 from far_train.models.loading import load_base
 from far_train.training.callbacks import Callbacks
-from far_train.utils.config import TrainConfig
+from far_train.training.settings import TrainConfig
 from far_train.data.dataset import DatasetFolder
 from far_train.utils.errors import FarError
-from far_train.training.distributed import joined
+from far_train.training.distributed import distributed_context
 from far_train.training.recipe import train
 
 base, dataset, out = map(Path, sys.argv[1:])
-with joined("cpu") as world:
+with distributed_context("cpu") as world:
     def fail(step, metrics):
         if step == 2 and world.rank == 1:
             raise FarError("the disk is full")

@@ -11,13 +11,14 @@ from torch.utils.checkpoint import checkpoint
 
 from far_train.data.concepts import ClassPicture
 from far_train.data.fusion import ConceptFusion
+from far_train.data.settings import FusionConfig
 from far_train.models.conditioning import TextConditioner
 from far_train.training.estimate import Cost, LiveBytes, measure_cost
-from far_train.utils.config import FusionConfig, TrainConfig
+from far_train.training.settings import TrainConfig
 from far_train.utils.errors import Interrupted
 from far_train.utils.wording import duration, rate, size_in_words
 
-CONFIG = TrainConfig(steps=40, sample_every=10, sample_steps=2, prior_pictures=7, device="cpu")
+CONFIG = TrainConfig(steps=40, sample_every=10, sample_steps=2, num_class_images=7, device="cpu")
 
 
 def test_steps_and_pictures_are_counted(base, fusion):
@@ -82,7 +83,7 @@ def test_live_bytes_by_hand():
 def test_the_words():
     cost = Cost("cuda", 1000, 0.5, 500, 0.1, 200, 3.0, 12, 4.0, 6_100_000_000, 640_000_000)
     assert cost.words.splitlines() == [
-        "class pictures to draw: 200, 10 min",
+        "regularization images to draw: 200, 10 min",
         "pictures to encode: 500, 50 s",
         "steps: 1000, 8 min (0.50 s each)",
         "sample pictures: 12, 48 s",

@@ -1,0 +1,59 @@
+"""What a run holds while it trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..data.concepts import TrainingSet
+from ..models.adapters import Adapter
+from ..models.attention_maps import AttentionRecorder
+from ..models.base import BaseModel
+from ..models.conditioning import TextConditioner
+from ..models.tokens import Vocabulary
+from .distributed import World
+from .latent_cache import LatentCache
+from .loss_scaler import LossScaler
+from .oom_fallback import OomFallback
+from .settings import TrainConfig
+
+
+@dataclass(eq=False)
+class RunState:
+    """Everything that a step needs; :func:`build.build_run` makes it, :func:`step.take_step` advances it.
+
+    ``step`` of ``steps`` are taken. ``training_set`` includes regularization images that the run has drawn.
+    ``alphas_cumprod`` [timesteps] is ᾱ of the noise schedule, on the device. ``recorder`` is None for a run without
+    refinement loss.
+    """
+
+    base: BaseModel
+    training_set: TrainingSet
+    config: TrainConfig
+    folder: Path
+    world: World
+    device: torch.device
+    dtype: torch.dtype
+    steps: int
+    step: int
+    vocabulary: Vocabulary
+    latent_cache: LatentCache
+    conditioner: TextConditioner
+    alphas_cumprod: Tensor
+    adapter: Adapter
+    recorder: AttentionRecorder | None
+    optimizer: torch.optim.Optimizer
+    scaler: LossScaler
+    oom_fallback: OomFallback
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.folder / "checkpoints"
+
+    def saved(self) -> dict[str, nn.Parameter]:
+        """What a checkpoint holds besides the optimizer's moments: the learned parameters and fp16's loss scale."""
+        return {**self.adapter.named_parameters(), **self.scaler.saved()}

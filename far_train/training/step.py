@@ -1,0 +1,116 @@
+"""One optimizer step: sample a batch, run it forward and backward in micro-batches, all-reduce, clip, update.
+
+Nothing in here waits for the device. What differs from step to step reaches :func:`forward_backward` through its
+arguments, and its result stays on the device, so that a GPU can run ahead of the host.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from ..models.adapters import set_learning_rates
+from . import losses
+from .latent_cache import Batch
+from .state import RunState
+
+
+def take_step(state: RunState) -> Tensor:
+    """Take one step; returns its metrics [5] on the device, in the order of ``metrics.NAMES``.
+
+    A gradient that isn't finite changes no parameter. Raises OutOfMemory, ProcessFailed.
+    """
+    world = state.world
+    batch = sample_batch(state)[world.rank :: world.size]
+    terms = state.oom_fallback.run(lambda micro_batch: accumulate_gradients(state, batch, micro_batch), len(batch))
+    world.barrier()  # raises if another process failed; the sum would wait for it forever
+    world.all_reduce_sum([terms, *state.adapter.gradients()])
+    norm = update(state)
+    state.step += 1
+    return torch.cat([terms, norm[None]])
+
+
+def sample_batch(state: RunState) -> Batch:
+    """The batch of the next step on the CPU, the same in every process."""
+    config = state.config
+    counts = (config.batch_size, config.prior_batch_size)
+    timesteps = len(state.alphas_cumprod)
+    return state.latent_cache.sample_batch(counts, timesteps, seed=config.train_seed, step=state.step)
+
+
+def accumulate_gradients(state: RunState, batch: Batch, micro_batch: int) -> Tensor:
+    """Put the gradient of ``batch`` into the parameters, ``micro_batch`` samples at a time; returns its loss terms [4].
+
+    It begins by clearing the gradients, so that a call that ran out of memory can be repeated.
+    """
+    state.optimizer.zero_grad(set_to_none=True)
+    ramp = losses.refinement_ramp(state.step, state.steps, state.config.refinement_ramp)
+    terms = [
+        forward_backward(state, batch[start : start + micro_batch].to(state.device), ramp)
+        for start in range(0, len(batch), micro_batch)
+    ]
+    return torch.stack(terms).sum(0)
+
+
+def forward_backward(state: RunState, batch: Batch, ramp: float) -> Tensor:
+    """Add the gradient of a part of the step's batch (method.md, section 3) to the parameters.
+
+    ``batch`` is on the device; ``ramp`` is the refinement loss's weight in this step. Returns the loss and its
+    denoising, refinement and prior-preservation terms, [4] on the device. All are scaled for the whole step's batch:
+    those of its parts add up to those of the step, however it is divided.
+    """
+    config, prediction_type = state.config, state.base.prediction_type
+    alphas = state.alphas_cumprod[batch.timesteps]
+    noisy, target = losses.add_noise(batch.latents, batch.noise, alphas, prediction_type)
+    # Of each sample in the means over composites and over regularization images.
+    composite_weight = batch.is_instance / config.batch_size
+    prior_loss_weight = ~batch.is_instance / max(config.prior_batch_size, 1)
+    select = torch.cat([batch.token_select, batch.noun_select], 1)
+    conditioning = state.conditioner.encode(batch.prompts, (state.training_set.size,) * 2)
+    context, more = conditioning.context, conditioning.unet_kwargs()
+    recording = state.recorder.recording(select) if state.recorder else nullcontext()
+    with recording, state.adapter.prepared_for(context):
+        prediction = state.base.unet(noisy.to(context.dtype), batch.timesteps, context, **more).sample
+        cell_weight = losses.subject_weight(batch.cell_masks, config.background_weight, config.per_mention)
+        cell_weight = torch.where(batch.is_instance[:, None, None, None], cell_weight, 1.0)
+        snr_weight = losses.min_snr_weight(alphas, prediction_type, config.min_snr_gamma)
+        error = snr_weight * losses.denoising_loss(prediction, target, cell_weight)
+        refinement = refinement_loss(state, batch) if state.recorder else torch.zeros_like(error)
+        schedule = ramp * losses.refinement_timestep_weight(alphas)
+        denoising, prior = (composite_weight * error).sum(), (prior_loss_weight * error).sum()
+        loss = denoising + config.prior_loss_weight * prior
+        loss = loss + config.refinement_weight * (composite_weight * schedule * refinement).sum()
+        state.scaler.scale(loss).backward()  # in this context, since checkpointed layers run forward again
+    return torch.stack([loss, denoising, (composite_weight * refinement).sum(), prior]).detach()
+
+
+def refinement_loss(state: RunState, batch: Batch) -> Tensor:
+    """Localized Refinement [B] of the forward pass just recorded; 0 for samples without mentions."""
+    config = state.config
+    token_maps, noun_maps = state.recorder.maps(*batch.latents.shape[-2:]).chunk(2, 1)
+    return losses.refinement_loss(
+        token_maps,
+        noun_maps,
+        batch.map_masks,
+        batch.is_concept,
+        batch.is_mention,
+        noun_weight=config.noun_weight,
+        competition_weight=config.competition_weight,
+        localization=config.localization,
+        per_mention=config.per_mention,
+    )
+
+
+def update(state: RunState) -> Tensor:
+    """Clip the gradient and apply it; returns its norm before clipping, on the device."""
+    config, optimizer, scaler = state.config, state.optimizer, state.scaler
+    scaler.unscale_(optimizer)
+    norm = clip_grad_norm_(state.adapter.named_parameters().values(), config.max_grad_norm)
+    set_learning_rates(optimizer, state.step, state.steps, config.lr_decay)
+    scaler.step(optimizer)
+    scaler.update_scale()
+    state.adapter.cap_norms()
+    return norm
