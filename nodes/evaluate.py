@@ -192,7 +192,7 @@ def _pieces(mask: Tensor) -> list[Tensor]:
 
 def _coloured(found: Sequence[Tensor], comparison: Comparison, proposed: bool) -> tuple[list[Tensor], list[int | None]]:
     """The masks to show with their concepts' numbers; proposals that were taken for no subject are left out."""
-    owners = {j: i for i, j in enumerate(comparison.matches) if j is not None}
+    owners = {match.index: i for i, match in enumerate(comparison.matches) if match is not None}
     kept = [j for j in range(len(found)) if j in owners or not proposed]
     return [found[j] for j in kept], [owners.get(j) for j in kept]
 

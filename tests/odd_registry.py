@@ -1,4 +1,8 @@
-"""What the registry of odd inputs is written with: a place for each case, and photos and masks as small as can be."""
+"""Registries of odd inputs that users bring, with the exact message or result for each.
+
+A case builds its input, as small as possible, below ``place``, runs the real command line or the library's entry, and
+returns what it found and what is expected. Paths in messages start with ``PLACE``. Add a case for every new oddity.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from PIL import Image
 from far_train.cli.main import main
 from far_train.utils.errors import FarError
 
-Found = tuple[Any, Any]  # what came out, what is right
+Found = tuple[Any, Any]  # what was found, what is expected
 SIDE, SUBJECT = 64, (16, 12, 48, 52)  # a photo's side, and its subject's box
 
 
@@ -29,8 +33,11 @@ class Place:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
+    def log_everything(self) -> None:
+        self._caplog.set_level("INFO")
+
     def run(self, *argv: Any) -> list[str]:
-        """All that a command says but for its progress: warnings, output, error."""
+        """Everything that a command says except for its progress: warnings, output, error."""
         self._caplog.clear()
         self._capsys.readouterr()
         status = main([str(a) for a in argv])
@@ -62,18 +69,23 @@ class Place:
         return self.run("train", "--base", self.base, "--dataset", self / "data", "--out", self / "run", *quick, *flags)
 
 
-CASES: dict[str, Callable[[Place], Found]] = {}
+class Registry:
+    """The cases of one test file, by name; used as a decorator that registers a case."""
 
+    def __init__(self) -> None:
+        self.cases: dict[str, Callable[[Place], Found]] = {}
 
-def odd(name: str) -> Callable:
-    """Register a case."""
+    def __call__(self, name: str) -> Callable[[Callable[[Place], Found]], None]:
+        def register(case: Callable[[Place], Found]) -> None:
+            assert name not in self.cases
+            self.cases[name] = case
 
-    def register(case: Callable[[Place], Found]) -> Callable[[Place], Found]:
-        assert name not in CASES
-        CASES[name] = case
-        return case
+        return register
 
-    return register
+    def check(self, name: str, place: Place) -> None:
+        place.log_everything()
+        found, expected = self.cases[name](place)
+        assert found == expected
 
 
 def mask(box: tuple[int, int, int, int] = SUBJECT, inside: int = 255, outside: int = 0) -> Image.Image:

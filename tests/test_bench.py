@@ -21,7 +21,7 @@ from benchmarks.quality.groups import (
     test_groups,
 )
 from benchmarks.quality.plans import Plan, build_plan
-from benchmarks.quality.rivals import ResizedPhotos, SegMix, ShuffledMasks, TruePairs, TrueScenes, degrade, outline
+from benchmarks.quality.rivals import ResizedPhotos, SegMix, ShuffledMasks, TruePairs, TrueScenes, degrade, refine_masks
 from benchmarks.quality.run import concepts, prompts, reference_places
 from benchmarks.quality.settings import BenchConfig
 from benchmarks.quality.summary import contrasts, per_group, summarise
@@ -57,7 +57,7 @@ def test_pairs_are_as_alike_as_their_kind_says(group):
     assert (first.noun == second.noun) == (group.kind != "classes")
     if group.kind != "classes":
         assert len(differ) in {"near": (1, 2), "far": (4, 5)}[group.kind]
-    assert group.telling == set(differ) - {"noun"}
+    assert group.distinguishing == set(differ) - {"noun"}
 
 
 def test_prompts_never_ask_for_the_places_of_the_photos():
@@ -106,7 +106,7 @@ def test_true_scenes_put_every_mask_on_its_own_subject():
     assert means["bird"][2] > means["bird"][1]  # purple: more blue than green
 
 
-def test_who_stands_in_front_does_not_tell_the_ceiling_who_is_who():
+def test_who_stands_in_front_does_not_tell_the_oracle_arm_who_is_who():
     """The world itself puts the robot with a hat behind the other one in nine scenes of ten."""
     group = dev_groups()[1]
     true = TrueScenes(concepts(group), group.identities, 64, 40, 0)
@@ -146,10 +146,10 @@ def test_degraded_masks_are_off_but_still_on_the_subject():
             assert 0.5 < mask_iou(before > 0.5, after > 0.5) < 0.97
 
 
-def test_sam_mends_degraded_masks(models):
+def test_sam_refines_degraded_masks(models):
     for concept in concepts(PAIR):
-        mended = outline(degrade(concept, 0), models[0])
-        assert all(mask_iou(m > 0.5, exact > 0.5) > 0.93 for m, exact in zip(mended.masks, concept.masks, strict=True))
+        refined = refine_masks(degrade(concept, 0), models[0])
+        assert all(mask_iou(m > 0.5, exact > 0.5) > 0.93 for m, exact in zip(refined.masks, concept.masks, strict=True))
 
 
 def test_arms_differ_from_far_in_what_they_say_and_spend_the_same_budget():
@@ -171,10 +171,10 @@ def test_arms_differ_from_far_in_what_they_say_and_spend_the_same_budget():
 
 def test_arms_ask_for_the_subjects_by_token_in_words_or_by_noun():
     counts = {"joint": 1, "solo": 1, "binding": 1, "prior": 1}
-    asked = {
-        name: [text for _, text, _, _ in bench_run.prompts(PAIR, bench_run.called(*find_arms((name,)), PAIR), counts)]
-        for name in ("far", "words", "floor")
-    }
+    asked = {}
+    for arm in find_arms(("far", "words", "floor")):
+        names = bench_run.names_in_prompts(arm, PAIR)
+        asked[arm.name] = [text for _, text, _, _ in bench_run.prompts(PAIR, names, counts)]
     first, second = (describe(identity) for identity in PAIR.identities)
     assert asked["far"][0].startswith(f"a photo of a <v1> {PAIR.identities[0].noun} and a <v2> ")
     assert asked["words"][0].startswith(f"a photo of {first} and {second}, ")
@@ -301,12 +301,12 @@ def test_claims_are_weighed_against_the_best_other_arm():
 
 
 def test_ratios_are_of_means_over_resampled_groups():
-    claim = Claim("of the ceiling's", "success", "far", "ceiling", ("near",), ratio=True, over=0.85)
+    claim = Claim("of the oracle arm's", "success", "far", "ceiling", ("near",), ratio=True, over=0.85)
     rows = rows_of(far=[0.25, 0.25, 0.5, 0.5], ceiling=[0.5, 0.5, 0.5, 0.5])
     found = weigh(rows, claim)
     assert (found["value"], found["low"], found["high"]) == pytest.approx((0.75, 0.5, 1.0))
     assert found["verdict"] == "no, open"
     assert weigh(rows_of(far=[0.5, 0.5], ceiling=[0.0, 0.0]), claim) is None
     (line,) = claims_table(rows)[2:]
-    assert "| both right, far to ceiling (2) | 0.75 × | 0.50 … 1.00 × | > 0.85 × | no, open |" in line
+    assert "| joint accuracy, far to ceiling (2) | 0.75 × | 0.50 … 1.00 × | > 0.85 × | no, open |" in line
     assert claims_table(rows_of(floor=[0.0, 0.0])) == []

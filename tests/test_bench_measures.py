@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from benchmarks.quality.measures import (
-    Seen,
+    Observation,
     attribute_distance,
     binding_figures,
     corrected_leakage,
@@ -23,13 +23,13 @@ MAX = replace(REX, second="purple", accessory="none")
 BOTH = (REX, MAX)
 
 
-def seen(*found: Identity, kind="joint", place="beach", background="beach", subject=None) -> Seen:
-    return Seen(kind, "", place, subject, 0, background, tuple(asdict(i) for i in found))
+def observed(*found: Identity, kind="joint", place="beach", background="beach", subject=None) -> Observation:
+    return Observation(kind, "", place, subject, 0, background, tuple(asdict(i) for i in found))
 
 
 def test_joint_figures_count_pictures_subjects_and_attributes():
     mixed = replace(REX, accessory="none")  # green as Rex, bare as Max
-    pictures = [seen(REX, MAX), seen(mixed, MAX), seen(REX), seen(REX, REX, background="moon")]
+    pictures = [observed(REX, MAX), observed(mixed, MAX), observed(REX), observed(REX, REX, background="moon")]
     figures = joint_figures(pictures, BOTH, {"moon"})
     assert figures["success"] == 0.25 and figures["subjects"] == 0.25
     assert figures["background"] == 0.75 and figures["reference_background"] == 0.25
@@ -41,32 +41,32 @@ def test_joint_figures_count_pictures_subjects_and_attributes():
 
 
 def test_a_third_value_is_drift_and_a_foreign_class_is_no_success():
-    figures = joint_figures([seen(replace(REX, second="red"), MAX)], BOTH, set())
+    figures = joint_figures([observed(replace(REX, second="red"), MAX)], BOTH, set())
     assert figures["drift"] == 0.25 and figures["leakage"] == 0 and figures["success"] == 0
 
 
 def test_solo_needs_one_subject_with_all_that_tells_it_apart():
     alone = {"kind": "solo", "subject": 0}
-    assert solo_figures([seen(REX, **alone)], BOTH) == {"solo": 1, "solo_leak": 0}
-    assert solo_figures([seen(replace(REX, shape="pointed"), **alone)], BOTH)["solo"] == 1
-    assert solo_figures([seen(MAX, **alone)], BOTH) == {"solo": 0, "solo_leak": 1}
-    assert solo_figures([seen(REX, REX, **alone)], BOTH)["solo"] == 0
-    assert solo_figures([seen(**alone)], BOTH) == {"solo": 0, "solo_leak": 0}
+    assert solo_figures([observed(REX, **alone)], BOTH) == {"solo": 1, "solo_leak": 0}
+    assert solo_figures([observed(replace(REX, shape="pointed"), **alone)], BOTH)["solo"] == 1
+    assert solo_figures([observed(MAX, **alone)], BOTH) == {"solo": 0, "solo_leak": 1}
+    assert solo_figures([observed(REX, REX, **alone)], BOTH)["solo"] == 0
+    assert solo_figures([observed(**alone)], BOTH) == {"solo": 0, "solo_leak": 0}
 
 
 def test_binding_goes_from_left_to_right():
-    pictures = [seen(REX, MAX), seen(MAX, REX), seen(REX)]
+    pictures = [observed(REX, MAX), observed(MAX, REX), observed(REX)]
     assert binding_figures(pictures, BOTH)["binding"] == 0.5
 
 
 def test_prior_drift_is_half_the_distance_of_the_distributions():
-    base = [seen(REX), seen(MAX)]
+    base = [observed(REX), observed(MAX)]
     assert attribute_distance(base, base) == 0
     # second: {green, purple} against {green}; accessory likewise; the other three agree.
-    assert attribute_distance([seen(REX)], base) == pytest.approx(2 * 0.5 / 5)
-    assert attribute_distance([seen()], base) == 1
+    assert attribute_distance([observed(REX)], base) == pytest.approx(2 * 0.5 / 5)
+    assert attribute_distance([observed()], base) == 1
     other = replace(REX, body="red", second="blue", pattern="plain")
-    figures = prior_figures([seen(REX), seen(other)], base, BOTH)
+    figures = prior_figures([observed(REX), observed(other)], base, BOTH)
     assert figures["identity_without_token"] == 0.5
 
 
@@ -77,15 +77,15 @@ def test_leakage_is_corrected_for_the_oracles_confusion():
         "second": sure | {"green": {"green": 9, "purple": 1}},
         "accessory": sure,
     }
-    read = [seen(REX, MAX)] * 9 + [seen(replace(REX, second="purple"), MAX)]
+    read = [observed(REX, MAX)] * 9 + [observed(replace(REX, second="purple"), MAX)]
     assert joint_figures(read, BOTH, set())["leakage"] == pytest.approx(1 / 40)
     assert corrected_leakage(read, BOTH, confusion) == 0  # one in ten is what the oracle misreads by itself
-    read = [seen(replace(REX, second="purple"), MAX)] * 10
+    read = [observed(replace(REX, second="purple"), MAX)] * 10
     assert corrected_leakage(read, BOTH, confusion) == pytest.approx(1 / 4)
 
 
 def test_a_seen_picture_gives_its_reading_again():
-    reading = seen(REX, MAX, background="moon").as_reading()
+    reading = observed(REX, MAX, background="moon").as_reading()
     assert [s.identity for s in reading.subjects] == [REX, MAX] and reading.background == "moon"
 
 

@@ -1,4 +1,4 @@
-"""The benchmark of speed: every mode is measured on the same work, and the reference is Custom Diffusion's own step."""
+"""The speed benchmark: every mode is measured on the same work, and the reference is Custom Diffusion's own step."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.speed import bench_speed
+from benchmarks.speed import measure
 from benchmarks.speed.__main__ import PROGRAM
-from benchmarks.speed.speed_work import CONCEPTS, RandomPictures, our_run, random_base, reference_run, work_config
+from benchmarks.speed.work import CONCEPTS, RandomPictures, our_run, random_base, reference_run, work_config
 from far_train.mini.tiny import tiny_configs
 from far_train.models.loading import load_base, read_configs
+from far_train.training.step import sample_batch
 
 from .command_line import refused
 
 
 @pytest.fixture
 def small_is_tiny(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_speed, "small_base", lambda: load_base(tiny_folder))
-    monkeypatch.setattr(bench_speed, "read_configs", lambda _: read_configs(tiny_folder))
+    monkeypatch.setattr(measure, "small_base", lambda: load_base(tiny_folder))
+    monkeypatch.setattr(measure, "read_configs", lambda _: read_configs(tiny_folder))
 
 
 def test_the_command_writes_tables_and_json(small_is_tiny, tmp_path: Path, capsys):
@@ -43,7 +44,7 @@ def test_the_command_writes_tables_and_json(small_is_tiny, tmp_path: Path, capsy
     ]
     assert all(r["seconds"] > 0 and 0 < r["share_of_peak"] and r["peak_bytes"] for r in report["steps"])
     assert report["counts"]["128"]["fast"]["host_waits"] == 0
-    assert [(s["pool"], s["concepts"]) for s in report["sweep"]] == list(bench_speed.SWEEP)
+    assert [(s["pool"], s["concepts"]) for s in report["sweep"]] == list(measure.SWEEP)
     assert all(s["seconds"] > 0 for s in report["sweep"])
     phases = {p["name"] for p in report["phases"]["of"]}
     assert {"class pictures", "fusion", "encoding", "training", "checkpoints", "weights"} < phases
@@ -87,5 +88,5 @@ def test_both_get_the_same_work():
             image = RandomPictures(128).composite(0).image
             assert torch.equal(reference.pixels[0], image.permute(2, 0, 1) * 2 - 1)
         with our_run(base, 128, work_config(batch, device="cpu")) as run:
-            drawn = run._draw()
+            drawn = sample_batch(run.state)
             assert (len(drawn.latents), int((~drawn.is_instance).sum())) == (batch, priors)

@@ -1,4 +1,4 @@
-"""The commands on a tiny base: the whole line, and one clear line for each kind of bad input."""
+"""The commands on a tiny base: the full pipeline, and one clear line for each kind of bad input."""
 
 from __future__ import annotations
 
@@ -26,15 +26,6 @@ from far_train.models.weights import FarWeights, Provenance
 from .command_line import files, refused
 
 SIZE = 128
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The model is tiny: several threads would mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -150,13 +141,13 @@ def test_fuse_from_a_file_with_backgrounds(subjects, tmp_path, capsys):
     assert len(captions) == 3 and all(c.endswith(", in a meadow\n") for c in captions)
 
 
-def test_photos_without_a_mask_are_named_and_left_out(subjects, tmp_path, caplog):
+def test_photos_without_a_mask_are_named_and_skipped(subjects, tmp_path, caplog):
     folder = Path(shutil.copytree(subjects / "tom", tmp_path / "tom"))
     Image.new("RGB", (40, 40)).save(folder / "bare.png")
     argv = ["fuse", "--concept", "<tom>", "cat", str(folder), "--out", str(tmp_path / "set"), "--size", "64"]
     with caplog.at_level(logging.WARNING):
         assert main([*argv, "--count", "1"]) == 0
-    assert "bare.png has no mask and is left out" in caplog.text and "0.png has" not in caplog.text
+    assert "bare.png has no mask and is skipped" in caplog.text and "0.png has" not in caplog.text
 
 
 def test_bad_input_to_fuse(capsys, subjects, tmp_path):
@@ -166,15 +157,15 @@ def test_bad_input_to_fuse(capsys, subjects, tmp_path):
     def fuse(*argv, token="<tom>", noun="cat", folder=tom[0]):
         return ["fuse", "--size", "64", "--count", "2", "--out", out, "--concept", token, noun, folder, *argv]
 
-    refused(capsys, fuse(token="tom"), "token: 'tom' is not a modifier token", "<tom>")
-    refused(capsys, fuse(noun="Cat"), "noun: 'Cat' is no class noun", "'cat'")
+    refused(capsys, fuse(token="tom"), "token: 'tom' is not a placeholder token", "<tom>")
+    refused(capsys, fuse(noun="Cat"), "noun: 'Cat' is not a class noun", "'cat'")
     refused(capsys, fuse("--concept", "<tom>", "cat", *tom), "token: <tom> names two concepts")
     refused(capsys, fuse(folder=tmp_path / "none"), "there is no such folder", str(tmp_path / "none"))
     refused(capsys, fuse("--prior", "cat", tmp_path / "none"), "there is no such folder")
-    refused(capsys, fuse("--prior", "a cat!", *tom), "noun: 'a cat!' is no class noun")
+    refused(capsys, fuse("--prior", "a cat!", *tom), "noun: 'a cat!' is not a class noun")
     refused(capsys, fuse("--backgrounds", tmp_path / "none"), "there is no such folder")
     refused(capsys, fuse("--flip", "nan"), "flip: nan is not a finite number")
-    refused(capsys, fuse("--layout-weights", "triple=1"), "layout_weights: nothing is left")
+    refused(capsys, fuse("--layout-weights", "triple=1"), "layout_weights: none of the chosen kinds")
     bare = tmp_path / "bare"
     bare.mkdir()
     Image.new("RGB", (40, 40)).save(bare / "a.png")
@@ -204,7 +195,7 @@ def test_bad_input_to_train(capsys, dataset, tiny_folder, tmp_path):
     def train(folder=dataset, base=tiny_folder, *argv):
         return ["train", "--base", base, "--dataset", folder, "--out", out, "--steps", "1", "--device", "cpu", *argv]
 
-    refused(capsys, train(tmp_path / "none"), "is no dataset folder", "make one with 'fuse'")
+    refused(capsys, train(tmp_path / "none"), "is not a dataset folder", "make one with 'fuse'")
     refused(capsys, train(dataset, tmp_path / "sd.safetensors"), "base: there is no file or folder", "sd.safetensors")
     (tmp_path / "sd.ckpt").write_bytes(b"")
     refused(capsys, train(dataset, tmp_path / "sd.ckpt"), "sd.ckpt is no .safetensors file")
@@ -233,43 +224,69 @@ def test_a_dataset_without_its_noun_does_not_start_a_training(capsys, dataset, t
 # ---- from training to pictures
 
 
-def test_train_export_inspect_generate(dataset, tiny_folder, tmp_path, capsys):
-    run, out = tmp_path / "my-cats", tmp_path / "out"
-    quick = ["--steps", "2", "--sample-every", "0", "--batch-size", "1", "--prior-batch-size", "1", "--device", "cpu"]
-    train = ["train", "--base", str(tiny_folder), "--dataset", str(dataset), "--out", str(run), *quick]
-    assert main([*train, "--dry-run"]) == 0 and not run.exists()
-    assert "steps: 2, " in capsys.readouterr().out
-    assert main(train) == 0
-    assert "2 steps" in capsys.readouterr().out
-    assert {"weights.safetensors", "metrics.jsonl", "run.json", "curves.png"} <= files(run)
-    refused(capsys, train, "holds a run already", "--resume")
-    assert main([*train, "--resume"]) == 0
-    refused(capsys, [*train, "--resume", "--train-seed", "5"], "train_seed (0 then, 5 now)")
+QUICK = ["--steps", "2", "--sample-every", "0", "--batch-size", "1", "--prior-batch-size", "1", "--device", "cpu"]
 
-    weights = run / "weights.safetensors"
-    on = tmp_path / "on"
-    assert main([*train, "--out", str(on), "--continue-from", str(weights)]) == 0
-    assert "continue_from" in json.loads((on / "run.json").read_text())
-    capsys.readouterr()
-    assert main(["export", "--weights", str(weights), "--out", str(out)]) == 0
+
+def train_to(folder: Path, base: Path, dataset: Path) -> list[str]:
+    return ["train", "--base", str(base), "--dataset", str(dataset), "--out", str(folder), *QUICK]
+
+
+@pytest.fixture(scope="module")
+def run(dataset, tiny_folder, tmp_path_factory) -> Path:
+    """The folder of a finished training of two steps."""
+    folder = tmp_path_factory.mktemp("trained") / "my-cats"
+    assert main(train_to(folder, tiny_folder, dataset)) == 0
+    return folder
+
+
+def test_a_dry_run_writes_nothing(dataset, tiny_folder, tmp_path, capsys):
+    assert main([*train_to(tmp_path / "run", tiny_folder, dataset), "--dry-run"]) == 0
+    assert "steps: 2, " in capsys.readouterr().out and not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_neither_overwritten_nor_resumed_with_other_settings(run, dataset, tiny_folder, capsys):
+    assert {"weights.safetensors", "metrics.jsonl", "run.json", "curves.png"} <= files(run)
+    again = train_to(run, tiny_folder, dataset)
+    refused(capsys, again, "holds a run already", "--resume")
+    assert main([*again, "--resume"]) == 0
+    refused(capsys, [*again, "--resume", "--train-seed", "5"], "train_seed (0 then, 5 now)")
+
+
+def test_a_training_continues_from_weights(run, dataset, tiny_folder, tmp_path, capsys):
+    further = train_to(tmp_path / "further", tiny_folder, dataset)
+    assert main([*further, "--continue-from", str(run / "weights.safetensors")]) == 0
+    assert "2 steps" in capsys.readouterr().out
+    assert "continue_from" in json.loads((tmp_path / "further" / "run.json").read_text())
+
+
+def test_weights_are_exported_under_the_name_of_their_run(run, tmp_path, capsys):
+    export = ["export", "--weights", str(run / "weights.safetensors"), "--out", str(tmp_path)]
+    assert main(export) == 0
     expected = {"loras/my-cats.safetensors", "embeddings/tom.safetensors", "embeddings/felix.safetensors"}
-    assert expected <= files(out)
-    assert "embedding:felix" in capsys.readouterr().out
-    assert main(["export", "--weights", str(weights), "--out", str(out), "--rank", "2", "--name", "small"]) == 0
-    with safe_open(out / "loras" / "small.safetensors", "pt") as file:
+    assert expected <= files(tmp_path) and "embedding:felix" in capsys.readouterr().out
+
+
+def test_an_export_can_have_a_lower_rank_and_another_name(run, tmp_path):
+    export = ["export", "--weights", str(run / "weights.safetensors"), "--out", str(tmp_path)]
+    assert main([*export, "--rank", "2", "--name", "small"]) == 0
+    with safe_open(tmp_path / "loras" / "small.safetensors", "pt") as file:
         assert all(min(file.get_tensor(k).shape) <= 2 for k in file.keys() if not k.endswith("alpha"))
 
-    capsys.readouterr()
-    assert main(["inspect", "--weights", str(weights), "--json"]) == 0
+
+def test_inspect_describes_weights_as_text_and_as_json(run, capsys):
+    inspect = ["inspect", "--weights", str(run / "weights.safetensors")]
+    assert main(inspect) == 0
+    assert "<tom>" in capsys.readouterr().out
+    assert main([*inspect, "--json"]) == 0
     about = json.loads(capsys.readouterr().out)
     assert about["concepts"] == {t: {"noun": "cat", "vectors": 1} for t in ("<tom>", "<felix>")} and about["steps"] == 2
-    assert main(["inspect", "--weights", str(weights)]) == 0
-    assert "<tom>" in capsys.readouterr().out
 
+
+def test_generate_draws_every_prompt_with_the_weights(run, tiny_folder, tmp_path):
     pictures = tmp_path / "pictures"
-    generate = ["generate", "--base", str(tiny_folder), "--weights", str(weights), "--out", str(pictures)]
-    prompts = ["--prompt", "a <tom> cat", "--prompt", "a cat", "--count", "2"]
-    assert main([*generate, *prompts, "--sampling-steps", "1", "--device", "cpu"]) == 0
+    generate = ["generate", "--base", str(tiny_folder), "--weights", str(run / "weights.safetensors")]
+    generate += ["--prompt", "a <tom> cat", "--prompt", "a cat", "--count", "2", "--out", str(pictures)]
+    assert main([*generate, "--sampling-steps", "1", "--device", "cpu"]) == 0
     assert files(pictures) == {f"{i:04d}.{s}" for i in range(4) for s in ("png", "txt")}
     assert (pictures / "0001.txt").read_text() == "a <tom> cat\n" and (tmp_path / "pictures.grid.jpg").exists()
     with Image.open(pictures / "0000.png") as picture:

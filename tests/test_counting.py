@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.speed.counting import counting
-from benchmarks.speed.speed_work import RandomPictures, count_steps, our_run, random_base, work_config
+from benchmarks.speed.work import RandomPictures, count_steps, our_run, random_base, work_config
 from far_train.mini.tiny import tiny_configs
 from far_train.training.settings import TrainConfig
 

@@ -26,13 +26,13 @@ def short(monkeypatch):
         monkeypatch.setattr(demo, name, getattr(demo, name).replace(steps=2, batch_size=2, prior_batch_size=1))
 
 
-def test_the_whole_line(short, tmp_path):
+def test_the_full_pipeline(short, tmp_path):
     phases = []
     page = demo.run_demo(tmp_path / "demo", "cpu", lambda phase, done, total: phases.append(phase))
     text = page.read_text(encoding="utf-8")
     for heading in ("rex-dog", "max-dog", "Class pictures", "Concept Fusion", "Training: Custom Diffusion"):
         assert heading in text
-    captions = re.findall(r"<figcaption>([^<]+): both right on \d of 4 pictures", text)
+    captions = re.findall(r"<figcaption>([^<]+): joint accuracy \d of 4 pictures", text)
     assert captions[1:] == ["Custom Diffusion", "Fuse-and-Refine"] and captions[0].startswith("The base")
     assert 'src="http' not in text and "file:" not in text  # one page that needs nothing else
     for folder in ("run-custom-diffusion", "run-far"):

@@ -32,16 +32,6 @@ from .coloured import (
     shows,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The tensors are small: several threads would mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # ---- (seed, index)
 
 
@@ -100,12 +90,13 @@ def test_layouts_are_drawn_by_their_shares_and_concepts_evenly(count):
     assert len(shown) == count and all(abs(n - mean) < 0.2 * mean for n in shown.values())
 
 
-def test_without_masked_class_pictures_their_layout_falls_away():
+def test_without_masked_class_pictures_their_layout_is_skipped():
     bare = [dataclasses.replace(p, mask=None) for p in PRIORS]
     for priors in ((), bare):
         fused = fuse(1, priors)
         assert fused.layouts == pytest.approx({"original": 0.35 / 0.6, "solo": 0.25 / 0.6})
-        assert "Layout 'beside_prior' (40% of the composites) falls away: there are no class pictures" in fused.notes[0]
+        note = "Layout 'beside_prior' (40% of the composites) is skipped: there are no regularization images"
+        assert note in fused.notes[0]
         assert {m.name.token for i in range(30) for m in fused.composite(i).mentions} == {"<red>"}
     assert not [n for n in (*fuse(1).notes, *fuse(2, ()).notes) if "Layout" in n]
 
@@ -114,13 +105,13 @@ def test_given_shares_are_used_and_what_can_not_be_is_said():
     fused = fuse(2, layout_weights={"solo": 1, "pair": 2, "triple": 5})
     assert fused.layouts == pytest.approx({"solo": 1 / 3, "pair": 2 / 3})
     assert "Layout 'triple'" in fused.notes[0] and "three concepts" in fused.notes[0]
-    with pytest.raises(SubjectError, match="layout_weights: nothing is left"):
+    with pytest.raises(SubjectError, match="layout_weights: none of the chosen kinds"):
         fuse(1, layout_weights={"pair": 1})
     with pytest.raises(ConfigError, match="layout_weights: unknown kind 'duo'"):
         fuse(1, layout_weights={"duo": 1})
 
 
-def test_the_companion_is_of_the_same_class_if_there_is_one():
+def test_the_distractor_is_of_the_same_class_if_there_is_one():
     cats = [ClassPicture("cat", *photo("cyan", 60, 60))] * 5
     same = fuse(1, [*cats, PRIORS[0]], **only("beside_prior"))
     assert {m.name for i in range(30) for m in same.composite(i).mentions} == {Name("ball", "<red>"), Name("ball")}
@@ -150,7 +141,7 @@ def test_backgrounds_are_drawn_by_their_shares():
     assert fuse(2, ()).background_kinds == pytest.approx({"infilled": 0.2 / 0.35, "plain": 0.15 / 0.35})
     assert "No background pictures are given" in fuse(2).notes[-1]
     assert fuse(2, background_weights={"plain": 1}).notes == []
-    with pytest.raises(SubjectError, match="background_weights: nothing is left"):
+    with pytest.raises(SubjectError, match="background_weights: none of the chosen kinds"):
         fuse(2, background_weights={"scene": 1})
 
 
@@ -217,7 +208,7 @@ def test_bad_input_is_named():
         ConceptFusion([CONCEPTS[0], dataclasses.replace(CONCEPTS[1], token="<red>")])
     with pytest.raises(TokenError, match="write it as <red>"):
         Concept("red", "ball", (image,), (mask,))
-    with pytest.raises(CaptionError, match="'Ball' is no class noun"):
+    with pytest.raises(CaptionError, match="'Ball' is not a class noun"):
         Concept("<red>", "Ball", (image,), (mask,))
     with pytest.raises(SubjectError, match="concept <red>: no subjects"):
         Concept("<red>", "ball", (), ())
@@ -259,7 +250,7 @@ def test_a_subject_that_a_side_cuts_off_is_shown_as_its_photo_alone(box):
     fused = ConceptFusion([cut_off("green", box)], (), SCENES, FusionConfig(size=SIZE, count=60))
     shown = {(c.layout, bool(shows(c.image, "green").any())) for c in map(fused.composite, range(60))}
     assert shown == {("original", True), ("original", False), ("solo", False)}
-    assert any("side serve for 'original' alone: concept <red>, photo 2." in note for note in fused.notes)
+    assert any("side are used for 'original' only: concept <red>, photo 2." in note for note in fused.notes)
 
 
 @pytest.mark.parametrize("row", [0.0, 1.0])
@@ -276,22 +267,22 @@ def test_a_subject_that_the_bottom_cuts_off_stands_on_the_lower_edge(row):
                 found += 1
                 assert pixels[-1].sum() >= 0.9 * mention_box(mention)[0]  # its cut, whole, on the edge
     assert found > 10
-    assert any("at the bottom put it on the lower edge: concept <red>, photo 2." in note for note in fused.notes)
+    assert any("bottom are placed on the lower edge: concept <red>, photo 2." in note for note in fused.notes)
 
 
 def test_a_concept_without_a_whole_photo_is_said():
     half = photo("green", 60, 60, (-0.3, 0.2, 0.4, 0.8))
     concept = Concept("<green>", "ball", half[:1], half[1:])
     fused = ConceptFusion([concept], (), SCENES, FusionConfig(size=SIZE, count=1))
-    assert any("<green>: every photo cuts the subject off at a side" in note for note in fused.notes)
+    assert any("<green>: every photo crops the subject at a side" in note for note in fused.notes)
     assert fused.composite(0).mentions
 
 
-def test_companions_that_are_cut_off_are_not_pasted():
+def test_distractors_that_are_cut_off_are_not_pasted():
     half = ClassPicture("ball", *photo("cyan", 60, 60, (-0.3, 0.2, 0.4, 0.8)))
     fused = fuse(1, priors=[half])
     assert "beside_prior" not in fused.layouts and fused.prior_count() == 1
-    assert any("1 class picture(s) cut the subject off" in note for note in fused.notes)
+    assert any("1 regularization image(s) crop their subject" in note for note in fused.notes)
 
 
 def test_min_area_changes_no_identity():

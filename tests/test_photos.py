@@ -272,7 +272,7 @@ def test_other_formats_are_not_handed_to_their_decoders(tmp_path, monkeypatch):
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *a, **k: called.append(a))
     Image.fromarray(gradient()).save(tmp_path / "a.eps")
     (tmp_path / "a.eps").rename(tmp_path / "a.jpg")
-    with pytest.raises(PhotoError, match=r"a\.jpg: is no PNG"):
+    with pytest.raises(PhotoError, match=r"a\.jpg: is not a PNG"):
         load_photo(tmp_path / "a.jpg")
     assert not called
 

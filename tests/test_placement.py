@@ -14,19 +14,10 @@ from scipy import ndimage
 from far_train.data.concepts import Concept
 from far_train.data.fusion import ConceptFusion
 from far_train.data.images import mask_to_pil
-from far_train.data.placement import Cutout, Placed, paste, place
+from far_train.data.placement import Cutout, Placement, paste, place
 from far_train.data.settings import LAYOUTS, FusionConfig
 
 from .coloured import COLOURS, NO_CHANGES, centre, colour_of, fuse, mention_box, only, photo, region, shows
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The tensors are small: several threads would mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -292,7 +283,7 @@ def test_a_shadow_darkens_the_ground_and_nothing_else():
     """A red square of 20 pixels on white: the shadow is an ellipse, 17 wide and 3 high, around the foot's middle."""
     mask = Image.new("L", (24, 24))
     mask.paste(255, (2, 2, 22, 22))
-    square = Placed(Cutout(Image.new("RGB", (24, 24), (200, 0, 0)), mask), 20, 10, 0)
+    square = Placement(Cutout(Image.new("RGB", (24, 24), (200, 0, 0)), mask), 20, 10, 0)
     white = Image.new("RGB", (64, 64), "white")
     (plain, plain_masks), (shaded, masks) = (paste(white, [square], 0, 0, depth) for depth in (0.0, 0.4))
     plain, shaded = np.asarray(plain), np.asarray(shaded)

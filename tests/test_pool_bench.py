@@ -22,7 +22,7 @@ def results(path: Path, group: str, far: float, rival: float) -> Path:
 def test_pairs_of_several_benches_are_compared_each_within_its_own(tmp_path):
     first, second = results(tmp_path / "a.csv", "near-1", 0.5, 0.1), results(tmp_path / "b.csv", "near-2", 0.3, 0.1)
     lines = pool(first, second).stdout.splitlines()
-    assert "| both right | far − custom-diffusion (2 pairs) | +30.0 | +20.0 … +40.0 | 0.5 | 0.5 |" in lines
+    assert "| joint accuracy | far − custom-diffusion (2 pairs) | +30.0 | +20.0 … +40.0 | 0.5 | 0.5 |" in lines
     assert any("far to custom-diffusion (2) | +30.0" in line and line.endswith("| yes |") for line in lines)
 
 

@@ -65,7 +65,7 @@ def test_files_that_are_no_sam_are_refused_and_never_run(tmp_path):
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
     (tmp_path / "empty.pth").touch()
     cases = {
-        "other.pth": "is no segment-anything file: it lacks 'image_encoder.*unet.weight",
+        "other.pth": "is not a segment-anything file: it lacks 'image_encoder.*unet.weight",
         "list.pth": "no plain state dict",
         "evil.pth": "can't be read as weights",
         "junk.pth": "can't be read",

@@ -18,15 +18,6 @@ from far_train.data.settings import FusionConfig
 from .coloured import COLOURS, SCENES, SIZE, centre, fuse, only, photo, region, shows
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The tensors are small: several threads would mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_original_photos_keep_the_subject_whole_where_it_fits():
     image, mask = photo("red", 50, 150, (0.75, 0.1, 0.98, 0.9))
     fused = ConceptFusion([Concept("<red>", "ball", (image,), (mask,))], (), (), FusionConfig(**only("original")))

@@ -238,7 +238,7 @@ def test_extract_names_the_photo_without_a_subject():
 
 
 def test_a_model_that_is_no_sam_is_refused():
-    with pytest.raises(SubjectError, match="Linear is no segment-anything model.*image_encoder"):
+    with pytest.raises(SubjectError, match="Linear is not a segment-anything model.*image_encoder"):
         SubjectExtractor(torch.nn.Linear(2, 2))
 
 
@@ -304,7 +304,7 @@ def test_an_undetected_photo_is_skipped_and_its_old_pair_set_aside(folder, tmp_p
     report = extract_folder(folder, tmp_path / "out", Scripted([frame] * 3, [0.8] * 3))
     assert [line.status for line in report] == ["skipped"] * 4 + ["ok"] * 2
     assert "1.jpg: no usable mask" in report[0].detail
-    assert f"{tmp_path / 'out' / '1.png'}: is of an earlier run, and its photo was skipped now" in caplog.text
+    assert f"{tmp_path / 'out' / '1.png'}: is from an earlier run, but its photo is now skipped" in caplog.text
     assert names(tmp_path / "out") == ["cut.mask.png", "cut.png", "leftovers", "masked.mask.png", "masked.png"]
     assert names(tmp_path / "out" / "leftovers") == sorted(f"{n}{s}" for n in (1, 2, 10) for s in (".png", ".mask.png"))
 

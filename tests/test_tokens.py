@@ -134,7 +134,7 @@ def test_a_token_that_the_base_has_already_is_refused():
 
 
 def test_a_bad_noun_is_refused(tokenizer):
-    with pytest.raises(CaptionError, match="'Dog' is no class noun"):
+    with pytest.raises(CaptionError, match="'Dog' is not a class noun"):
         Vocabulary(tokenizer, [Name("Dog", "<x>")], ROWS)
 
 

@@ -21,7 +21,7 @@ def read(*identities: Identity, place: str = "beach") -> Reading:
     return Reading(tuple(Detection(i, 1.0, {}, mask) for i in identities), place, 1.0)
 
 
-def test_telling_attributes_are_those_that_differ():
+def test_distinguishing_attributes_are_those_that_differ():
     assert differing(BOTH) == {"second", "accessory"}
     assert differing((REX,)) == {"body", "second", "pattern", "accessory", "shape"}
 
@@ -44,7 +44,7 @@ def test_one_attribute_that_tells_nothing_may_be_off():
     assert not judge_subjects(BOTH, "beach", read(replace(REX, shape="pointed", body="red"), MAX)).right
 
 
-def test_a_telling_attribute_must_be_right_and_is_counted_as_leak_or_drift():
+def test_a_distinguishing_attribute_must_be_right_and_is_counted_as_leak_or_drift():
     leaked = judge_subjects(BOTH, "beach", read(replace(REX, accessory="none"), MAX))
     assert not leaked.right and (leaked.own, leaked.leaked, leaked.drifted) == (3, 1, 0)
     assert leaked.words == "mixed (1)"

@@ -1,4 +1,4 @@
-"""The small bench: how well several subjects are learned at once, counted in a world that knows who they are.
+"""The quality benchmark: how well each method learns several subjects at once, measured in the small world.
 
-What it measures, and what it can't say about Stable Diffusion 2.1, stands in docs/benchmark.md.
+docs/benchmark.md says what it measures, and what it can't say about Stable Diffusion 2.1.
 """

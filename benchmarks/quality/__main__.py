@@ -1,4 +1,4 @@
-"""Measure FaR and its rivals in the small world: ``python -m benchmarks.quality`` (docs/benchmark.md)."""
+"""Compare FaR with other methods in the small world: ``python -m benchmarks.quality`` (docs/benchmark.md)."""
 
 from __future__ import annotations
 

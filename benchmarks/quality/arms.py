@@ -1,7 +1,7 @@
-"""The arms of the bench: every method as a change of the same recipe, on the same photos, class pictures and budget.
+"""The arms of the benchmark: each method as a change to one recipe, with the same photos, class pictures and budget.
 
-Nothing here is tuned on test pairs. What was tried on dev pairs, and what came of it, stands in
-benchmarks/reports/2026-11-26/tuning.md.
+Nothing here is tuned on test pairs. benchmarks/reports/2026-11-26/tuning.md lists what was tried on dev pairs.
+The names of arms stand in published results and stay as they are; titles may change.
 """
 
 from __future__ import annotations
@@ -18,21 +18,24 @@ from far_train.utils.errors import ConfigError
 
 CLASS_PICTURES = 32
 FUSION = FUSING.replace(count=160)
-RESIZED_LOSS = PLAIN_LOSS | {"background_weight": 0.0}  # the photo counts, the grey around it does not
+RESIZED_LOSS = PLAIN_LOSS | {"background_weight": 0.0}  # only the photo counts, not the grey around it
 NO_REFINEMENT = {"refinement_weight": 0.0}
 KV = {"trainable": "kv"}
-# At four times this rate, FaR's on the first small base, a loss that counts the photos' backgrounds learns their places
-# (benchmarks/reports/2026-11-26/tuning.md).
+# At four times this rate, which FaR used on the first small base, a loss that includes the photos' backgrounds learns
+# their places (benchmarks/reports/2026-11-26/tuning.md).
 PHOTOS_RATE = {"lora_lr": 1.25e-4}
 ORIGINALS = {"layout_weights": {"original": 1.0}}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to learn. ``data``: fused (Concept Fusion with the changes in ``fusion``), true_pairs (the same with true
-    pictures of both), resized, seg_mix, true_scenes, or, where nothing is learned, none (prompts with bare nouns) or
-    words (with all attributes); ``masks``: exact, shuffled, degraded, mended; ``training``: changes of TRAINING;
-    ``class_pictures`` of each noun, drawn with the changes of DRAWING in ``class_drawing``."""
+    """One method under test.
+
+    ``data``: fused (Concept Fusion with the changes in ``fusion``), true_pairs (the same with true pictures of both),
+    resized, seg_mix, true_scenes; without training, none (prompts with bare nouns) or prompt_only (prompts with all
+    attributes). ``masks``: exact, shuffled, degraded, sam_refined. ``training``: changes to TRAINING.
+    ``class_pictures``: number per noun, drawn with the changes to DRAWING in ``class_drawing``.
+    """
 
     name: str
     title: str
@@ -46,7 +49,7 @@ class Arm:
 
     @property
     def learns(self) -> bool:
-        return self.data not in ("none", "words")
+        return self.data not in ("none", "prompt_only")
 
     def train_config(self, train_seed: int) -> TrainConfig:
         return TRAINING.replace(train_seed=train_seed, **self.training)
@@ -59,11 +62,11 @@ class Arm:
 
 
 CORE = (
-    Arm("floor", "Floor", "the base, asked for 'a dog and another dog'; it learns nothing", data="none"),
+    Arm("floor", "Lower bound", "the untrained base, prompted with 'a dog and another dog'", data="none"),
     Arm(
         "custom-diffusion",
         "Custom Diffusion",
-        "arXiv 2212.04488: embeddings and K/V, class pictures, photos resized with words for it",
+        "arXiv 2212.04488: embeddings and K/V, class pictures, photos resized and captioned accordingly",
         data="resized",
         training=RESIZED_LOSS | KV,
     ),
@@ -75,41 +78,41 @@ CORE = (
         training=PLAIN_LOSS | PHOTOS_RATE,
     ),
     Arm("fusion", "Fusion alone", "Concept Fusion, masked denoising loss, no refinement", training=NO_REFINEMENT),
-    Arm("refinement", "Refinement alone", "photos as they are, with the refinement loss", fusion=ORIGINALS),
+    Arm("refinement", "Refinement alone", "unchanged photos, with the refinement loss", fusion=ORIGINALS),
     Arm("far", "FaR", "Concept Fusion and Localized Refinement"),
 )
 FURTHER = (
     Arm(
         "textual-inversion",
         "Textual inversion",
-        "arXiv 2208.01618: embeddings alone, photos as they are",
+        "arXiv 2208.01618: embeddings only, unchanged photos",
         data="resized",
         training=RESIZED_LOSS | {"lora_lr": 0.0},
     ),
     Arm(
         "dreambooth-lora",
         "DreamBooth-LoRA",
-        "arXiv 2208.12242 with 2106.09685: photos as they are, learned tokens, rank 8 on all attention",
+        "arXiv 2208.12242 with 2106.09685: unchanged photos, learned tokens, rank 8 on all attention",
         fusion=ORIGINALS,
         training=PLAIN_LOSS | PHOTOS_RATE,
     ),
     Arm(
         "masked-loss",
         "Custom Diffusion + masked loss",
-        "photos as they are, with FaR's masked denoising loss",
+        "unchanged photos, with FaR's masked denoising loss",
         fusion=ORIGINALS,
         training=NO_REFINEMENT | KV,
     ),
     Arm(
         "far-companions",
         "FaR + S3",
-        "a tenth of the composites shows a subject beside another of its class, in place of as many alone",
+        "a tenth of the composites show a subject beside another of its class instead of alone",
         fusion={"layout_weights": {"original": 0.10, "solo": 0.15, "pair": 0.65, "beside_prior": 0.10}},
     ),
     Arm(
         "far-plain-backgrounds",
         "FaR − backgrounds",
-        "plain backgrounds alone",
+        "plain backgrounds only",
         fusion={"background_weights": {"plain": 1.0}},
     ),
     Arm(
@@ -121,7 +124,7 @@ FURTHER = (
     Arm(
         "far-per-cell",
         "FaR, per cell",
-        "in the losses each cell of a subject counts alike, and not each subject",
+        "the losses weight every cell equally instead of every subject",
         training={"per_mention": False},
     ),
     Arm("far-no-competition", "FaR − competition", "no competition term", training={"competition_weight": 0.0}),
@@ -141,25 +144,25 @@ FURTHER = (
         class_drawing={"sampler": "dpm++", "sampling_steps": 20},
     ),
     Arm("far-no-priors", "FaR, no prior loss", "no class pictures in a step", training={"prior_batch_size": 0}),
-    Arm("far-bf16", "FaR in bf16", "the arithmetic of GPUs", training={"precision": "bf16"}),
+    Arm("far-bf16", "FaR in bf16", "trained in bfloat16, as on GPUs", training={"precision": "bf16"}),
     Arm("far-degraded", "FaR, poor masks", "masks two pixels off, with a part missing", masks="degraded"),
-    Arm("far-mended", "FaR, poor masks mended", "the same masks as hints for the small SAM", masks="mended"),
+    Arm("far-mended", "FaR, SAM-refined masks", "the poor masks as hints for the small SAM", masks="sam_refined"),
 )
 CONTROLS = (
     Arm(
         "words",
-        "In words",
-        "the base, told all attributes of each in words; it learns nothing: what it can draw of two such subjects",
-        data="words",
+        "Prompt only",
+        "the untrained base, prompted with all attributes of each: what it can draw of two such subjects",
+        data="prompt_only",
     ),
-    Arm("far-shuffled", "FaR, wrong masks", "each subject has another one's mask: must hurt", masks="shuffled"),
+    Arm("far-shuffled", "FaR, wrong masks", "each subject has another one's mask: must be worse", masks="shuffled"),
     Arm(
         "far-true-pairs",
         "FaR, true pairs",
-        "true pictures of both instead of composites: what is left to the ceiling is the price of learning each alone",
+        "true pictures of both instead of composites: its distance to the oracle is the cost of learning each alone",
         data="true_pairs",
     ),
-    Arm("ceiling", "Ceiling", "trained on true pictures of the subjects together", data="true_scenes"),
+    Arm("ceiling", "Oracle", "trained on true pictures of the subjects together", data="true_scenes"),
 )
 ALL = (*CORE, *FURTHER, *CONTROLS)
 

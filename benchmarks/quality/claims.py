@@ -1,4 +1,4 @@
-"""What was claimed before any test pair was run, as numbers, and whether the rows bear it out."""
+"""The claims that were registered before any test pair was run, and whether the results support them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ OTHERS = tuple(arm.name for arm in (*CORE, *FURTHER) if not arm.name.startswith(
 
 @dataclass(frozen=True)
 class Claim:
-    """A measure of arm ``first`` against that of ``second`` (the best of several by its mean) over ``kinds`` of groups:
-    the difference of their means, or with ``ratio`` their ratio. It holds above ``over`` and below ``under``."""
+    """A claim about a measure of two arms, over some ``kinds`` of groups.
+
+    The value is the difference of the means of ``first`` and ``second`` (of several, the one with the best mean), or
+    with ``ratio`` their ratio. The claim holds if the value is above ``over`` and below ``under``.
+    """
 
     text: str
     measure: str
@@ -40,34 +43,44 @@ class Claim:
 
 NEAR = ("near",)
 CLAIMS = (
-    Claim("FaR has both right most often", "success", "far", OTHERS, over=0),
+    Claim("FaR has the highest joint accuracy", "success", "far", OTHERS, over=0),
     Claim("… 15 points over Custom Diffusion, one class", "success", "far", "custom-diffusion", SAME_CLASS, over=0.15),
-    Claim("… and 85 % of the ceiling's", "success", "far", "ceiling", ratio=True, over=0.85),
-    Claim("leakage of near twins half of Seg-Mix's", "leakage_corrected", "far", "seg-mix", NEAR, True, under=0.5),
+    Claim("… and 85 % of the oracle arm's", "success", "far", "ceiling", ratio=True, over=0.85),
+    Claim("leakage on near twins: half of Seg-Mix's", "leakage_corrected", "far", "seg-mix", NEAR, True, under=0.5),
     Claim("… a quarter of Custom Diffusion's", "leakage_corrected", "far", "custom-diffusion", NEAR, True, under=0.25),
     Claim("fusion cuts copied places", "reference_background", "fusion", "custom-diffusion", under=0),
-    Claim("… beside refinement, too", "reference_background", "far", "refinement", under=0),
+    Claim("… with refinement, too", "reference_background", "far", "refinement", under=0),
     Claim("fusion cuts missing subjects", "missing", "fusion", "custom-diffusion", under=0),
-    Claim("… beside refinement, too", "missing", "far", "refinement", under=0),
-    Claim("refinement cuts leakage of near twins, given fusion", "leakage", "far", "fusion", NEAR, under=0),
+    Claim("… with refinement, too", "missing", "far", "refinement", under=0),
+    Claim("given fusion, refinement cuts leakage on near twins", "leakage", "far", "fusion", NEAR, under=0),
     Claim("… and changes little across classes", "leakage", "far", "fusion", ("classes",), over=-0.05, under=0.05),
     Claim("wrong masks are worse than no refinement", "success", "far-shuffled", "fusion", under=0),
     Claim("poor masks cost at most 5 points", "success", "far-degraded", "far", over=-0.05),
     Claim("prior drift within 5 points of Custom Diffusion's", "prior_drift", "far", "custom-diffusion", under=0.05),
-    Claim("one alone, of two learned, within 5 points of the best", "solo", "far", OTHERS, over=-0.05),
-    Claim("one learned alone within 5 points of the best", "success", "far", OTHERS, ("single",), over=-0.05),
-    Claim("three right: 60 % of the ceiling's", "success", "far", "ceiling", ("triple",), ratio=True, over=0.6),
+    Claim("one of two learned subjects alone: within 5 points of the best", "solo", "far", OTHERS, over=-0.05),
+    Claim("one subject learned alone: within 5 points of the best", "success", "far", OTHERS, ("single",), over=-0.05),
+    Claim(
+        "joint accuracy of three: 60 % of the oracle's",
+        "success",
+        "far",
+        "ceiling",
+        ("triple",),
+        ratio=True,
+        over=0.6,
+    ),
 )
 
 
 def weigh(rows: Sequence[Row], claim: Claim) -> dict[str, Any] | None:
-    """The claim's value over the groups that have both arms, its 95 % interval by resampling groups, and whether it
-    holds: "yes" or "no" if the interval lies on the same side, else with "open" behind. None if no group has both arms
-    (or of a ratio to 0)."""
+    """The claim's value over the groups that have both arms, its 95 % bootstrap interval over groups, and a verdict.
+
+    The verdict is "yes" or "no", followed by ", open" if the interval includes the bound. None if no group has both
+    arms, or for a ratio to 0.
+    """
     first = per_group(rows, claim.first, claim.measure, claim.kinds)
     names = (claim.second,) if isinstance(claim.second, str) else claim.second
     others = {name: per_group(rows, name, claim.measure, claim.kinds) for name in names}
-    # An arm that wasn't run on all of the groups can't be compared with one that was.
+    # Only arms that were run on all of these groups can be compared.
     others = {name: values for name, values in others.items() if first and first.keys() <= values.keys()}
     if not others:
         return None
@@ -97,7 +110,7 @@ def _ratio_of_means(resampled: np.ndarray) -> np.ndarray:
 
 
 def claims_table(rows: Sequence[Row]) -> list[str]:
-    """Markdown lines, one for each claim that the rows can tell; empty if there is none."""
+    """Markdown lines, one for each claim that the rows can decide; empty if there are none."""
     lines = []
     for claim in CLAIMS:
         found = weigh(rows, claim)

@@ -1,6 +1,6 @@
-"""Which subjects are learned together: pairs for tuning, others for the one measurement, triples, five at once, one.
+"""The groups of subjects that are learned together: dev and test pairs, triples, five subjects, single ones.
 
-All come from the identities that the small base has never seen, by a fixed seed. Dev and test share no identity.
+All come from identities that the small base has never seen, by a fixed seed. Dev and test share no identity.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Group:
         return tuple(Name(identity.noun, f"<v{i + 1}>") for i, identity in enumerate(self.identities))
 
     @property
-    def telling(self) -> set[str]:
+    def distinguishing(self) -> set[str]:
         """Attributes in which the subjects differ."""
         return differing(self.identities)
 
@@ -80,7 +80,7 @@ def test_groups() -> tuple[Group, ...]:
 def core_groups() -> tuple[Group, ...]:
     """The eight test pairs of the registered core: half of each kind."""
     pairs = test_groups()
-    return tuple(g for kind, count in (("near", 4), ("far", 2), ("classes", 2)) for g in _of(pairs, kind)[:count])
+    return (*_of(pairs, "near")[:4], *_of(pairs, "far")[:2], *_of(pairs, "classes")[:2])
 
 
 def larger_groups() -> tuple[Group, ...]:

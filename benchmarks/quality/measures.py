@@ -1,7 +1,7 @@
-"""From what the oracle read on each picture to the figures of one run.
+"""Compute the figures of one run from what the oracle read in each picture.
 
-All are shares of pictures, subjects or attributes. "Own", "foreign" and "third" are the values of the attributes in
-which the subjects differ: a foreign one is another subject's (a leak), a third one nobody's (drift).
+All are shares of pictures, subjects or attributes. A distinguishing attribute is one in which the subjects differ. Its
+value in a picture is the subject's own, another subject's (attribute leakage), or neither (drift).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain, product
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,8 @@ from far_train.mini.verdicts import ENOUGH_ATTRIBUTES, agreed_fields, differing,
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One picture and what the oracle read on it: JSON types, so that figures can be computed again.
+class Observation:
+    """What the oracle read in one picture, in JSON types, so that figures can be recomputed.
 
     ``kind``: joint, solo, binding or prior; ``subject``: which of the group was asked for alone (solo, prior);
     ``found``: fields of each subject, from left to right.
@@ -36,7 +37,9 @@ class Seen:
     found: tuple[dict[str, str], ...]
 
     @classmethod
-    def build(cls, kind: str, prompt: str, place: str | None, subject: int | None, seed: int, reading: Reading) -> Seen:
+    def build(
+        cls, kind: str, prompt: str, place: str | None, subject: int | None, seed: int, reading: Reading
+    ) -> Observation:
         found = tuple(asdict(s.identity) for s in reading.subjects)
         return cls(kind, prompt, place, subject, seed, reading.background, found)
 
@@ -50,18 +53,20 @@ class Seen:
         return Reading(tuple(Detection(i, 1.0, {}, nowhere) for i in self.identities), self.background, 1.0)
 
 
-def joint_figures(seen: Sequence[Seen], wanted: Sequence[Identity], reference_places: set[str]) -> dict[str, float]:
-    """All subjects asked for together.
+def joint_figures(
+    observed: Sequence[Observation], wanted: Sequence[Identity], reference_places: set[str]
+) -> dict[str, float]:
+    """Figures of the pictures whose prompt names all subjects.
 
-    ``success``, the primary measure: exactly these subjects, each by class, at least four of five attributes and all
-    that tell them apart, in the place that was asked for.
+    ``success`` (joint accuracy), the primary measure: exactly these subjects, each with its class, at least four of
+    five attributes and all distinguishing ones, in the place that was prompted for.
     """
-    verdicts = [judge_subjects(wanted, s.place, s.as_reading()) for s in seen]
+    verdicts = [judge_subjects(wanted, o.place, o.as_reading()) for o in observed]
     own, leaked, drifted = (sum(getattr(v, name) for v in verdicts) for name in ("own", "leaked", "drifted"))
     told = max(own + leaked + drifted, 1)
     matched, mixed = 0, 0
-    for s in seen:
-        for tally in _tallies(wanted, s.identities):
+    for o in observed:
+        for tally in _tallies(wanted, o.identities):
             matched += 1
             mixed += tally["own"] > 0 and tally["foreign"] > 0
     return {
@@ -73,51 +78,57 @@ def joint_figures(seen: Sequence[Seen], wanted: Sequence[Identity], reference_pl
         "leakage": leaked / told,
         "drift": drifted / told,
         "mixing": mixed / max(matched, 1),
-        "duplication": _mean(_is_twice_the_same(wanted, s.identities) for s in seen),
-        "reference_background": _mean(s.background in reference_places and s.background != s.place for s in seen),
+        "duplication": _mean(_is_twice_the_same(wanted, o.identities) for o in observed),
+        "reference_background": _mean(o.background in reference_places and o.background != o.place for o in observed),
     }
 
 
-def solo_figures(seen: Sequence[Seen], wanted: Sequence[Identity]) -> dict[str, float]:
-    """Each subject asked for alone. ``solo``: exactly one, by class, four of five attributes and all that tell."""
+def solo_figures(observed: Sequence[Observation], wanted: Sequence[Identity]) -> dict[str, float]:
+    """Figures of the pictures whose prompt names one subject.
+
+    ``solo``: exactly one subject, with its class, at least four of five attributes and all distinguishing ones.
+    """
     right, foreign, told = [], 0, 0
-    telling = differing(wanted)
-    for s in seen:
-        identity, found = wanted[s.subject], s.identities
+    distinguishing = differing(wanted)
+    for o in observed:
+        identity, found = wanted[o.subject], o.identities
         agreed = agreed_fields(identity, found[0]) if len(found) == 1 else set()
-        right.append("noun" in agreed and len(agreed) > ENOUGH_ATTRIBUTES and telling <= agreed)
-        others = [w for i, w in enumerate(wanted) if i != s.subject]
+        right.append("noun" in agreed and len(agreed) > ENOUGH_ATTRIBUTES and distinguishing <= agreed)
+        others = [w for i, w in enumerate(wanted) if i != o.subject]
         if found and others:
             nearest = found[match_identities([identity], found)[0]]
-            for attribute in telling:
+            for attribute in distinguishing:
                 value = getattr(nearest, attribute)
                 foreign += value != getattr(identity, attribute) and value in {getattr(o, attribute) for o in others}
                 told += 1
     return {"solo": _mean(right), "solo_leak": foreign / max(told, 1)}
 
 
-def binding_figures(seen: Sequence[Seen], wanted: Sequence[Identity]) -> dict[str, float]:
+def binding_figures(observed: Sequence[Observation], wanted: Sequence[Identity]) -> dict[str, float]:
     """'V1 on the left, V2 on the right': of the pictures with two subjects, those in which each stands on its side."""
-    telling = differing(wanted)
-    pairs = [s.identities for s in seen if len(s.found) == 2]
-    return {"binding": _mean(all(telling <= agreed_fields(w, f) for w, f in zip(wanted, found)) for found in pairs)}
+    distinguishing = differing(wanted)
+    pairs = [o.identities for o in observed if len(o.found) == 2]
+    right = [all(distinguishing <= agreed_fields(w, f) for w, f in zip(wanted, found)) for found in pairs]
+    return {"binding": _mean(right)}
 
 
-def prior_figures(seen: Sequence[Seen], base: Sequence[Seen], wanted: Sequence[Identity]) -> dict[str, float]:
+def prior_figures(
+    observed: Sequence[Observation], base: Sequence[Observation], wanted: Sequence[Identity]
+) -> dict[str, float]:
     """'A dog': how far its attributes moved from the base's, and how often one of the learned subjects comes instead.
 
     ``prior_drift``: total variation between the attributes' distributions, from 0 to 1, as a mean over attributes; with
     few pictures it is above 0 for equal distributions too, so compare arms with each other and not with 0.
     """
     return {
-        "prior_drift": attribute_distance(seen, base),
-        "identity_without_token": _mean(_is_one(s, wanted) for s in seen),
+        "prior_drift": attribute_distance(observed, base),
+        "identity_without_token": _mean(_is_one(o, wanted) for o in observed),
     }
 
 
-def attribute_distance(first: Sequence[Seen], second: Sequence[Seen]) -> float:
+def attribute_distance(first: Sequence[Observation], second: Sequence[Observation]) -> float:
     """Mean over the attributes of the total variation ½ Σ |p − q| between two sets of pictures; 1 if one is empty."""
-    found = [[identity for s in part for identity in s.identities] for part in (first, second)]
+    found = [list(chain.from_iterable(o.identities for o in part)) for part in (first, second)]
     if not all(found):
         return 1.0
     distances = []
@@ -129,7 +140,9 @@ def attribute_distance(first: Sequence[Seen], second: Sequence[Seen]) -> float:
 
 
 def corrected_leakage(
-    seen: Sequence[Seen], wanted: Sequence[Identity], confusion: Mapping[str, Mapping[str, Mapping[str, int]]]
+    observed: Sequence[Observation],
+    wanted: Sequence[Identity],
+    confusion: Mapping[str, Mapping[str, Mapping[str, int]]],
 ) -> float:
     """Leakage of two subjects with the oracle's own mistakes taken out (Rogan & Gladen 1978).
 
@@ -138,7 +151,7 @@ def corrected_leakage(
     within 0 and 1. ``confusion``: attribute → true value → value read → count, as :func:`measure_oracle` gives it.
     """
     shares, weights = [], []
-    matched = [match for s in seen for match in _matches(wanted, s.identities)]
+    matched = list(chain.from_iterable(_matches(wanted, o.identities) for o in observed))
     for k, subject in enumerate(wanted):
         (other,) = (w for i, w in enumerate(wanted) if i != k)
         for attribute in differing(wanted):
@@ -166,12 +179,12 @@ def _matches(wanted: Sequence[Identity], found: Sequence[Identity]) -> list[tupl
 
 
 def _tallies(wanted: Sequence[Identity], found: Sequence[Identity]) -> list[dict[str, int]]:
-    """For each subject that was found: how many telling attributes have its own value, and how many another's."""
+    """For each subject found: how many distinguishing attributes have its own value, and how many another's."""
     tallies = []
-    for i, seen in _matches(wanted, found):
+    for i, identity in _matches(wanted, found):
         tally = {"own": 0, "foreign": 0}
         for attribute in differing(wanted):
-            value = getattr(seen, attribute)
+            value = getattr(identity, attribute)
             if value == getattr(wanted[i], attribute):
                 tally["own"] += 1
             elif value in {getattr(w, attribute) for w in wanted}:
@@ -182,18 +195,18 @@ def _tallies(wanted: Sequence[Identity], found: Sequence[Identity]) -> list[dict
 
 def _is_twice_the_same(wanted: Sequence[Identity], found: Sequence[Identity]) -> bool:
     """Whether two of the subjects found are nearest to the same one of those wanted, by what tells them apart."""
-    telling = differing(wanted)
+    distinguishing = differing(wanted)
     nearest = []
-    for seen in found:
-        agreed = [len(agreed_fields(w, seen) & (telling | {"noun"})) for w in wanted]
+    for identity in found:
+        agreed = [len(agreed_fields(w, identity) & (distinguishing | {"noun"})) for w in wanted]
         if agreed.count(max(agreed)) == 1:
             nearest.append(agreed.index(max(agreed)))
     return len(nearest) > len(set(nearest))
 
 
-def _is_one(seen: Seen, wanted: Sequence[Identity]) -> bool:
+def _is_one(observed: Observation, wanted: Sequence[Identity]) -> bool:
     """Whether a picture shows one of the subjects: its class and at least four attributes of five."""
-    agreed = [agreed_fields(w, i) for w in wanted for i in seen.identities]
+    agreed = [agreed_fields(w, found) for w, found in product(wanted, observed.identities)]
     return any("noun" in a and len(a) > ENOUGH_ATTRIBUTES for a in agreed)
 
 

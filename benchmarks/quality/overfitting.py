@@ -1,7 +1,6 @@
-"""Signs of overfitting that need the pictures themselves: subjects copied from their photos, poses that don't vary.
+"""Signs of overfitting in the pictures themselves: subjects copied from their photos, and poses that don't vary.
 
-Both are read off against true new pictures of the same subject, which this world can render and the oracle reads just
-as it reads drawn ones.
+Both are compared with true new pictures of the same subject, which the small world can render.
 """
 
 from __future__ import annotations
@@ -47,8 +46,7 @@ def cut_out(image: Tensor, mask: Tensor) -> Tensor:
 
 
 class SubjectRuler:
-    """What one subject is held to: ``photos`` and ``true``, images and masks of it in its photos and in true new
-    pictures."""
+    """Reference values for one subject, from images and masks of its ``photos`` and of ``true`` new pictures."""
 
     def __init__(self, photos: Sequence[tuple[Tensor, Tensor]], true: Sequence[tuple[Tensor, Tensor]]):
         shots = [cut_out(*pair) for pair in photos] + [cut_out(i.flip(1), m.flip(1)) for i, m in photos]

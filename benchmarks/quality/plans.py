@@ -1,9 +1,10 @@
-"""Which runs a bench makes: arms × groups × seeds, and how many pictures each is judged by."""
+"""Plan a benchmark: arms × groups × seeds, and the number of pictures that each run is judged by."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 
 from far_train.utils.errors import ConfigError
 
@@ -22,8 +23,9 @@ class Plan:
     pictures: Mapping[str, int]
 
     def runs(self) -> list[tuple[Arm, Group, int]]:
-        """Groups come first and arms last: what is done after half the time compares all arms."""
-        return [(arm, group, seed) for seed in range(self.seeds) for group in self.groups for arm in self.arms]
+        """All runs, ordered so that a benchmark stopped half-way compares all arms on some of the groups."""
+        order = product(range(self.seeds), self.groups, self.arms)
+        return [(arm, group, seed) for seed, group, arm in order]
 
 
 FEW = {"joint": 32, "solo": 16, "binding": 8, "prior": 16}
@@ -32,7 +34,7 @@ MANY = {"joint": 32, "solo": 16, "binding": 16, "prior": 32}
 
 def build_plan(config: BenchConfig) -> Plan:
     """The plan of these settings. Raises ConfigError for an unknown arm or group."""
-    dev = dev_groups()  # the first differs in a trim of yellow or orange, which not even the ceiling learns
+    dev = dev_groups()  # the first pair differs in yellow or orange trim, which not even the oracle arm learns
     plan = {
         "reduced": Plan(CORE, (dev[1], dev[2]), 1, FEW),
         "dev": Plan(ALL, (*dev, dev_triple(), *dev_singles()), 1, FEW),

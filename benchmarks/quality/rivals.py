@@ -1,6 +1,6 @@
-"""What the rivals train on: their published ways of making training pictures from the same photos and class pictures.
+"""Training sets of the other methods, built as published from the same photos and class pictures.
 
-Each is a ``TrainingSet`` for the same recipe: the arms differ in what the methods differ in and in nothing else.
+Each is a ``TrainingSet`` for the same recipe, so the arms differ only in what the methods differ in.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SEGMIX_SHARE = 0.3
 
 
 class _Generated:
-    """A training set whose instances are made from (seed, index)."""
+    """A training set whose pictures depend on (seed, index) alone."""
 
     kind = ""
 
@@ -124,9 +124,9 @@ class SegMix(_Generated):
 
 
 class TrueScenes(_Generated):
-    """The ceiling's pictures: the subjects really together, as the world draws them, in every place.
+    """The oracle arm's pictures: all subjects together, as the world draws them, in every place.
 
-    Each gets the same room, so that where one stands doesn't tell who it is.
+    All get the same room, so that the position doesn't give away the identity.
     """
 
     kind = "true scenes"
@@ -147,7 +147,7 @@ class TrueScenes(_Generated):
 
 
 class _Changed:
-    """A training set whose composites are another's, changed; all else is that one's."""
+    """A training set that changes the composites of another one."""
 
     kind = ""
 
@@ -165,8 +165,10 @@ class _Changed:
 
 
 class TruePairs(_Changed):
-    """FaR's training set with true pictures of both in the place of its composites of both, one for one: a control that
-    tells what composites lack from what learning each alone takes."""
+    """FaR's training set with each composite of a pair replaced by a true picture of both.
+
+    A control that separates the shortcomings of composites from the cost of learning each subject alone.
+    """
 
     kind = "true pairs"
 
@@ -183,8 +185,10 @@ class TruePairs(_Changed):
 
 
 class ShuffledMasks(_Changed):
-    """A training set in which every picture with two subjects or more says the wrong one is where: a control that must
-    hurt, if the masks are what helps."""
+    """A training set whose pictures of several subjects have the masks swapped.
+
+    A control: it must be worse if the masks are what helps.
+    """
 
     kind = "shuffled"
 
@@ -210,8 +214,8 @@ def degrade(concept: Concept, seed: int) -> Concept:
     return replace(concept, masks=tuple(masks))
 
 
-def outline(concept: Concept, sam: Any) -> Concept:
-    """A concept with the outlines that a segment-anything model finds around its masks: the cure for poor ones.
+def refine_masks(concept: Concept, sam: Any) -> Concept:
+    """A concept whose masks a segment-anything model has refined.
 
     Raises SubjectError where it finds none.
     """

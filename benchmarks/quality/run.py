@@ -1,9 +1,9 @@
-"""One run of the bench: learn a group with an arm, draw, let the oracle read, write a row of figures.
+"""Run a benchmark: train each arm on each group, draw pictures, let the oracle read them, write a row of figures.
 
-OUT/materials/                        class pictures and empty scenes that the base drew: the same for all arms
-OUT/runs/ARM/GROUP-sSEED/row.json     what was measured; a run that has it is done
-                         seen.jsonl   what the oracle read on every picture
-                         sheet.jpg    the first pictures, uncurated, with the verdict on each
+OUT/materials/                        class pictures and empty scenes drawn by the base, the same for all arms
+OUT/runs/ARM/GROUP-sSEED/row.json     the figures; a run that has it is finished
+                         seen.jsonl   what the oracle read in every picture
+                         sheet.jpg    the first pictures, uncurated, with a verdict on each
                          training/    metrics.jsonl, weights.safetensors
 """
 
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,10 @@ from far_train.utils.files import write_json, write_tensors, write_text
 
 from .arms import FUSION, Arm
 from .groups import Group
-from .measures import Seen, binding_figures, corrected_leakage, joint_figures, prior_figures, solo_figures
+from .measures import Observation, binding_figures, corrected_leakage, joint_figures, prior_figures, solo_figures
 from .overfitting import SubjectRuler, kernel_distance, overfitting_figures, subject_rulers
 from .plans import Plan
-from .rivals import ResizedPhotos, SegMix, ShuffledMasks, TruePairs, TrueScenes, degrade, outline
+from .rivals import ResizedPhotos, SegMix, ShuffledMasks, TruePairs, TrueScenes, degrade, refine_masks
 
 EMPTY_SCENES, REFERENCES = 4, 5
 SHOWN = 16
@@ -97,7 +98,7 @@ class Bench:
         rows, runs = [], self.plan.runs()
         for number, (arm, group, seed) in enumerate(runs):
             if self.should_stop():
-                raise Interrupted(f"stopped after {number} of {len(runs)} runs, which are saved; start again to go on")
+                raise Interrupted(f"stopped after {number} of {len(runs)} runs, which are saved; start again to resume")
             self.on_progress("runs", number, len(runs))
             rows.append(self.row(arm, group, seed))
         self.on_progress("runs", len(runs), len(runs))
@@ -120,7 +121,7 @@ class Bench:
             training_set = WithClassImages(self.training_set(arm, group, seed), self._class_pictures(arm, group))
             vocabulary = self._train(base, training_set, arm, seed, folder / "training")
         trained = time.monotonic()
-        figures, seen, pictures = self._judge(base, vocabulary, arm, group, seed)
+        figures, observed, pictures = self._judge(base, vocabulary, arm, group, seed)
         if vocabulary is not None:
             figures |= attention_figures(base, vocabulary, group)
         row = {
@@ -132,11 +133,11 @@ class Bench:
             "training_seconds": round(trained - started, 1),
             "about": about,
         }
-        self._write(folder, row, group, seen, pictures)
+        self._write(folder, row, group, observed, pictures)
         return row
 
     def _identity(self, arm: Arm, group: Group, seed: int) -> dict[str, Any]:
-        """What decides a row, as JSON types."""
+        """Everything that a row depends on, as JSON types."""
         about = {
             "arm": asdict(arm)
             | {"training": TrainConfig.first_names(arm.training), "fusion": FusionConfig.first_names(arm.fusion)},
@@ -151,12 +152,12 @@ class Bench:
         return json.loads(json.dumps(about))
 
     def train_config(self, arm: Arm, seed: int) -> TrainConfig:
-        """An arm's training with the bench's changes, save of what the arm doesn't learn."""
+        """An arm's training with the benchmark's changes. Rates of 0 stay: the arm doesn't learn those weights."""
         own = arm.train_config(seed)
         changes = {k: v for k, v in self.changes.items() if getattr(own, k) != 0}
         return own.replace(**changes)
 
-    # ---- what is learned from
+    # ---- training data
 
     @cached_property
     def _base(self) -> BaseModel:
@@ -172,7 +173,8 @@ class Bench:
         return lambda done, total: self.on_progress(name, done, total)
 
     def _class_pictures(self, arm: Arm, group: Group) -> list[ClassPicture]:
-        return [picture for noun in sorted({i.noun for i in group.identities}) for picture in self._prior(arm, noun)]
+        nouns = sorted({identity.noun for identity in group.identities})
+        return list(chain.from_iterable(self._prior(arm, noun) for noun in nouns))
 
     def _prior(self, arm: Arm, noun: str) -> list[ClassPicture]:
         config = arm.class_config()
@@ -192,10 +194,10 @@ class Bench:
     def training_set(self, arm: Arm, group: Group, seed: int) -> TrainingSet:
         """What an arm learns from, without the prior half."""
         found = concepts(group)
-        if arm.masks in ("degraded", "mended"):
+        if arm.masks in ("degraded", "sam_refined"):
             found = [degrade(c, group.seed + i) for i, c in enumerate(found)]
-        if arm.masks == "mended":
-            found = [outline(c, self.extractor.sam) for c in found]
+        if arm.masks == "sam_refined":
+            found = [refine_masks(c, self.extractor.sam) for c in found]
         if arm.data == "resized":
             return ResizedPhotos(found, SIZE, FUSION.count, seed)
         if arm.data == "seg_mix":
@@ -219,31 +221,31 @@ class Bench:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return apply_weights(weights, base)
 
-    # ---- what is measured
+    # ---- figures
 
     def _judge(
         self, base: BaseModel, vocabulary: Vocabulary | None, arm: Arm, group: Group, seed: int
-    ) -> tuple[dict[str, float], list[Seen], Tensor]:
-        names = called(arm, group)
+    ) -> tuple[dict[str, float], list[Observation], Tensor]:
+        names = names_in_prompts(arm, group)
         asked = prompts(group, names, self.plan.pictures)
         seeds = _seeds(seed, len(asked))
         pictures, readings = self._look(base, vocabulary or plain_vocabulary(base), asked, seeds)
-        seen = _seen(asked, seeds, readings)
-        by_kind = {kind: [s for s in seen if s.kind == kind] for kind in self.plan.pictures}
+        observed = _observations(asked, seeds, readings)
+        by_kind = {kind: [s for s in observed if s.kind == kind] for kind in self.plan.pictures}
         joint = self.plan.pictures["joint"]  # they come first, prior pictures last
         figures = joint_figures(by_kind["joint"], group.identities, reference_places(group))
         if arm.data != "none":
             figures |= solo_figures(by_kind["solo"], group.identities)
         if vocabulary:
             figures |= overfitting_figures(self._rulers(group), group.identities, pictures[:joint], readings[:joint])
-            base_seen, base_features = self._base_prior(group, seed)
-            figures |= prior_figures(by_kind["prior"], base_seen, group.identities)
+            base_observed, base_features = self._base_prior(group, seed)
+            figures |= prior_figures(by_kind["prior"], base_observed, group.identities)
             drawn = pictures[len(pictures) - len(by_kind["prior"]) :]
             figures["prior_kid"] = kernel_distance(picture_features(self.oracle, drawn), base_features)
         if len(names) == 2:
             figures |= binding_figures(by_kind["binding"], group.identities)
             figures["leakage_corrected"] = corrected_leakage(by_kind["joint"], group.identities, self.confusion)
-        return figures, seen, pictures[:joint]
+        return figures, observed, pictures[:joint]
 
     def _look(
         self, base: BaseModel, vocabulary: Vocabulary, asked: Sequence[Asked], seeds: Sequence[int]
@@ -258,7 +260,7 @@ class Bench:
             self._rulers_of[group.key] = subject_rulers(group.identities, concepts(group), self.oracle, SIZE)
         return self._rulers_of[group.key]
 
-    def _base_prior(self, group: Group, seed: int) -> tuple[list[Seen], Tensor]:
+    def _base_prior(self, group: Group, seed: int) -> tuple[list[Observation], Tensor]:
         """What the untrained base shows for the group's bare nouns, with the same seeds, and the pictures' features."""
         names = [Name(n.noun) for n in group.names]
         asked = prompts(group, names, self.plan.pictures)
@@ -267,25 +269,28 @@ class Bench:
         path = self.out / "materials" / "prior" / f"{'-'.join(sorted({n.noun for n in names}))}-{first}-s{seed}.json"
         kept = path.with_suffix(".safetensors")
         if path.exists() and kept.exists():
-            seen = [Seen(**{**s, "found": tuple(s["found"])}) for s in json.loads(path.read_text(encoding="utf-8"))]
-            return seen, load_file(kept)["features"]
+            rows = json.loads(path.read_text(encoding="utf-8"))
+            observed = [Observation(**{**row, "found": tuple(row["found"])}) for row in rows]
+            return observed, load_file(kept)["features"]
         seeds = _seeds(seed, len(asked))[first:]
         pictures, readings = self._look(self._base, plain_vocabulary(self._base), asked[first:], seeds)
-        seen, features = _seen(asked[first:], seeds, readings), picture_features(self.oracle, pictures)
-        write_json(path, [asdict(s) for s in seen])
+        observed, features = _observations(asked[first:], seeds, readings), picture_features(self.oracle, pictures)
+        write_json(path, [asdict(s) for s in observed])
         write_tensors(kept, {"features": features}, {})
-        return seen, features
+        return observed, features
 
-    def _write(self, folder: Path, row: dict[str, Any], group: Group, seen: Sequence[Seen], pictures: Tensor) -> None:
-        write_text(folder / "seen.jsonl", "".join(json.dumps(asdict(s)) + "\n" for s in seen))
+    def _write(
+        self, folder: Path, row: dict[str, Any], group: Group, observed: Sequence[Observation], pictures: Tensor
+    ) -> None:
+        write_text(folder / "seen.jsonl", "".join(json.dumps(asdict(s)) + "\n" for s in observed))
         sheet = pictures[:SHOWN]
-        labels = [judge_subjects(group.identities, s.place, s.as_reading()).words for s, _ in zip(seen, sheet)]
+        labels = [judge_subjects(group.identities, s.place, s.as_reading()).words for s, _ in zip(observed, sheet)]
         save_sheet(folder / "sheet.jpg", picture_grid(sheet, labels, columns=8, cell=144))
-        write_json(folder / "row.json", row)  # last: a run that has it is whole
+        write_json(folder / "row.json", row)  # last, because it marks the run as finished
 
 
-def _seen(asked: Sequence[Asked], seeds: Sequence[int], readings: Sequence[Reading]) -> list[Seen]:
-    return [Seen.build(*a, s, r) for a, s, r in zip(asked, seeds, readings)]
+def _observations(asked: Sequence[Asked], seeds: Sequence[int], readings: Sequence[Reading]) -> list[Observation]:
+    return [Observation.build(*a, s, r) for a, s, r in zip(asked, seeds, readings)]
 
 
 def _seeds(seed: int, count: int) -> list[int]:
@@ -294,8 +299,8 @@ def _seeds(seed: int, count: int) -> list[int]:
 
 
 def reference_places(group: Group) -> set[str]:
-    """The places of the group's photos: the spurious backgrounds that no picture is asked to have."""
-    return {place for places in _places_of(group) for place in places}
+    """The places of the group's photos. No prompt asks for them, so a picture that shows one has background leakage."""
+    return set(chain.from_iterable(_places_of(group)))
 
 
 def _places_of(group: Group) -> list[list[str]]:
@@ -314,9 +319,9 @@ def concepts(group: Group) -> list[Concept]:
     return found
 
 
-def called(arm: Arm, group: Group) -> tuple[Name, ...]:
-    """The subjects in an arm's prompts: by their tokens, by all their attributes in words, or by bare nouns."""
-    if arm.data == "words":
+def names_in_prompts(arm: Arm, group: Group) -> tuple[Name, ...]:
+    """The subjects' names in an arm's prompts: their tokens, all their attributes, or bare nouns."""
+    if arm.data == "prompt_only":
         return tuple(Name(describe(identity).split(" ", 1)[1]) for identity in group.identities)
     return group.names if arm.learns else tuple(Name(identity.noun) for identity in group.identities)
 
@@ -343,9 +348,11 @@ def prompts(group: Group, names: Sequence[Name], counts: Mapping[str, int]) -> l
 
 
 def attention_figures(base: BaseModel, vocabulary: Vocabulary, group: Group) -> dict[str, float]:
-    """Where the modifiers look on noised held-out renders: shares of a map's mass on its own subject and on others, how
-    often its hottest cell is on its own, and how many times denser it is there than elsewhere. A check of the
-    mechanism, never a quality score."""
+    """Cross-attention of the placeholder tokens on noised held-out renders.
+
+    Shares of a map's mass on its own subject and on others, pointing accuracy (the hottest cell is on the own subject),
+    and the ratio of mean attention inside and outside. A check of the mechanism, not a quality score.
+    """
     own, other, looks = [], [], []
     caption = f"a photo of {join_phrases(group.names)}"
     for k in range(PROBES):

@@ -1,4 +1,4 @@
-"""Settings of the bench, in a module that loads at once: the command line reads them for its help."""
+"""Settings of the quality benchmark, in a module that imports fast because --help needs it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class BenchConfig(Config):
         "arms on eight test pairs, two seeds; full: all arms on all test groups, three seeds",
         choices=("reduced", "dev", "core", "full"),
     )
-    arms: tuple[str, ...] = setting((), "these arms alone, by name")
-    groups: tuple[str, ...] = setting((), "these groups of the plan alone, by name")
-    more_pictures: int = setting(1, "draw so many times the plan's pictures", low=1, high=64)
+    arms: tuple[str, ...] = setting((), "only these arms, by name")
+    groups: tuple[str, ...] = setting((), "only these groups of the plan, by name")
+    more_pictures: int = setting(1, "factor on the plan's number of pictures", low=1, high=64)
     seeds: int | None = setting(None, "runs of each arm and group (default: the plan's)", low=1, high=100)
-    # For tuning: the same change of all arms, each against its own default.
+    # For tuning: the same change to all arms.
     steps: int | None = setting(None, "training steps of every arm (default: each arm's own)", low=1, high=100_000)
     kv_lr: float | None = setting(None, "learning rate of K and V in every arm that trains them", low=0, high=1)
     lora_lr: float | None = setting(

@@ -1,4 +1,4 @@
-"""Intervals and tests with pairs of subjects as the unit: pictures of one pair say little that is new."""
+"""Confidence intervals and tests with pairs of subjects as the unit, since pictures of one pair are not independent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of a bench put together: means over groups, with intervals, and the contrasts that are tested."""
+"""Summarise the rows of a benchmark: means over groups with intervals, and the registered contrasts."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from .statistics import bootstrap_interval, holm, sign_flip_test
 Row = Mapping[str, Any]
 PAIRS = ("near", "far", "classes")
 SAME_CLASS = ("near", "far")
-# Name in a row → heading; those with True are better when higher.
+# Name in a row → (heading, whether higher is better).
 COLUMNS: dict[str, tuple[str, bool]] = {
-    "success": ("both right", True),
-    "solo": ("alone right", True),
+    "success": ("joint accuracy", True),
+    "solo": ("solo accuracy", True),
     "leakage": ("leakage", False),
     "leakage_corrected": ("leakage, corrected", False),
     "mixing": ("mixing", False),
-    "duplication": ("same twice", False),
+    "duplication": ("duplicated", False),
     "missing": ("missing", False),
-    "extra": ("too many", False),
-    "background": ("place right", True),
+    "extra": ("extra", False),
+    "background": ("right place", True),
     "reference_background": ("photo's place", False),
     "copied": ("copied", False),
     "pose_spread": ("pose spread", True),
-    "binding": ("sides", True),
+    "binding": ("right sides", True),
     "prior_drift": ("prior drift", False),
     "prior_kid": ("prior KID ×100", False),
-    "identity_without_token": ("without token", False),
-    "attention_own": ("attention on own", True),
-    "attention_other": ("on other", False),
-    "attention_hit": ("hottest on own", True),
-    "attention_density": ("density, % of outside", True),
+    "identity_without_token": ("shown without token", False),
+    "attention_own": ("attention on own subject", True),
+    "attention_other": ("attention on others", False),
+    "attention_hit": ("attention pointing accuracy", True),
+    "attention_density": ("attention inside/outside, %", True),
 }
-# The contrasts that are tested, named before the test pairs were run: (measure, first arm, second arm, kinds of pairs).
+# Contrasts registered before the test pairs were run: (measure, first arm, second arm, kinds of pairs).
 CONTRASTS = (
     ("success", "far", "custom-diffusion", SAME_CLASS),
     ("success", "far", "seg-mix", SAME_CLASS),
@@ -67,7 +67,7 @@ def summarise(rows: Sequence[Row], kinds: Sequence[str]) -> dict[str, dict[str, 
 
 
 def contrasts(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The registered contrasts that these rows can tell, with p values adjusted over all of them (Holm)."""
+    """The registered contrasts that these rows can decide, with p values adjusted over all of them (Holm)."""
     found = []
     for measure, first, second, kinds in CONTRASTS:
         a, b = (per_group(rows, arm, measure, kinds) for arm in (first, second))

@@ -1,4 +1,4 @@
-"""Rows of a bench as tables and plots: markdown and CSV, success against drift, leakage by similarity."""
+"""Write the rows of a benchmark as Markdown and CSV tables and as plots."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def write_report(rows: Sequence[Row], out: Path, title: str) -> Path:
         ("One class, far apart", ("far",)),
         ("Two classes", ("classes",)),
         ("Triples", ("triple",)),
-        ("Five at once", ("five",)),
-        ("One alone", ("single",)),
+        ("Five subjects", ("five",)),
+        ("Single subject", ("single",)),
     ):
         summary = summarise(rows, kinds)
         if summary:
@@ -39,7 +39,7 @@ def write_report(rows: Sequence[Row], out: Path, title: str) -> Path:
         parts += ["", "## Contrasts", "", *tested]
     claimed = claims_table(rows)
     if claimed:
-        parts += ["", "## Claims", "", '"Open": a bound lies within the interval.', "", *claimed]
+        parts += ["", "## Claims", "", '"Open" means inconclusive: the interval includes the bound.', "", *claimed]
     write_text(out / "results.md", "\n".join(parts) + "\n")
     write_text(out / "results.csv", _csv(rows))
     save_sheet(out / "success-drift.png", plot_success_against_drift(summarise(rows, PAIRS)))
@@ -63,7 +63,7 @@ def _table(summary: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> l
 
 
 def contrast_table(rows: Sequence[Row]) -> list[str]:
-    """Markdown lines, one for each registered contrast that the rows can tell; empty if there is none."""
+    """Markdown lines, one for each registered contrast that the rows can decide; empty if there are none."""
     lines = [_contrast_line(c) for c in contrasts(rows)]
     if lines:
         lines[:0] = [
@@ -90,7 +90,7 @@ def _csv(rows: Sequence[Row]) -> str:
 
 
 def plot_success_against_drift(summary: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> Image.Image:
-    """Where each arm stands between learning its subjects and leaving the class alone."""
+    """Joint accuracy against prior drift, a point per arm."""
     figure, axes = _figure()
     for i, (arm, measures) in enumerate(summary.items()):
         if "success" in measures and "prior_drift" in measures:
@@ -99,12 +99,12 @@ def plot_success_against_drift(summary: Mapping[str, Mapping[str, tuple[float, f
             axes.errorbar(
                 x, y, xerr=[[x - xs[0]], [xs[1] - x]], yerr=[[y - ys[0]], [ys[1] - y]], fmt="o", color=colour, label=arm
             )
-    axes.set(xlabel="prior drift (lower is better)", ylabel="both right (higher is better)")
+    axes.set(xlabel="prior drift (lower is better)", ylabel="joint accuracy (higher is better)")
     return _drawn(figure, axes)
 
 
 def plot_leakage(rows: Sequence[Row]) -> Image.Image:
-    """Leakage of each arm by how alike the two subjects are."""
+    """Leakage of each arm by the similarity of the two subjects."""
     figure, axes = _figure()
     arms = arms_of(rows)
     for i, arm in enumerate(arms):

@@ -1,4 +1,4 @@
-"""The speed of a training step beside Custom Diffusion's, and of a run: ``python -m benchmarks.speed``."""
+"""Measure a training step next to Custom Diffusion's, and a whole run: ``python -m benchmarks.speed``."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .settings import SpeedConfig
 
 def run_speed(inputs: Inputs, config: SpeedConfig) -> None:
     """Measure, and write and print the tables."""
-    from .bench_speed import run_bench_speed
+    from .measure import measure_speed
 
     with progress_bars() as bars:
-        page = run_bench_speed(Path(inputs.get("out") or "outputs/speed"), config, bars)
+        page = measure_speed(Path(inputs.get("out") or "outputs/speed"), config, bars)
     print(page.read_text(encoding="utf-8"))
     print(f"The same as JSON → {page.with_suffix('.json')}")
 

@@ -1,7 +1,7 @@
-"""Counts that don't depend on the machine: operations, FLOPs, bytes kept for the backward pass, waits for the device.
+"""Count operations, FLOPs, bytes saved for the backward pass and host waits, independent of the machine.
 
-A computation is counted as it runs, on real tensors or on PyTorch's fake ones (shapes without values), which count
-Stable Diffusion 2.1 at any size in seconds and without its memory.
+A computation is counted while it runs, on real tensors or on PyTorch's fake ones (shapes without values). With those,
+Stable Diffusion 2.1 is counted at any size in seconds, without the memory for its weights.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_f
 
 aten = torch.ops.aten
 
-# Operations that launch nothing: they allocate, or describe the same memory anew.
+# Operations that launch no kernel: they allocate memory or create views.
 _FREE = {
     "aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided",
     "aten::detach", "aten::_unsafe_view", "aten::lift_fresh", "aten::is_same_size", "aten::_reshape_alias",
 }  # fmt: skip
-# Operations whose result the host needs before it can go on.
+# Operations whose result the host waits for.
 _WAITS = {
     "aten::nonzero", "aten::equal", "aten::is_nonzero", "aten::masked_select",
     "aten::_unique2", "aten::unique_consecutive", "aten::unique_dim",
@@ -42,7 +42,7 @@ _CPU_ATTENTION = {
 
 @dataclass
 class Counts:
-    """What a computation did: operations by name, FLOPs, bytes kept for the backward pass, waits by name."""
+    """Counts of a computation: operations by name, FLOPs, bytes saved for the backward pass, host waits by name."""
 
     operations: Counter[str] = field(default_factory=Counter)
     waits: Counter[str] = field(default_factory=Counter)
@@ -65,10 +65,10 @@ class Counts:
 
 @contextmanager
 def counting(constants: Iterable[Tensor] = (), on_host: Iterable[Tensor] = ()) -> Iterator[Counts]:
-    """Count what runs in here.
+    """Count everything that runs in this context.
 
-    ``constants`` (weights) are there anyway and don't count as kept for the backward. Everything else is taken to be on
-    the device, but for tensors ``on_host``, which are read without a wait. Fake tensors read as 1.
+    ``constants`` (weights) don't count as saved for the backward pass. All tensors are assumed to be on the device,
+    except for those in ``on_host``, which are read without a wait. Fake tensors read as 1.
     """
     counts = Counts()
     known = {_storage(t) for t in constants}

@@ -1,9 +1,9 @@
-"""What our step is measured against: the training step of Custom Diffusion as diffusers' public script takes it.
+"""The reference: a training step of Custom Diffusion as in diffusers' public script.
 
-Kumari et al. 2023 (arXiv 2212.04488), built anew from diffusers' own parts: its attention processor, its scheduler, its
-modules. What that script does in each step is done here: pictures through the VAE and prompts through the text encoder,
-AdamW over the whole embedding table, whose other rows get no gradient, and the loss read at once. Loading and
-augmenting photos is left out, in its favour; so is what its optimizer does by default on a CPU, tensor after tensor.
+Kumari et al. 2023 (arXiv 2212.04488), rebuilt from diffusers' own attention processor, scheduler and modules. Each step
+does what the script does: encode the pictures with the VAE and the prompts with the text encoder, apply AdamW to the
+whole embedding table (its other rows get no gradient), and read the loss. Two differences make it faster than the
+script: photos are neither loaded nor augmented, and the optimizer is multi-tensor on a CPU, too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LEARNING_RATE = 1e-5
 
 
 class CustomDiffusion:
-    """A Custom Diffusion training on one fixed batch, put into a base and taken out again.
+    """A Custom Diffusion training on one fixed batch; :meth:`remove` restores the base.
 
     The last ``priors`` of the ``pictures`` are class pictures, as many as there are others, or none.
     """
@@ -99,6 +99,6 @@ class CustomDiffusion:
         loss.item()
 
     def remove(self) -> None:
-        """Leave the base as it was found."""
+        """Restore the base."""
         self.encoder.set_input_embeddings(self._table)
         self.base.unet.set_attn_processor(self._processors)

@@ -1,4 +1,4 @@
-"""Settings of the benchmark of speed."""
+"""Settings of the speed benchmark."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from far_train.utils.errors import ConfigError
 
 @dataclass(frozen=True)
 class SpeedConfig(Config):
-    """What the benchmark of speed measures, and how often."""
+    """What the speed benchmark measures, and how often."""
 
     model: str = setting(
         "auto",
         "small: the trained model that comes with the project; sd21: Stable Diffusion 2.1 at its real size with random "
-        "weights, which are as fast as real ones; auto: sd21 on an accelerator, small on a CPU",
+        "weights, which are as fast as trained ones; auto: sd21 on an accelerator, small on a CPU",
         choices=("auto", "small", "sd21"),
     )
     sizes: tuple[int, ...] = setting((), "sides of the pictures in pixels; default 512 768 (on a CPU 256, small 128)")
     batches: tuple[int, ...] = setting((), "samples in a step; default 1 2 4 8 (sd21 on a CPU: 1 2)")
     warmup: int = setting(3, "steps before anything is measured", low=1, high=1000)
-    repeats: int = setting(10, "how often a step, or a block of five on a GPU, is measured", low=1, high=1000)
-    phases: bool = setting(True, "also measure what the phases of a whole run take")
-    sweep: bool = setting(False, "also measure a step with larger pools and with one to four concepts")
+    repeats: int = setting(10, "number of measurements of a step, or of a block of five on a GPU", low=1, high=1000)
+    phases: bool = setting(True, "also measure the phases of a whole run")
+    sweep: bool = setting(False, "also measure a step with larger latent caches and with one to four concepts")
     compile: bool = setting(False, "also measure the fast mode with compiled blocks")
     precision: str = setting("auto", "arithmetic of the frozen model", choices=("auto", "fp32", "bf16", "fp16"))
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps, xpu …")

@@ -1,4 +1,4 @@
-"""Backgrounds for composites: photos brought to the canvas, photos with their subject filled in, plain colours."""
+"""Make the backgrounds of composites: cropped photos, photos with their subject filled in, plain colours."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def _crop_corner(
 
 
 def infill(picture: Image.Image, mask: Image.Image, size: int) -> Image.Image:
-    """Paint a photo's subject over with its surroundings, by push-pull over an image pyramid.
+    """Replace a photo's subject by its surroundings, with push-pull over an image pyramid.
 
-    The shorter side comes to at most ``size`` pixels. The result is smooth where the subject was: a scene to stand
-    on, never a second view of the subject.
+    The shorter side is scaled to at most ``size`` pixels. The result is smooth where the subject was, so no trace of
+    the subject remains in the background.
     """
     side = min(picture.size)
     small = tuple(round(length * min(size / side, 1)) for length in picture.size)

@@ -1,7 +1,7 @@
-"""Captions of composites, and where each mention's words stand in them.
+"""Write the captions of composites and locate each subject's mention in them.
 
-Spans are character positions; the base's own tokenizer turns them into token positions (see
-:mod:`far_train.models.tokens`), because two "dog" tokens of one caption share an id.
+Spans are character positions. The base model's tokenizer turns them into token positions (see
+:mod:`far_train.models.tokens`), because two "dog" tokens in one caption share an id.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Name:
-    """How a subject is called: a class noun, behind a modifier token if it is a concept and not just any such thing."""
+    """The name of a subject in captions: a class noun, after a placeholder token if the subject is a concept."""
 
     noun: str
     token: str | None = None
@@ -38,19 +38,19 @@ class Name:
 
 @dataclass(frozen=True)
 class MentionSpans:
-    """Character spans of one mention; ``token`` is None for a subject without a modifier."""
+    """Character spans of one mention; ``token`` is None for a bare class noun."""
 
     token: Span | None
     noun: Span
 
 
 def check_token(token: str) -> str:
-    """Return ``token`` if it is a modifier token such as ``<corgi-dog>``. Raises TokenError with a suggestion."""
+    """Return ``token`` if it is a placeholder token such as ``<corgi-dog>``. Raises TokenError with a suggestion."""
     if not TOKEN_PATTERN.fullmatch(token) or len(token) > 64:
         words = re.findall(r"[a-z0-9]+", token.lower())
         fix = f"write it as <{'-'.join(words)[:60]}>" if words else "write it as <my-dog>"
         raise TokenError(
-            f"token: {token!r} is not a modifier token ({fix}): lower-case letters, digits and hyphens between "
+            f"token: {token!r} is not a placeholder token ({fix}): lower-case letters, digits and hyphens between "
             "< and >, so that it stays one token and never collides with a word"
         )
     return token
@@ -60,12 +60,12 @@ def check_noun(noun: str) -> str:
     """Return ``noun`` if it can stand in a caption. Raises CaptionError."""
     if not NOUN_PATTERN.fullmatch(noun) or len(noun) > 64:
         fix = " ".join(re.findall(r"[a-z0-9]+", noun.lower()))[:64].strip() or "dog"
-        raise CaptionError(f"noun: {noun!r} is no class noun; use one or two lower-case words, such as {fix!r}")
+        raise CaptionError(f"noun: {noun!r} is not a class noun; use one or two lower-case words, such as {fix!r}")
     return noun
 
 
 def with_article(phrase: str) -> str:
-    """``dog`` → ``a dog``; a modifier token always takes ``a``."""
+    """``dog`` → ``a dog``; a placeholder token always takes ``a``."""
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
@@ -111,8 +111,8 @@ def default_prompts(names: Sequence[Name]) -> tuple[str, ...]:
 def locate_mentions(caption: str, names: Sequence[Name], where: str = "the caption") -> tuple[MentionSpans, ...]:
     """Find the words of each mention, in the order in which the caption mentions them.
 
-    A concept is its modifier token and the next occurrence of its noun before another token; a bare noun is the next
-    such word that no modifier token precedes. Raises CaptionError naming ``where`` and what is missing.
+    A concept is its placeholder token and the next occurrence of its noun before another token; a bare noun is the next
+    such word that no placeholder token precedes. Raises CaptionError naming ``where`` and what is missing.
     """
     spans = []
     cursor = 0
@@ -137,7 +137,7 @@ def locate_mentions(caption: str, names: Sequence[Name], where: str = "the capti
 
 
 def _find_noun(caption: str, name: Name, start: int) -> Span | None:
-    """Where the noun stands from ``start`` on; a noun behind a token belongs to that token's mention."""
+    """The first span of the noun from ``start`` on; a noun after a token belongs to that token's mention."""
     for match in _word(name.noun).finditer(caption, start):
         if name.token:
             return None if SOME_TOKEN.search(caption, start, match.start()) else match.span()

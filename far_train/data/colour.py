@@ -1,4 +1,4 @@
-"""Colours of photos as sRGB, which models are trained on, whatever profile a camera or a program wrote."""
+"""Convert photos with any ICC profile to sRGB, the colour space that models are trained on."""
 
 from __future__ import annotations
 

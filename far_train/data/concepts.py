@@ -1,4 +1,7 @@
-"""What flows between extraction, fusion and training. All pictures are float32 0..1, all masks 1 on the subject."""
+"""Data types shared by extraction, fusion and training: concepts, composites, training sets.
+
+All pictures are float32 0..1; all masks are 1 on the subject.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,10 @@ from .masks import describe_faint
 
 @dataclass(frozen=True, eq=False)
 class Concept:
-    """A subject to be learned: its modifier token, its class noun, its photos and where it is in them.
+    """A subject to learn: its placeholder token, its class noun, and its photos with masks.
 
-    ``images``: each [H, W, 3]; ``masks``: one [H, W] per image, of the same size. Raises TokenError, CaptionError,
-    SubjectError. ``labels``: what messages call the photos, such as their files.
+    ``images``: each [H, W, 3]; ``masks``: one [H, W] per image, of the same size. ``labels``: how messages name the
+    photos, such as their files. Raises TokenError, CaptionError, SubjectError.
     """
 
     token: str
@@ -40,7 +43,7 @@ class Concept:
             check_subject(image, mask, self.label(i))
 
     def label(self, index: int) -> str:
-        """What messages call a photo."""
+        """How messages name a photo."""
         return self.labels[index] if self.labels else f"concept {self.token}, photo {index + 1}"
 
     @property
@@ -50,9 +53,9 @@ class Concept:
 
 @dataclass(frozen=True, eq=False)
 class ClassPicture:
-    """A picture of any member of a class (a prior): ``image`` [H, W, 3], and the subject's ``mask`` [H, W] if known.
+    """A regularization image of a class: ``image`` [H, W, 3], and the subject's ``mask`` [H, W] if known.
 
-    ``label``: what messages call it, such as its file.
+    ``label``: how messages name it, such as its file.
     """
 
     noun: str
@@ -62,7 +65,7 @@ class ClassPicture:
 
     def __post_init__(self) -> None:
         check_noun(self.noun)
-        where = self.label or f"class picture of a {self.noun}"
+        where = self.label or f"regularization image of a {self.noun}"
         check_picture(self.image, where)
         if self.mask is not None:
             check_subject(self.image, self.mask, where)
@@ -114,16 +117,16 @@ class Composite:
 
 @runtime_checkable
 class TrainingSet(Protocol):
-    """What a training reads: composites and class pictures, each built when asked for.
+    """The input of a training: composites and regularization images, each built when asked for.
 
-    ``names`` are the concepts in order; ``size`` the side of every picture in pixels.
+    ``names`` are the concepts in order; ``size`` is the side of every picture in pixels.
     """
 
     names: tuple[Name, ...]
     size: int
 
     def digest(self) -> str:
-        """Identifies the content: equal digests train equally."""
+        """Identifies the content: training sets with equal digests give equal results."""
         ...
 
     def composite_count(self) -> int: ...
@@ -152,4 +155,4 @@ def check_subject(image: Tensor, mask: Tensor, where: str) -> None:
             f"{image.shape[1]}×{image.shape[0]}; make them the same size"
         )
     if not bool((mask > 0.5).any()):
-        raise SubjectError(f"{where}: the mask {describe_faint(mask)}, or leave this photo out")
+        raise SubjectError(f"{where}: the mask {describe_faint(mask)}, or remove this photo")

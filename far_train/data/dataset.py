@@ -1,12 +1,12 @@
-"""A training set as a folder that people can look at and edit.
+"""The dataset folder: a training set on disk that users can inspect and edit.
 
-    dataset.json             concepts, picture size, and which mask belongs to which mention
-    composites/0000.png      the training pictures …
-    composites/0000.txt      … their captions; edit them freely, but keep each mention's words in order
+    dataset.json                 concepts, picture size, and which mask belongs to which mention
+    composites/0000.png          the training pictures …
+    composites/0000.txt          … their captions; edit them freely, but keep the mentions and their order
     composites/0000.0.mask.png   … and one mask per mention
-    priors/0000.png, .txt    class pictures (prior preservation)
+    priors/0000.png, .txt        regularization images
 
-Delete a picture, and its instance is gone; add a class picture with its caption, and it is used.
+To remove a composite, delete its picture. To add a regularization image, put it in priors/ with its caption.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ def write_dataset(
     about: dict[str, Any] | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> DatasetFolder:
-    """Build every instance and write the folder; ``about`` is kept in dataset.json for people.
+    """Build every composite and regularization image and write the folder.
 
-    The folder appears under its name when it is complete. Raises OutputError if it exists and isn't empty, or can't
-    be written.
+    ``about`` is stored in dataset.json for the reader. The folder gets its name only when it is complete. Raises
+    OutputError if it exists and isn't empty, or can't be written.
     """
     folder = Path(folder)
     _check_free(folder)
     place = folder.resolve()
     unfinished = place.with_name(f"{place.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed
     make_folder(unfinished)
     try:
         instances, priors = training_set.composite_count(), training_set.prior_count()
@@ -91,7 +91,7 @@ def _check_free(folder: Path) -> None:
     except OSError as e:
         raise OutputError(f"{folder}: can't be read ({e.strerror or e}); choose another folder") from e
     if folder.resolve() == Path.cwd():
-        raise OutputError(f"{folder}: is the folder that you work in, which can't be replaced; name a new one")
+        raise OutputError(f"{folder}: is the current folder, which can't be replaced; choose another folder")
     if taken:
         raise OutputError(f"{folder}: is not empty; choose another folder or delete it")
 
@@ -107,10 +107,10 @@ def _write_composite(folder: Path, stem: str, composite: Composite) -> dict[str,
 
 
 class DatasetFolder:
-    """A training set read from such a folder, one instance at a time (see ``TrainingSet``).
+    """A ``TrainingSet`` that reads its pictures from a dataset folder when asked for them.
 
-    Everything is checked when it is opened, the pixels when they are read. ``notes`` says what isn't used. Raises
-    DatasetError, TokenError, CaptionError, PhotoError, each naming the file.
+    Opening the folder checks everything but the pixels, which are checked when they are read. ``notes`` says what isn't
+    used. Raises DatasetError, TokenError, CaptionError, PhotoError, each naming the file.
     """
 
     def __init__(self, folder: Path):
@@ -123,14 +123,12 @@ class DatasetFolder:
         except FarError as e:
             raise type(e)(f"{self.folder / 'dataset.json'}: {e}") from e
         except (KeyError, TypeError, ValueError, AttributeError) as e:
-            raise DatasetError(
-                f"{self.folder / 'dataset.json'}: {e!r} is missing or wrong; fuse the dataset anew"
-            ) from e
+            raise DatasetError(f"{self.folder / 'dataset.json'}: {e!r} is missing or invalid; run 'fuse' again") from e
         if not self.names or len({n.token for n in self.names}) < len(self.names):
-            raise DatasetError(f"{self.folder / 'dataset.json'}: no concepts, or one named twice; fuse it anew")
+            raise DatasetError(f"{self.folder / 'dataset.json'}: no concepts, or one listed twice; run 'fuse' again")
         self._composites = [e for e in composites if e.image.exists()]
         if not self._composites:
-            raise DatasetError(f"{self.folder}: holds no composites; fuse the dataset anew")
+            raise DatasetError(f"{self.folder}: holds no composites; run 'fuse' again")
         self._refuse_strangers(composites)
         self.notes: list[str] = []
         if gone := [e.image.stem for e in composites if not e.image.exists()]:
@@ -148,19 +146,19 @@ class DatasetFolder:
     def _read_index(self) -> dict[str, Any]:
         path = self.folder / "dataset.json"
         if not path.is_file():
-            raise DatasetError(f"{self.folder}: is no dataset folder (dataset.json is missing); make one with 'fuse'")
+            raise DatasetError(f"{self.folder}: is not a dataset folder (no dataset.json); make one with 'fuse'")
         try:
             about = json.loads(read_words(path))
         except UnreadableFile as e:
             raise DatasetError(str(e)) from e
         except (ValueError, RecursionError) as e:
-            raise DatasetError(f"{path}: can't be read ({e}); fuse the dataset anew") from e
+            raise DatasetError(f"{path}: can't be read ({e}); run 'fuse' again") from e
         if not isinstance(about, dict) or about.get("schema") != SCHEMA:
-            raise DatasetError(f"{path}: is of another version than {SCHEMA}; fuse the dataset anew")
+            raise DatasetError(f"{path}: its schema is not {SCHEMA}, the one this version reads; run 'fuse' again")
         return about
 
     def _refuse_strangers(self, composites: list[_Entry]) -> None:
-        """Raise DatasetError for pictures that the index doesn't know: renamed or saved in another format."""
+        """Raise DatasetError for pictures that dataset.json doesn't list: renamed, or saved in another format."""
         folder = self.folder / "composites"
         known = {e.image.name for e in composites} | {mask.name for e in composites for _, mask in e.subjects}
         kinds = tuple(f".{kind}" for kind in OTHER_PICTURES) + SUFFIXES
@@ -173,15 +171,17 @@ class DatasetFolder:
         gone = [e.image.name for e in composites if not e.image.exists()]
         lost = f" ({', '.join(gone[:5])} {'is' if len(gone) == 1 else 'are'} missing)" if gone else ""
         raise DatasetError(
-            f"{', '.join(map(str, strangers[:5]))}: dataset.json doesn't know {'it' if len(strangers) == 1 else 'them'}"
-            f"{lost}; give a composite its old name and format (PNG) again, and move other pictures out of the folder"
+            f"{', '.join(map(str, strangers[:5]))}: not listed in dataset.json{lost}; restore a composite's name and "
+            "format (PNG), and move other pictures out of the folder"
         )
 
     def _check_all_shown(self) -> None:
         shown = {name for entry in self._composites for name, _ in entry.subjects}
         for name in self.names:
             if name not in shown:
-                raise DatasetError(f"{self.folder}: no composite shows {name.token}; fuse more, or give it subjects")
+                raise DatasetError(
+                    f"{self.folder}: no composite shows {name.token}; run 'fuse' again with more of them"
+                )
 
     def digest(self) -> str:
         digest = hashlib.sha256()
@@ -191,11 +191,12 @@ class DatasetFolder:
         return digest.hexdigest()
 
     def file_digests(self) -> dict[str, str]:
-        """The SHA-256 of every file that is learned from, by its path in the folder. Raises DatasetError."""
-        files = [
-            f for e in self._composites for f in (e.image, e.image.with_suffix(".txt"), *(m for _, m in e.subjects))
-        ]
-        files += [f for p in self._priors for f in (p, p.with_suffix(".txt"))]
+        """The SHA-256 of every file used for training, by its path in the folder. Raises DatasetError."""
+        files: list[Path] = []
+        for entry in self._composites:
+            files += [entry.image, entry.image.with_suffix(".txt"), *(mask for _, mask in entry.subjects)]
+        for picture in self._priors:
+            files += [picture, picture.with_suffix(".txt")]
         digests = {}
         for path in files:
             try:
@@ -206,7 +207,7 @@ class DatasetFolder:
         return digests
 
     def describe_changes(self, kept: Path) -> str:
-        """Which files differ from the :meth:`file_digests` that a JSON file holds, in words; "" if none or unknown."""
+        """A sentence naming the files that differ from :meth:`file_digests` in a JSON file; "" if none or unknown."""
         try:
             before, now = dict(parse_json(read_words(kept))), self.file_digests()
         except (UnreadableFile, ValueError, TypeError):
@@ -221,7 +222,7 @@ class DatasetFolder:
         )
 
     def captions(self) -> Iterator[tuple[Path, str]]:
-        """Every caption with its file, those of class pictures last."""
+        """Every caption with its file; those of regularization images come last."""
         for image in (*(e.image for e in self._composites), *self._priors):
             yield image.with_suffix(".txt"), _read_caption(image)
 
@@ -236,7 +237,7 @@ class DatasetFolder:
             if mask.shape != image.shape[:2]:
                 raise DatasetError(
                     f"{path}: the mask is {mask.shape[1]}×{mask.shape[0]} pixels, its picture {self.size}×{self.size}; "
-                    "make them equal"
+                    "save it at the picture's size"
                 )
             if faint := describe_faint(mask):
                 raise DatasetError(f"{path}: the mask {faint}, or delete {entry.image.name}")
@@ -255,7 +256,7 @@ class DatasetFolder:
         image = load_photo(path).image
         if image.shape[:2] != (self.size, self.size):
             raise DatasetError(
-                f"{path}: is {image.shape[1]}×{image.shape[0]} pixels, the dataset {self.size}×{self.size}; scale it"
+                f"{path}: is {image.shape[1]}×{image.shape[0]} pixels, the dataset {self.size}×{self.size}; resize it"
             )
         return image
 
@@ -279,24 +280,24 @@ class _Entry:
         )
 
     def check(self, concepts: set[Name]) -> None:
-        """Masks exist, concepts are known, and the caption mentions all of them in order."""
+        """Check that masks exist, concepts are known, and the caption mentions all subjects in order."""
         for name, mask in self.subjects:
             if name.token and name not in concepts:
-                raise DatasetError(f"{self.image}: shows {name.phrase}, which is no concept of dataset.json")
+                raise DatasetError(f"{self.image}: shows {name.phrase}, which is not a concept in dataset.json")
             if not mask.exists():
-                raise DatasetError(f"{mask}: is missing; restore it or delete {self.image.name}")
+                raise DatasetError(f"{mask}: is missing; restore it, or delete {self.image.name}")
         locate_mentions(_read_caption(self.image), [n for n, _ in self.subjects], str(self.image.with_suffix(".txt")))
 
 
 def plain_name(name: str) -> str:
-    """Refuse a file name that leads out of its folder. Raises DatasetError."""
+    """Return ``name`` if it is a file name without a path. Raises DatasetError."""
     if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\:\0"):
-        raise DatasetError(f"{name!r} is no plain file name")
+        raise DatasetError(f"{name!r} is not a plain file name")
     return name
 
 
 def _list_pictures(folder: Path) -> list[Path]:
-    """The pictures of a folder that may be missing, or empty but for captions."""
+    """The pictures of a folder; none if it is missing or holds only captions."""
     if not folder.is_dir() or not any(p.suffix.lower() in SUFFIXES for p in folder.iterdir()):
         return []
     return list_photos(folder)
@@ -305,11 +306,11 @@ def _list_pictures(folder: Path) -> list[Path]:
 def _read_caption(image: Path) -> str:
     path = image.with_suffix(".txt")
     if not path.exists():
-        raise CaptionError(f"{path}: can't be read, since it is missing; every picture needs its caption")
+        raise CaptionError(f"{path}: is missing; every picture needs a caption")
     try:
         caption = read_words(path).strip()
     except UnreadableFile as e:
         raise CaptionError(str(e)) from e
     if not caption:
-        raise CaptionError(f"{path}: is empty; every picture needs its caption")
+        raise CaptionError(f"{path}: is empty; every picture needs a caption")
     return caption

@@ -1,4 +1,4 @@
-"""What Concept Fusion is made of, read from folders: concepts, class pictures, backgrounds. What isn't used is said."""
+"""Read the inputs of Concept Fusion from folders, and log what is skipped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def read_concept(token: str, noun: str, folder: Path, max_side: int | None = None) -> Concept:
-    """A concept from a folder of subjects (photos with masks). Photos without a mask are named and left out.
+    """Read a concept from a folder of photos with masks. Photos without a mask are named in the log and skipped.
 
     Photos are scaled down to ``max_side`` pixels. Raises PhotoError, SubjectError, TokenError, CaptionError.
     """
@@ -23,7 +23,7 @@ def read_concept(token: str, noun: str, folder: Path, max_side: int | None = Non
     masked = [p for p in photos if p.mask is not None]
     for photo in photos:
         if photo.mask is None:
-            log.warning("%s has no mask and is left out; run 'extract' on its folder first.", photo.path)
+            log.warning("%s has no mask and is skipped; run 'extract' on its folder first.", photo.path)
     if not masked:
         raise SubjectError(f"concept {token}: no photo in {folder} has a mask; run 'extract' on it first")
     labels = tuple(str(p.path) for p in masked)
@@ -31,21 +31,26 @@ def read_concept(token: str, noun: str, folder: Path, max_side: int | None = Non
 
 
 def read_photos(folder: Path, max_side: int | None = None) -> list[Photo]:
-    """The photos of a folder; what of it, or of them, isn't used is said."""
+    """Read the photos of a folder; files and parts of files that aren't used are logged."""
     photos = [load_photo(path, max_side) for path in list_photos(folder)]
-    for note in (describe_unread(folder), *(note for photo in photos for note in photo.notes)):
-        if note:
+    if unread := describe_unread(folder):
+        log.warning("%s", unread)
+    for photo in photos:
+        for note in photo.notes:
             log.warning("%s", note)
     return photos
 
 
 def read_backgrounds(folder: Path, max_side: int | None = None) -> list[Background]:
-    """Empty scenes of a folder, each with the phrase of its .txt file if any. Raises PhotoError, CaptionError."""
+    """Read the empty scenes of a folder, each with the phrase in its .txt file, if any.
+
+    Raises PhotoError, CaptionError.
+    """
     backgrounds = []
     for photo in read_photos(folder, max_side):
-        words = photo.path.with_suffix(".txt")
+        path = photo.path.with_suffix(".txt")
         try:
-            phrase = " ".join(read_words(words).split()) if words.exists() else ""
+            phrase = " ".join(read_words(path).split()) if path.exists() else ""
         except UnreadableFile as e:
             raise CaptionError(str(e)) from e
         backgrounds.append(Background(photo.image, phrase))

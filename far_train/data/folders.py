@@ -1,4 +1,4 @@
-"""Folders of photos: what is read of them, in which order, and what isn't."""
+"""List the photos of a folder in natural order, and explain which files are not read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from ..utils.errors import PhotoError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MASK_SUFFIX = ".mask.png"
-SHEETS = (".preview.jpg", ".grid.jpg", "contact-sheet.jpg")  # what extract, generate, scenes and fuse write for people
+SHEETS = (
+    ".preview.jpg",
+    ".grid.jpg",
+    "contact-sheet.jpg",
+)  # contact sheets that FaR's commands write
 OTHER_PICTURES = (
     "arw avif cr2 cr3 dng emf eps gif heic heif ico jfif jp2 jpe jxl mov mp4 nef orf pdf ppm psd raf raw rw2 svg tga "
     "webm xcf"
@@ -39,17 +43,17 @@ def list_photos(folder: Path) -> list[Path]:
 
 
 def describe_unread(folder: Path, besides: Sequence[Path] = ()) -> str:
-    """One line that names every file of a folder of photos that isn't read, and why; "" if all are.
+    """One line that names every file in a folder of photos that isn't read, and why; "" if there are none.
 
-    Folders below are named if they hold pictures, but for those of ``besides``. What belongs to a photo (its mask, its
-    words) is read, hidden files and those of systems are nobody's.
+    Subfolders are named if they hold pictures, except for those in ``besides``. Masks and captions that belong to a
+    photo count as read; hidden and system files are ignored.
     """
     unread = _unread(Path(folder), besides)
     return f"{folder}: not read: {unread}" if unread else ""
 
 
 def mask_path(photo: Path) -> Path:
-    """Where the mask of a photo stands: NAME.mask.png beside NAME.jpg."""
+    """The mask file of a photo: NAME.mask.png next to NAME.jpg."""
     return photo.with_name(photo.stem + MASK_SUFFIX)
 
 
@@ -71,22 +75,22 @@ def _unread(folder: Path, besides: Sequence[Path] = ()) -> str:
 
 
 def _reason(path: Path, stems: set[str]) -> str:
-    """Why a file is no photo; "" if it is the mask of one of ``stems``, words, or a folder without pictures."""
+    """Why a file isn't read as a photo; "" for a mask of one of ``stems``, a caption, or a folder without pictures."""
     name, kind = path.name.lower(), path.suffix[1:].lower()
     if path.is_dir():
         try:
-            return "a folder below, whose pictures don't count" if any(map(_is_photo, path.iterdir())) else ""
+            return "a subfolder, which is not searched" if any(map(_is_photo, path.iterdir())) else ""
         except OSError:
             return "a folder that can't be read"
     if name.endswith(MASK_SUFFIX):
         return "" if path.name[: -len(MASK_SUFFIX)] in stems else "a mask without its photo"
     if name.endswith(SHEETS):
-        return "a sheet that FaR made for you to look at"
+        return "a contact sheet written by FaR"
     if not path.exists():
-        return "a link that leads nowhere"
+        return "a broken link"
     if kind in OTHER_PICTURES:
         return f"{kind.upper()}: save as PNG or JPEG"
-    return "" if kind == "txt" else "no picture"  # captions of pictures that are gone are nobody's loss
+    return "" if kind == "txt" else "not a picture"  # a caption whose picture is gone does no harm
 
 
 def _is_photo(path: Path) -> bool:

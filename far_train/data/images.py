@@ -1,7 +1,7 @@
-"""Reading photos and masks safely, and writing them so that no half-written file is ever seen.
+"""Read photos and masks safely, and write them atomically.
 
-Pictures come from cameras, phones, scanners and other programs: rotated by EXIF, in CMYK, in 16 bit, cut off by a
-broken download. Each of them gives the right pixels or a :class:`PhotoError` that names the file, never grey.
+Pictures come from cameras, phones, scanners and other programs: rotated by EXIF, in CMYK, in 16 bit, truncated by a
+broken download. Each gives the right pixels or a :class:`PhotoError` that names the file, never silently grey ones.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def load_photo(path: Path, max_side: int | None = None) -> Photo:
         if hidden >= MIN_BACKGROUND:
             mask = alpha
         elif alpha.getextrema()[0] < 255:
-            notes.append(f"{path}: its transparency hides {hidden:.2%} of the frame, too little for a mask: not used")
+            notes.append(f"{path}: its alpha channel hides {hidden:.2%} of the frame, too little for a mask: ignored")
     # Dropping alpha leaves the colours straight; Pillow doesn't premultiply here.
     picture = picture.convert("RGB")
     if max_side is not None and max(size) > max_side:
@@ -185,7 +185,9 @@ def _read(path: Path, notes: list[str] | None = None) -> Image.Image:
     except Image.DecompressionBombError as e:
         raise PhotoError(f"{path}: has too many pixels; scale it below {MAX_PIXELS // 10**6} megapixels ({e})") from e
     except Image.UnidentifiedImageError as e:
-        raise PhotoError(f"{path}: is no PNG, JPEG, WebP, BMP or TIFF picture; export it again as PNG or JPEG") from e
+        raise PhotoError(
+            f"{path}: is not a PNG, JPEG, WebP, BMP or TIFF picture; export it again as PNG or JPEG"
+        ) from e
     except Exception as e:  # decoders of damaged files raise almost anything
         raise PhotoError(
             f"{path}: can't be decoded ({type(e).__name__}: {e}); it is damaged or cut off: copy or export it again"
@@ -223,7 +225,7 @@ def _in_srgb(
     grey = picture.mode in ("1", "L", "LA", "La", "I") or picture.mode.startswith("I;16")
     plain = picture if picture.mode == "CMYK" and profile else _to_8bit(path, picture, tags)
     if not profile and _means_adobe_rgb(picture):
-        notes.append(f"{path}: says that its colours are Adobe RGB but has no profile; export it as sRGB")
+        notes.append(f"{path}: is marked as Adobe RGB but has no profile; export it as sRGB")
     if profile:
         colours = plain if plain.mode == "CMYK" else plain.convert("L" if grey else "RGB")
         try:

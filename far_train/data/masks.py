@@ -1,6 +1,8 @@
-"""Masks of subjects: cleaning those that a model found, and judging all alike, wherever they come from."""
+"""Clean the masks that a model predicts, and check all masks by the same rules."""
 
 from __future__ import annotations
+
+from itertools import product
 
 import numpy as np
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 from ..utils.errors import SubjectError
 from .settings import ExtractConfig
 
-# A mask that marks the corners, this much of the frame's rim, and not this much of the picture shows the background.
+# A mask marks the background if it covers the corners, this share of the rim, and all but this share of the picture.
 RIM_SHARE = 0.7
 HOLE_SHARE = 0.03
 
@@ -41,7 +43,7 @@ def clean_mask(mask: Tensor, config: ExtractConfig | None = None) -> Tensor:
 
 
 def check_own_mask(mask: Tensor, config: ExtractConfig | None = None) -> None:
-    """Judge a mask [H,W] that a photo brings as those of a model are judged; its soft values and parts stay its own.
+    """Check a mask [H,W] that came with a photo by the rules for predicted masks, without changing it.
 
     Raises SubjectError saying what is wrong with "the mask": too faint, inverted, too small or too large.
     """
@@ -56,7 +58,7 @@ def check_own_mask(mask: Tensor, config: ExtractConfig | None = None) -> None:
 
 
 def describe_faint(mask: Tensor) -> str:
-    """What to say of a mask [H,W] 0..1 that is nowhere above 0.5, or "" if it does."""
+    """Why a mask [H,W] 0..1 is nowhere above 0.5, and what to do; "" if it is somewhere."""
     if bool((mask > 0.5).any()):
         return ""
     levels = (mask.detach().float().cpu() * 255).round().unique().int().tolist()
@@ -68,10 +70,10 @@ def describe_faint(mask: Tensor) -> str:
 
 
 def looks_inverted(mask: Tensor) -> bool:
-    """Whether a mask [H,W] seems to be 1 on the background: it marks corners and rim, but leaves a hole."""
+    """Whether a mask [H,W] seems to be 1 on the background: it covers the corners and the rim but leaves a hole."""
     marked = mask > 0.5
     side = max(min(mask.shape) // 50, 1)
-    corners = [marked[rows, columns] for rows in _ends(side) for columns in _ends(side)]
+    corners = (marked[rows, columns] for rows, columns in product(_ends(side), repeat=2))
     if not all(bool(corner.all()) for corner in corners):
         return False
     rim = torch.cat([marked[0], marked[-1], marked[:, 0], marked[:, -1]])

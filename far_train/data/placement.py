@@ -1,10 +1,11 @@
-"""Where subjects stand on a canvas: cutting out, scaling, finding free places, pasting."""
+"""Layout of a composite: cut subjects out, scale them, find places for them, paste them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -15,23 +16,26 @@ from torch import Tensor
 from ..utils.geometry import bounding_box
 
 TRIES = 50
-ROW_PITCH, ROW_SHAKE = 0.82, 0.04  # in shares of what an even row would give each
-SHADOW_WIDTH, SHADOW_HEIGHT = 0.85, 0.15  # in shares of the subject's width
-CUT_SHARE, CUT_BAND = 0.1, 0.005  # of the subject's width or height on the rim, of the photo's that counts as rim
-CONTEXT = 0.08  # of its own size, kept around a subject, so that turning and feathering find real pixels
+# Distance of the centres in a row and its random shift, as shares of an even column's width.
+ROW_PITCH, ROW_SHAKE = 0.82, 0.04
+SHADOW_WIDTH, SHADOW_HEIGHT = 0.85, 0.15  # as shares of the subject's width
+# A side cuts the subject off if the subject covers this share of its own width or height there …
+CUT_SHARE = 0.1
+CUT_BAND = 0.005  # … within a band of this share of the photo
+CONTEXT = 0.08  # kept around a subject, as a share of its size: rotation and feathering need real pixels there
 
 
 @dataclass(frozen=True)
 class Cutout:
     """A subject with a little of its surroundings: ``picture`` (RGB) and ``mask`` (L), of one size.
 
-    ``foot``: where its lower edge stood in the photo, as a share of the photo's height, if that is known.
-    ``on_edge``: the photo's lower edge cut it off, so it stands on the canvas's, where a straight cut is none.
+    ``baseline_y``: its lower edge in the photo, as a share of the photo's height; None if unknown.
+    ``on_edge``: the photo's lower edge cut it off. It goes on the canvas's lower edge, which hides the cut.
     """
 
     picture: Image.Image
     mask: Image.Image
-    foot: float | None = None
+    baseline_y: float | None = None
     on_edge: bool = False
 
     @cached_property
@@ -52,8 +56,8 @@ class Cutout:
 
 
 @dataclass(frozen=True)
-class Placed:
-    """A cutout whose upper left corner stands at (``x``, ``y``) of the canvas; ``z`` orders who covers whom."""
+class Placement:
+    """A cutout with its upper left corner at pixel (``x``, ``y``) of the canvas; a higher ``z`` covers a lower one."""
 
     cutout: Cutout
     x: int
@@ -71,8 +75,10 @@ def cut_out(picture: Image.Image, mask: Image.Image) -> Cutout:
 
 
 def cut_sides(region: np.ndarray) -> tuple[str, ...]:
-    """The sides of a photo (left, top, right, bottom) that cut its subject off: those whose rim it touches along a
-    tenth of its own height or width. ``region``: bool [H, W]."""
+    """The sides of a photo (left, top, right, bottom) that cut its subject off.
+
+    A side does so if the subject, bool [H, W], touches it along a tenth of the subject's own height or width.
+    """
     height, width = region.shape
     left, top, right, bottom = bounding_box(region)
     across, along = max(round(CUT_BAND * width), 1), max(round(CUT_BAND * height), 1)
@@ -86,8 +92,10 @@ def cut_sides(region: np.ndarray) -> tuple[str, ...]:
 
 
 def fit_inside(cutout: Cutout, width: int, height: int, angle: float = 0.0) -> Cutout:
-    """Turn by ``angle`` degrees, then scale so that the subject itself just fits into ``width`` × ``height`` pixels.
-    One that stands on the edge stays upright."""
+    """Rotate by ``angle`` degrees, then scale so that the subject itself just fits into ``width`` × ``height`` pixels.
+
+    A subject on the canvas's lower edge is not rotated.
+    """
     picture, mask = cutout.picture, cutout.mask
     if angle and not cutout.on_edge:
         picture = picture.rotate(angle, Image.Resampling.BICUBIC, expand=True)
@@ -97,7 +105,7 @@ def fit_inside(cutout: Cutout, width: int, height: int, angle: float = 0.0) -> C
     scale = min(width / own_width, height / own_height)
     size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
     picture, mask = picture.resize(size, Image.Resampling.LANCZOS), mask.resize(size, Image.Resampling.BOX)
-    return Cutout(picture, mask, cutout.foot, cutout.on_edge)
+    return Cutout(picture, mask, cutout.baseline_y, cutout.on_edge)
 
 
 def place(
@@ -107,19 +115,19 @@ def place(
     max_covered: float,
     rng: np.random.Generator,
     vertical_jitter: float = 1.0,
-) -> list[Placed]:
+) -> list[Placement]:
     """Find a place for every subject on a square canvas of ``size`` pixels.
 
-    Random places are tried until the subjects, each grown by ``margin`` pixels, don't overlap; after 50 tries they
-    stand in permuted columns. With ``max_covered`` > 0 subjects do overlap instead, by at most that share of the
-    smaller one (of all pairs together, so that nobody is hidden piece by piece). A subject's lower edge stays within
-    ``vertical_jitter`` × ``size`` of where it was in its photo; with 1 it may be anywhere.
+    Random places are tried until the subjects, each grown by ``margin`` pixels, don't overlap. After 50 tries they are
+    put in columns, in random order. With ``max_covered`` > 0 subjects must overlap instead: the overlaps of all pairs,
+    each as a share of its smaller subject, sum to at most ``max_covered``. A subject's lower edge stays within
+    ``vertical_jitter`` × ``size`` of its height in the photo; with 1 it may be anywhere.
     """
     layers = [int(z) for z in rng.permutation(len(cutouts))]
     occlude = max_covered > 0 and len(cutouts) > 1
     grown = [_grow(c.region, 0 if occlude else margin) for c in cutouts]
     for _ in range(TRIES):
-        placed = [Placed(c, *_random_corner(c, size, rng, vertical_jitter), z) for c, z in zip(cutouts, layers)]
+        placed = [Placement(c, *_random_corner(c, size, rng, vertical_jitter), z) for c, z in zip(cutouts, layers)]
         covered = _covered(placed, grown)
         if (0 < covered <= max_covered) if occlude else covered == 0:
             return placed
@@ -128,16 +136,16 @@ def place(
 
 def place_in_row(
     cutouts: Sequence[Cutout], size: int, max_covered: float, rng: np.random.Generator, vertical_jitter: float = 1.0
-) -> list[Placed]:
-    """Put the subjects side by side on a square canvas of ``size`` pixels, as people stand for a photo.
+) -> list[Placement]:
+    """Put the subjects side by side on a square canvas of ``size`` pixels, like people posing for a photo.
 
-    Their order is random, their centres are ``ROW_PITCH`` of an even share of the canvas apart, and who stands lower
-    is in front. Heights (see :func:`place`) are drawn anew until at most ``max_covered`` of a subject is hidden; after
-    50 tries those that hid least are taken.
+    The order is random. Centres are ``ROW_PITCH`` of an even column apart, and a lower subject is in front. Heights
+    (see :func:`place`) are drawn again until the overlap is at most ``max_covered``; after 50 tries the one with the
+    smallest overlap is used.
     """
     width = size / len(cutouts)
     columns = rng.permutation(len(cutouts)) - (len(cutouts) - 1) / 2
-    best: list[Placed] = []
+    best: list[Placement] = []
     least = float("inf")
     for _ in range(TRIES):
         placed = []
@@ -146,7 +154,7 @@ def place_in_row(
             y = _random_top(cutout, size, rng, vertical_jitter)
             middle = size / 2 + ROW_PITCH * width * (column + rng.uniform(-ROW_SHAKE, ROW_SHAKE))
             x = min(max(round(middle - (right - left) / 2), 0), max(size - (right - left), 0))
-            placed.append(Placed(cutout, x - left, y, y + bottom))
+            placed.append(Placement(cutout, x - left, y, y + bottom))
         covered = _covered(placed, [cutout.region for cutout in cutouts])
         if covered <= max_covered:
             return placed
@@ -156,12 +164,12 @@ def place_in_row(
 
 
 def paste(
-    canvas: Image.Image, placed: Sequence[Placed], feather: float, erode: int, shadow: float = 0.0
+    canvas: Image.Image, placed: Sequence[Placement], feather: float, erode: int, shadow: float = 0.0
 ) -> tuple[Image.Image, list[Tensor]]:
-    """Put the subjects on the canvas, the lowest first; ``feather`` and ``erode`` in pixels, ``shadow`` as in
-    :func:`cast_shadows`.
+    """Paste the subjects onto the canvas in the order of ``z``.
 
-    Returns the picture and the visible region of every subject, [S, S] float 0..1, in the order of ``placed``.
+    ``feather`` and ``erode`` are in pixels, ``shadow`` as in :func:`cast_shadows`. Returns the picture and the visible
+    region of every subject, [S, S] float 0..1, in the order of ``placed``.
     """
     canvas = cast_shadows(canvas, placed, shadow) if shadow else canvas.copy()
     masks: dict[int, np.ndarray] = {}
@@ -170,7 +178,7 @@ def paste(
         solid = item.cutout.mask.filter(ImageFilter.MinFilter(2 * erode + 1)) if erode else item.cutout.mask
         if solid.getextrema()[1] <= 127:  # too thin to lose its rim
             solid = item.cutout.mask
-        # Pad before blurring: a subject at the photo's edge must fade out and not end in a line.
+        # Pad before blurring, so that a subject at the photo's edge fades out instead of ending in a line.
         solid_canvas = Image.new("L", canvas.size)
         solid_canvas.paste(solid, (item.x, item.y))
         soft = (
@@ -190,15 +198,15 @@ def paste(
     return canvas, [torch.from_numpy(masks[i]) for i in range(len(placed))]
 
 
-def cast_shadows(canvas: Image.Image, placed: Sequence[Placed], depth: float) -> Image.Image:
+def cast_shadows(canvas: Image.Image, placed: Sequence[Placement], depth: float) -> Image.Image:
     """Darken the ground under each subject, by at most ``depth`` (0..1) in the middle of a soft flat ellipse.
 
-    It is part of the background: no mask knows of it, and no subject lies in another's.
+    Shadows belong to the background: masks don't include them, and they never fall on a subject.
     """
     ground = np.asarray(canvas, dtype=np.float32)
     y, x = np.ogrid[: canvas.height, : canvas.width]
     for item in placed:
-        if item.cutout.on_edge:  # its feet are not in the picture
+        if item.cutout.on_edge:  # its lower end is outside the picture
             continue
         left, _, right, bottom = item.cutout.box
         width = right - left
@@ -215,30 +223,34 @@ def _grow(region: np.ndarray, margin: int) -> np.ndarray:
 
 
 def _random_corner(cutout: Cutout, size: int, rng: np.random.Generator, vertical_jitter: float) -> tuple[int, int]:
-    """A uniform place at which the subject (not its context) lies inside the canvas, near its height in the photo."""
+    """Upper left corner of the cutout, uniform among those that keep the subject (without its context) on the canvas.
+
+    The height stays near the one in the photo.
+    """
     left, _, right, _ = cutout.box
     x = rng.integers(0, max(size - (right - left), 0) + 1) - left
     return int(x), _random_top(cutout, size, rng, vertical_jitter)
 
 
 def _random_top(cutout: Cutout, size: int, rng: np.random.Generator, vertical_jitter: float) -> int:
-    """The upper edge of such a place, of the cutout with its context."""
+    """Upper edge of the cutout, with its context, at such a place."""
     _, top, _, bottom = cutout.box
     lowest = max(size - (bottom - top), 0)
     if cutout.on_edge:
         return lowest - top
-    if cutout.foot is None or vertical_jitter >= 1:
+    if cutout.baseline_y is None or vertical_jitter >= 1:
         return int(rng.integers(0, lowest + 1) - top)
-    foot = (cutout.foot + rng.uniform(-vertical_jitter, vertical_jitter)) * size
-    return int(np.clip(round(foot) - (bottom - top), 0, lowest) - top)
+    baseline_y = (cutout.baseline_y + rng.uniform(-vertical_jitter, vertical_jitter)) * size
+    return int(np.clip(round(baseline_y) - (bottom - top), 0, lowest) - top)
 
 
-def _covered(placed: Sequence[Placed], grown: Sequence[np.ndarray]) -> float:
-    """Common pixels of all pairs, each as a share of its smaller subject."""
-    return sum(_overlap(placed[i], grown[i], placed[j], grown[j]) for i in range(len(placed)) for j in range(i))
+def _covered(placed: Sequence[Placement], grown: Sequence[np.ndarray]) -> float:
+    """Sum over all pairs of their common pixels as a share of the smaller subject."""
+    pairs = combinations(zip(placed, grown), 2)
+    return sum(_overlap(a, grown_a, b, grown_b) for (a, grown_a), (b, grown_b) in pairs)
 
 
-def _overlap(a: Placed, grown_a: np.ndarray, b: Placed, grown_b: np.ndarray) -> float:
+def _overlap(a: Placement, grown_a: np.ndarray, b: Placement, grown_b: np.ndarray) -> float:
     """Common pixels of two regions as a share of the smaller."""
     ax, ay = _grown_corner(a, grown_a)
     bx, by = _grown_corner(b, grown_b)
@@ -254,7 +266,7 @@ def _overlap(a: Placed, grown_a: np.ndarray, b: Placed, grown_b: np.ndarray) -> 
     return float(common.sum()) / max(min(int(grown_a.sum()), int(grown_b.sum())), 1)
 
 
-def _grown_corner(item: Placed, grown: np.ndarray) -> tuple[int, int]:
+def _grown_corner(item: Placement, grown: np.ndarray) -> tuple[int, int]:
     margin = (grown.shape[1] - item.cutout.mask.width) // 2
     return item.x - margin, item.y - margin
 
@@ -266,7 +278,7 @@ def _columns(
     layers: Sequence[int],
     rng: np.random.Generator,
     vertical_jitter: float,
-) -> list[Placed]:
+) -> list[Placement]:
     width = size // len(cutouts)
     placed = []
     for cutout, column, z in zip(cutouts, rng.permutation(len(cutouts)), layers):
@@ -276,5 +288,5 @@ def _columns(
         x, y = _random_corner(cutout, size, rng, vertical_jitter)
         left, _, right, _ = cutout.box
         x = int(column) * width + (width - (right - left)) // 2 - left
-        placed.append(Placed(cutout, x, y, z))
+        placed.append(Placement(cutout, x, y, z))
     return placed

@@ -1,7 +1,7 @@
-"""Segment-anything models: built with the package's own classes, loaded without unpickling.
+"""Load segment-anything models of any size without unpickling, with the package's own classes.
 
-Kirillov et al., "Segment Anything" (arXiv 2304.02643). The published ViT-B, ViT-L and ViT-H load, and so does any
-other size, such as a small one trained for pictures of few pixels.
+Kirillov et al., "Segment Anything" (arXiv 2304.02643). The published ViT-B, ViT-L and ViT-H load, and so do
+other sizes, such as the small model that comes with this package.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def load_sam(path: Path, device: str | torch.device = "cpu") -> Any:
 
     The architecture is read from the tensors' shapes. The only thing they don't tell is the mask decoder's number of
     heads: 8 in the published models; a .safetensors file says otherwise in its metadata, as JSON under ``far_sam``
-    (any part of :func:`build_sam`'s spec). Nothing is unpickled. Raises SubjectError if the file is missing or no SAM.
+    (any part of :func:`build_sam`'s spec). Nothing is unpickled.
+    Raises SubjectError if the file is missing or isn't a SAM.
     """
     path = Path(path)
     state, stated = _read_weights(path)
@@ -83,7 +84,7 @@ def _read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse what PyTorch doesn't write since 1.6: other formats, and archives that unpack to more than their size."""
+    """Refuse anything but PyTorch's format since 1.6: other files, and archives that unpack to more than their size."""
     with zipfile.ZipFile(path) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise ValueError("it is compressed, which PyTorch's files are not")
@@ -98,7 +99,7 @@ def sam_spec(state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     def shape(key: str, dimensions: int) -> torch.Size:
         if key not in state or state[key].dim() != dimensions:
             sample = ", ".join(sorted(state)[:3])
-            raise SubjectError(f"is no segment-anything file: it lacks '{key}' (it has {sample or 'nothing'} …)")
+            raise SubjectError(f"is not a segment-anything file: it lacks '{key}' (it has {sample or 'nothing'} …)")
         return state[key].shape
 
     def count(prefix: str) -> int:

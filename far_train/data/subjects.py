@@ -1,4 +1,4 @@
-"""Cutting subjects out of photos: their own masks, or segment-anything with a box, points, or an automatic prompt.
+"""Extract subjects from photos, by their own masks or by segment-anything with a box, points or an automatic prompt.
 
 SAM is Kirillov et al., "Segment Anything" (arXiv 2304.02643); its own ``SamPredictor`` and module classes are used.
 """
@@ -162,8 +162,8 @@ class SubjectExtractor:
         missing = [n for n in ("image_encoder", "prompt_encoder", "mask_decoder", "preprocess") if not hasattr(sam, n)]
         if missing:
             raise SubjectError(
-                f"sam_model: this {type(sam).__name__} is no segment-anything model (it has no {', '.join(missing)}); "
-                "load a SAM ViT-B, ViT-L or ViT-H"
+                f"sam_model: this {type(sam).__name__} is not a segment-anything model (it has no {', '.join(missing)})"
+                "; load a SAM ViT-B, ViT-L or ViT-H"
             )
         self.sam = sam
         self.config = config or ExtractConfig()
@@ -240,7 +240,7 @@ def extract_folder(
     folder, out = Path(folder), Path(out)
     config = config or (extractor.config if extractor is not None else ExtractConfig())
     if extractor is None and config.use_masks == "hint":
-        raise SubjectError("use_masks: 'hint' is for a segment-anything model; give its weights as sam, or keep masks")
+        raise SubjectError("use_masks: 'hint' needs a segment-anything model; give its weights as sam, or use 'keep'")
     paths = list_photos(folder)
     if out.resolve() == folder.resolve():
         raise OutputError(f"{out}: is the folder of the photos; choose another one for the subjects")
@@ -274,7 +274,7 @@ def extract_folder(
         reasons = "\n".join(f"  {line.detail}" for line in report[:5])
         raise SubjectError(f"{folder}: none of its {len(report)} photos shows a usable subject:\n{reasons}")
     if replaced:
-        log.warning("%s: other masks took the place of those of an earlier run: %s", out, ", ".join(replaced))
+        log.warning("%s: these masks of an earlier run were replaced by different ones: %s", out, ", ".join(replaced))
     for picture in stale:
         _set_aside(picture)
     return report
@@ -292,7 +292,7 @@ def _refuse_others(folder: Path, out: Path, own: set[Path]) -> None:
         return
     if others := [p.name for p in others if _is_masked(p)]:
         raise OutputError(
-            f"{out}: holds {', '.join(others)}, which come from no photo in {folder}; delete them with their masks, "
+            f"{out}: holds {', '.join(others)}, which belong to no photo in {folder}; delete them with their masks, "
             "choose another folder, or give --keep-others to learn them as well"
         )
 
@@ -307,7 +307,7 @@ def _is_masked(path: Path) -> bool:
 def _set_aside(picture: Path) -> None:
     """Move a pair that an earlier run made to ``leftovers``, where nothing reads it."""
     place = make_folder(picture.parent / LEFTOVERS)
-    log.warning("%s: is of an earlier run, and its photo was skipped now; it was moved to %s", picture, place)
+    log.warning("%s: is from an earlier run, but its photo is now skipped; moved to %s", picture, place)
     for path in (picture, mask_path(picture)):
         if path.exists():
             os.replace(path, place / path.name)

@@ -1,4 +1,4 @@
-"""Where a base looks for each subject's words: its cross-attention on a noised picture."""
+"""Cross-attention maps of each subject's tokens on a noised picture, and how well they keep to the subject."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def attention_maps(
     noise_seed: int = 0,
     cells: int = 16,
 ) -> Tensor:
-    """Attention of each subject's words over a picture, [names, h, w] in fp32 on the CPU.
+    """Attention maps of the subjects over a picture, [names, h, w] in fp32 on the CPU.
 
-    The picture [H, W, 3] (0..1) is noised to ``timestep``; of several, always with the same noise, the maps are
-    averaged. The layers are those that Localized Refinement supervises with maps of ``cells`` cells. A concept's words
-    are its modifier token, a bare noun's the noun. Raises CaptionError if one isn't in the caption.
+    The picture [H, W, 3] (0..1) is noised to ``timestep``; several timesteps use the same noise, and their maps are
+    averaged. The layers are those that Localized Refinement supervises with maps of ``cells`` cells. A concept's map is
+    that of its placeholder token, a class subject's that of its noun. Raises CaptionError if one isn't in the caption.
     """
     prompt = vocabulary.tokenize(caption)
     spans = locate_mentions(caption, names)
@@ -60,8 +60,10 @@ def attention_maps(
 
 @dataclass(frozen=True)
 class Focus:
-    """How well a map keeps to a subject: mean attention per cell inside its mask and outside, and whether the hottest
-    cell lies inside."""
+    """How well a map keeps to a subject: mean attention per cell inside and outside its mask, and pointing accuracy.
+
+    ``hottest_inside``: whether the cell with the highest attention lies inside the mask.
+    """
 
     inside: float
     outside: float
@@ -69,7 +71,7 @@ class Focus:
 
     @property
     def ratio(self) -> float:
-        """How many times denser the attention is inside; infinite where there is none outside."""
+        """Mean attention inside over outside; infinite if there is none outside."""
         return self.inside / self.outside if self.outside else float("inf")
 
 
@@ -85,7 +87,7 @@ def focus(heat: Tensor, mask: Tensor) -> Focus:
 
 
 def heat_over(image: Tensor, heat: Tensor) -> Tensor:
-    """A picture [H, W, 3], pale and dark, with a map [h, w] glowing over it from red to yellow: [H, W, 3]."""
+    """A pale, dark picture [H, W, 3] with a map [h, w] overlaid from red to yellow, [H, W, 3]."""
     share = stretched(heat, tuple(image.shape[:2]))[..., None]
     glow = torch.cat([share**0.7, 0.75 * share**1.6, 0.35 * share**4], -1)
     pale = torch.lerp(image.mean(-1, keepdim=True), image, 0.4)

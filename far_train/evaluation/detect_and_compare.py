@@ -1,18 +1,19 @@
-"""Are the right subjects in the pictures, each with its own looks? Detect-and-Compare on image features.
+"""Detect-and-Compare: score whether pictures show the right subjects, each with its own appearance.
 
 Jang et al. 2024, "Identity Decoupling for Multi-Subject Personalization" (MuDI, arXiv 2404.04243): the subjects found
-in a picture are compared with the reference photos of every concept, and the matrix of their similarities with the one
-that the reference photos have among themselves. Mixed, missing and doubled subjects all move the two apart.
+in a picture are compared with the reference photos of every concept. The matrix of similarities is then compared with
+that of the reference photos among themselves. Mixed, missing and duplicated subjects all increase the difference.
 
-The matrices are the paper's, and so are mean DINOv2 features of crops; which norm it takes of their difference is not
-public to us: here it is the squared Frobenius norm. ``mixing`` and ``present`` are this project's own readings.
+The matrices and the mean DINOv2 features of crops are the paper's. The paper doesn't say which norm it takes of the
+difference; here it is the squared Frobenius norm. ``mixing`` and ``present`` are this project's own measures.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from ..data.sam import segment_anything
 from ..utils.errors import EncoderError, SubjectError
 from .image_encoders import Encoder
 
-LEAST_MARGIN = 0.02  # reference photos of two concepts that are no further apart can't be told apart
+LEAST_MARGIN = 0.02  # the encoder can't tell two concepts apart whose reference photos are closer than this
 MIXED = 0.5  # from here on a subject counts as mixed
 
 
@@ -70,35 +71,59 @@ def read_references(concepts: Sequence[Concept], encoder: Encoder) -> References
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison:
-    """One picture against the references of K concepts.
+class Match:
+    """The subject matched to one concept.
 
-    ``similarity`` [K, K]: row i is the subject matched to concept i against every concept, NaN where none was left.
-    ``matches``: for each concept which of the subjects found. ``extra``: subjects left over, None where they can't be
-    counted. ``present``: whether the matched subject looks most like this concept and enough like it. ``mixing``: 0
-    where it stands as far from the other concepts as the reference photos do, 1 where it is as near to another one.
-    ``score``: Detect-and-Compare.
+    ``index``: which of the subjects found. ``similarity``: to each concept's photos, [K]. ``present``: whether it looks
+    most like this concept, and enough like it. ``mixing``: 0 if it is as far from the other concepts as the reference
+    photos are, 1 if it is as close to another one; None if the encoder can't tell this concept from the others.
     """
 
+    index: int
     similarity: Tensor
-    matches: tuple[int | None, ...]
+    present: bool
+    mixing: float | None
+
+    @property
+    def is_mixed(self) -> bool:
+        return self.mixing is not None and self.mixing >= MIXED
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """One picture compared with K concepts.
+
+    ``matches``: the subject matched to each concept, None if no subject was left for it. ``extra``: number of subjects
+    matched to none, None if they can't be counted. ``score``: Detect-and-Compare.
+    """
+
+    matches: tuple[Match | None, ...]
     extra: int | None
-    present: tuple[bool, ...]
-    mixing: tuple[float, ...]
     score: float
 
     @property
+    def similarity(self) -> Tensor:
+        """Similarity of each concept's match to every concept, [K, K]; a row of NaN if there is no match."""
+        nothing = torch.full((len(self.matches),), math.nan)
+        return torch.stack([match.similarity if match else nothing for match in self.matches])
+
+    @property
+    def present(self) -> tuple[bool, ...]:
+        """Whether each concept is present."""
+        return tuple(match is not None and match.present for match in self.matches)
+
+    @property
     def right(self) -> bool:
-        """Every concept is there, none is mixed, and nothing is too many."""
-        return all(self.present) and not self.extra and not any(m >= MIXED for m in self.mixing)
+        """Whether every concept is present, none is mixed, and there is no extra subject."""
+        return all(self.present) and not self.extra and not any(match.is_mixed for match in self.matches if match)
 
     def words(self, names: Sequence[Name]) -> str:
-        """The verdict in a few words, for below a picture."""
+        """The verdict in a few words, as the label of a picture."""
         said = []
-        for name, present, mixing in zip(names, self.present, self.mixing):
-            if mixing >= MIXED:
+        for name, match in zip(names, self.matches):
+            if match is not None and match.is_mixed:
                 said.append(f"{name.token} mixed")
-            elif not present:
+            elif match is None or not match.present:
                 said.append(f"{name.token} missing")
         said += [f"{self.extra} too many"] if self.extra else []
         return ", ".join(said) or "right"
@@ -109,34 +134,39 @@ def compare_picture(
 ) -> Comparison:
     """Match the subjects found in a picture, features [n, d], to the concepts one to one, and compare.
 
-    ``presence``: a subject must be at least this many times as similar to a concept's photos as they are to each
-    other. ``counts_extra``: False where ``found`` holds more than a detector's subjects, such as every part of a
+    ``presence``: a subject is present if it is at least this many times as similar to its concept's photos as they are
+    to each other. ``counts_extra``: False if ``found`` holds more than a detector's subjects, such as every part of a
     picture.
     """
     truth, count = references.similarity, len(references.names)
-    similarity = torch.full((count, count), math.nan)
-    matches: list[int | None] = [None] * count
+    matches: list[Match | None] = [None] * count
     if len(found):
         each = references.compare(found)  # [n, K]
-        for i, j in zip(*linear_sum_assignment(-each.T.numpy())):
-            matches[i], similarity[i] = int(j), each[j]
-    present, mixing = [], []
-    for i in range(count):
-        row, own = similarity[i], float(similarity[i, i])
-        others = [k for k in range(count) if k != i]
-        apart = [k for k in others if float(truth[i, i] - truth[i, k]) >= LEAST_MARGIN]
-        kept = [float((row[i] - row[k]) / (truth[i, i] - truth[i, k])) for k in apart]
-        mixing.append(float(np.clip(1 - min(kept), 0, 1)) if kept and not math.isnan(own) else math.nan)
-        nearest = not any(float(row[k]) > own for k in others)
-        present.append(own >= presence * float(truth[i, i]) and nearest)
-    score = 1 - float((similarity.nan_to_num(0.0) - truth).square().sum())
+        for concept, index in zip(*linear_sum_assignment(-each.T.numpy())):
+            matches[concept] = _match(int(index), each[index], int(concept), truth, presence)
     extra = max(len(found) - count, 0) if counts_extra else None
-    return Comparison(similarity, tuple(matches), extra, tuple(present), tuple(mixing), score)
+    unscored = Comparison(tuple(matches), extra, math.nan)
+    score = 1 - float((unscored.similarity.nan_to_num(0.0) - truth).square().sum())
+    return replace(unscored, score=score)
+
+
+def _match(index: int, similarity: Tensor, concept: int, truth: Tensor, presence: float) -> Match:
+    """Judge the subject ``index`` as ``concept``, by its similarity to all [K] and that among references [K, K]."""
+    own, expected = similarity[concept], truth[concept, concept]
+    other = torch.arange(len(similarity)) != concept
+    margin = expected - truth[concept]
+    distinct = other & (margin >= LEAST_MARGIN)
+    mixing = None
+    if distinct.any():
+        distance = float(((own - similarity) / margin)[distinct].min())
+        mixing = min(max(1 - distance, 0.0), 1.0)
+    nearest = bool((similarity[other] <= own).all())
+    return Match(index, similarity, nearest and float(own) >= presence * float(expected), mixing)
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Pictures against concepts: the references' own similarities [K, K] and one comparison for each picture."""
+    """Several pictures compared with the concepts ``names``; ``truth`` [K, K]: the references' own similarities."""
 
     names: tuple[Name, ...]
     truth: Tensor
@@ -144,7 +174,7 @@ class Evaluation:
 
     @property
     def similarity(self) -> Tensor:
-        """Mean of the pictures' similarities [K, K], over those that had a subject left for the row's concept."""
+        """Mean of the pictures' similarities [K, K], over those with a match for the row's concept."""
         return torch.stack([p.similarity for p in self.pictures]).nanmean(0)
 
     @property
@@ -154,14 +184,16 @@ class Evaluation:
 
     @property
     def mixing(self) -> list[float]:
-        """Mean mixing of each concept where it could be read; NaN where it never could."""
-        each = np.array([p.mixing for p in self.pictures])
-        known = np.isfinite(each)
-        return np.where(known.any(0), np.where(known, each, 0).sum(0) / np.maximum(known.sum(0), 1), np.nan).tolist()
+        """Mean mixing of each concept over the pictures in which it is known; NaN if there are none."""
+        means = []
+        for matches in zip(*(p.matches for p in self.pictures)):
+            known = [m.mixing for m in matches if m is not None and m.mixing is not None]
+            means.append(sum(known) / len(known) if known else math.nan)
+        return means
 
     @property
     def score(self) -> float:
-        """Mean Detect-and-Compare: 1 where the pictures' subjects are to each other as the references are."""
+        """Mean Detect-and-Compare score: 1 if the subjects are as similar to each other as the references are."""
         return float(np.mean([p.score for p in self.pictures]))
 
     @property
@@ -170,13 +202,16 @@ class Evaluation:
         return float(np.mean([p.right for p in self.pictures]))
 
     def indistinct(self) -> list[tuple[Name, Name]]:
-        """Pairs of concepts whose reference photos the encoder can't tell apart: their mixing can't be read."""
-        pairs = [(i, k) for i in range(len(self.names)) for k in range(i)]
-        margins = [(min(self.truth[i, i], self.truth[k, k]) - self.truth[i, k], i, k) for i, k in pairs]
-        return [(self.names[k], self.names[i]) for margin, i, k in margins if margin < LEAST_MARGIN]
+        """Pairs of concepts whose reference photos the encoder can't tell apart, so their mixing is unknown."""
+        found = []
+        for first, second in combinations(range(len(self.names)), 2):
+            within = min(self.truth[first, first], self.truth[second, second])
+            if within - self.truth[second, first] < LEAST_MARGIN:
+                found.append((self.names[first], self.names[second]))
+        return found
 
     def table(self) -> str:
-        """The figures as Markdown: a line for each concept, and one for the whole."""
+        """The figures as a Markdown table with a row per concept, and a summary line."""
         head = ["concept", "similarity", "of its photos", "present", "mixing", *(f"like {n.token}" for n in self.names)]
         lines = [head, ["---"] * len(head)]
         similarity = self.similarity
@@ -189,7 +224,7 @@ class Evaluation:
 
     @property
     def words(self) -> str:
-        """The figures in a line for each concept, for where a table has no room."""
+        """The figures as plain text, a line per concept, where there is no room for a table."""
         lines = [
             f"{name.phrase}: in {present:.0%}, similarity {_number(similarity)}, mixing {_number(mixing)}"
             for name, present, similarity, mixing in zip(
@@ -212,9 +247,9 @@ def _number(value: Tensor | float) -> str:
 
 @torch.no_grad()
 def propose_masks(sam: object, image: Tensor, min_area: float = 0.03, max_area: float = 0.6) -> list[Tensor]:
-    """Everything in a picture [H, W, 3] that a segment-anything model takes for a thing, bool [H, W] each.
+    """Masks of everything that a segment-anything model finds in a picture [H, W, 3], bool [H, W] each.
 
-    ``min_area``, ``max_area``: shares of the frame. Which of them are subjects, only a comparison tells.
+    ``min_area``, ``max_area``: shares of the frame. Only a comparison tells which of them are subjects.
     """
     generator = segment_anything().SamAutomaticMaskGenerator(sam, points_per_side=8, pred_iou_thresh=0.7)
     found = [torch.from_numpy(m["segmentation"]) for m in generator.generate(to_uint8(image))]

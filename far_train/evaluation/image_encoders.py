@@ -1,4 +1,4 @@
-"""Image encoders that say how much alike two subjects look: DINOv2, CLIP and others, from a folder on disk."""
+"""Image encoders for comparing subjects: DINOv2, CLIP and others, loaded from a folder."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..data.images import to_pil
 from ..utils.errors import EncoderError
 from ..utils.geometry import bounding_box
 
-# Of models with a text side only the pictures' side is loaded.
-PICTURE_SIDE = {
+# Of models with a text encoder only the vision encoder is loaded.
+VISION_CLASSES = {
     "clip": "CLIPVisionModelWithProjection",
     "clip_vision_model": "CLIPVisionModelWithProjection",
     "siglip": "SiglipVisionModel",
@@ -37,21 +37,21 @@ class Encoder(Protocol):
 
 
 class FolderEncoder:
-    """An image encoder of transformers in a folder. Raises EncoderError; never goes to the network."""
+    """A transformers image encoder loaded from a folder, without network access. Raises EncoderError."""
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu"):
         kind = _model_type(folder)
         import transformers
 
         try:
-            model_class = getattr(transformers, PICTURE_SIDE.get(kind, "AutoModel"))
+            model_class = getattr(transformers, VISION_CLASSES.get(kind, "AutoModel"))
             local = {"local_files_only": True, "trust_remote_code": False}
             self.processor = transformers.AutoImageProcessor.from_pretrained(folder, **local)
             model, about = model_class.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **local)
         except Exception as e:  # damaged and foreign folders raise almost anything
             reason = " ".join(str(e).split())[:300]
             raise EncoderError(f"encoder: {folder} can't be loaded ({reason}); {HOW_TO_GET_ONE}") from e
-        # What a file lacks, transformers fills with random numbers.
+        # transformers initialises missing tensors with random numbers.
         missing = sorted(k for k in about["missing_keys"] if not k.endswith("position_ids"))
         if missing:
             raise EncoderError(
@@ -61,7 +61,7 @@ class FolderEncoder:
 
     @torch.no_grad()
     def features(self, image: Tensor, masks: Sequence[Tensor]) -> Tensor:
-        """See :class:`Encoder`. CLIP's projected embedding, of others the mean of the last layer's tokens."""
+        """See :class:`Encoder`. CLIP's projected embedding; for other models the mean of the last layer's tokens."""
         crops = [to_pil(crop_subject(image, mask)) for mask in masks]
         if not crops:
             return torch.zeros(0, 1)
@@ -74,8 +74,8 @@ class FolderEncoder:
 def crop_subject(image: Tensor, mask: Tensor) -> Tensor:
     """The subject of a picture [H, W, 3] by its mask [H, W]: cut to its box, white around it, square [S, S, 3].
 
-    MuDI's evaluation (arXiv 2404.04243) crops a detector's box and fills it up with white to a square. Here a mask is
-    known, so that what lies in the box beside the subject is white, too. Raises EncoderError for an empty mask.
+    MuDI's evaluation (arXiv 2404.04243) crops a detector's box and pads it with white to a square. Here the mask is
+    known, so the rest of the box is white, too. Raises EncoderError for an empty mask.
     """
     inside = mask > 0.5
     if not bool(inside.any()):

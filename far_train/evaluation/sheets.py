@@ -1,4 +1,4 @@
-"""Pictures for people: contact sheets with mask overlays, curves, and a self-contained HTML page."""
+"""Contact sheets with mask overlays, loss curves, evaluation plots, and a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..data.images import to_pil
 from ..utils.files import replacing, write_text
 from .detect_and_compare import Evaluation
 
-# Concepts by order; class subjects are grey. Chosen to stay apart for colour-blind readers (Okabe & Ito).
+# Of concepts, in order; class subjects are grey. Distinguishable for colour-blind readers (Okabe & Ito).
 COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (204, 121, 167), (240, 228, 66), (213, 94, 0))
 CLASS_COLOUR = (150, 150, 150)
 
@@ -99,9 +99,9 @@ def picture_grid(
 
 
 def loss_curves(metrics: Sequence[Mapping[str, Any]], size: tuple[int, int] = (900, 420)) -> Image.Image:
-    """The denoising, prior and refinement losses over the steps, with their running means, as a picture.
+    """Plot the denoising, prior and refinement losses over the steps, with their running means.
 
-    Each as it is, without the weight and the schedule that it has in the whole loss.
+    The losses are unweighted: without their weights and schedules in the total loss.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -122,7 +122,7 @@ def loss_curves(metrics: Sequence[Mapping[str, Any]], size: tuple[int, int] = (9
 
 
 def evaluation_plot(evaluation: Evaluation, size: tuple[int, int] = (900, 380)) -> Image.Image:
-    """How alike the subjects found and the reference photos are, and each concept's presence and mixing."""
+    """Plot the similarities of found subjects and reference photos, and each concept's presence and mixing."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -151,8 +151,10 @@ def evaluation_plot(evaluation: Evaluation, size: tuple[int, int] = (900, 380)) 
 
 
 def running_mean(values: np.ndarray, share: float = 0.05) -> np.ndarray:
-    """Mean over a window of ``share`` of the curve ending at each point; non-finite values are left out, and where
-    there is nothing else the mean is NaN."""
+    """Mean over a window that ends at each point and covers ``share`` of the curve.
+
+    Non-finite values are ignored; a window without finite values gives NaN.
+    """
     window = max(int(len(values) * share), 1)
     finite = np.isfinite(values)
     sums, counts = np.cumsum(np.where(finite, values, 0)), np.cumsum(finite)

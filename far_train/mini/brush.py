@@ -1,8 +1,8 @@
-"""A vector brush on Pillow: smooth shapes in unit coordinates, outlined, patterned and softly lit.
+"""Draw smooth vector shapes with Pillow: outlined, patterned and softly lit.
 
 Shapes are point lists in a frame whose origin is where a subject meets the ground, x to the right, y downwards (so
-most of a subject has negative y), one unit being the subject's nominal longest side. A matrix carries them to pixels,
-so pose, flip and rotation cost nothing in sharpness, while the light stays fixed at the upper left.
+most of a subject has negative y), one unit being the subject's nominal longest side. A matrix maps them to pixels,
+so pose, flip and rotation don't blur them, and the light always comes from the upper left.
 """
 
 from __future__ import annotations

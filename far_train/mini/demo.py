@@ -1,8 +1,8 @@
-"""The whole line in the small world, on the shipped weights: photos of two look-alikes → both in new pictures.
+"""The demo: the full pipeline in the small world, from photos of two look-alikes to new pictures of both.
 
-Everything that a user of real models does happens here, with the same code: subjects cut out with SAM, class pictures
-drawn by the base, Concept Fusion, training, drawing. What only this world can add is the judge: it knows who was asked
-for. Pictures are shown as they come, with seeds 0, 1, 2 …; none is chosen.
+It runs the same code as for Stable Diffusion on the small models that come with the package: extraction with SAM, class
+pictures drawn by the base, Concept Fusion, training, sampling. In this world every picture can also be judged, because
+the identities are known. Pictures are shown uncurated, with seeds 0, 1, 2 …
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ from .verdicts import Verdict, judge_subjects
 log = logging.getLogger(__name__)
 
 PAIR = ("rex", "max")
-CLASS_PICTURES, COMPOSITES, EMPTY_SCENES = 48, 120, 2  # the last: of each place
+CLASS_PICTURES, COMPOSITES, EMPTY_SCENES = 48, 120, 2  # empty scenes: of each place
 PLACES_SHOWN = ("beach", "moon", "kitchen", "snow")
 PICTURES_EACH = 4
-# Custom Diffusion (Kumari et al. 2023, arXiv 2212.04488): the same class pictures and steps; the photos as they are,
-# one subject in each, the plain loss, and K and V alone.
+# Custom Diffusion (Kumari et al. 2023, arXiv 2212.04488): the same class pictures and steps, but unchanged photos with
+# one subject in each, the unmasked loss, and only K and V trainable.
 ORIGINALS_ONLY = {"original": 1.0}
 RIVAL = TRAINING.replace(trainable="kv", **PLAIN_LOSS)
 
@@ -81,7 +81,7 @@ class Shown:
     @property
     def score(self) -> str:
         right, n = sum(v.right for v in self.verdicts), len(self.verdicts)
-        return f"{self.title}: both right on {right} of {n} pictures"
+        return f"{self.title}: joint accuracy {right} of {n} pictures"
 
 
 def run_demo(out: Path, device: str, on_progress: Progress = lambda phase, done, total: None) -> Path:
@@ -97,10 +97,10 @@ def run_demo(out: Path, device: str, on_progress: Progress = lambda phase, done,
     page = Page("Fuse-and-Refine: two look-alikes, from photos to pictures")
     page.section(
         "About this page",
-        "A small model of Stable Diffusion 2.1's kind, trained from nothing on a drawn world, learns two dogs it has "
-        "never seen, on this machine. Same code as for the real model; the pictures say nothing about its quality. "
-        "The small model knows a drawn world and nothing else (docs/small-models.md). "
-        "All pictures are shown as they came, with seeds 0, 1, 2 …",
+        "A small diffusion model with the architecture of Stable Diffusion 2.1, trained from scratch on drawn "
+        "pictures, learns two dogs that it has never seen, on this machine. The code is the same as for the real "
+        "model, but the small one knows only its drawn world (docs/small-models.md), so these pictures say nothing "
+        "about the quality of the real one. All pictures are uncurated, with seeds 0, 1, 2 …",
     )
     extractor = SubjectExtractor(sam)
     concepts = [_concept(key, out, extractor, page, on_progress) for key in PAIR]
@@ -112,7 +112,7 @@ def run_demo(out: Path, device: str, on_progress: Progress = lambda phase, done,
         out / "class",
         on_progress=lambda *a: on_progress("class pictures", *a),
     )
-    page.section("Class pictures", "Dogs as the base draws them: they keep 'dog' a dog.")
+    page.section("Class pictures", "Dogs drawn by the base. They preserve the meaning of 'dog' during training.")
     page.picture(picture_grid([p.image for p in priors[:16]], columns=8, cell=120))
     scenes = draw_places(base, EMPTY_SCENES, out / "scenes", lambda *a: on_progress("empty scenes", *a))
 
@@ -125,12 +125,13 @@ def run_demo(out: Path, device: str, on_progress: Progress = lambda phase, done,
     originals = ConceptFusion(concepts, priors, (), settings.replace(layout_weights=ORIGINALS_ONLY))
     page.section(
         "Concept Fusion",
-        "Subjects recombined, on empty scenes that the base drew. Colours mark each mention's mask.",
+        "Subjects recombined on empty scenes drawn by the base. Colours show the mask of each mention.",
     )
     page.picture(dataset_sheet([fused.composite(i) for i in range(16)], names, columns=4, cell=240))
 
     prompts = [(f"a photo of {join_phrases(names)}, {PLACES[place][0]}", place) for place in PLACES_SHOWN]
-    shown = [_judged("The base, told 'a dog and another dog'", base, None, prompts, identities, oracle, on_progress)]
+    title = "The base, prompted with 'a dog and another dog'"
+    shown = [_judged(title, base, None, prompts, identities, oracle, on_progress)]
     probe = next(c for c in (fused.composite(i) for i in range(COMPOSITES)) if c.layout == "pair")
     heats = []
     for title, training_set, config, folder in (
@@ -139,18 +140,19 @@ def run_demo(out: Path, device: str, on_progress: Progress = lambda phase, done,
     ):
         taught, vocabulary = _train(title, training_set, config.replace(device=device), out / folder, page, on_progress)
         shown.append(_judged(title, taught, vocabulary, prompts, identities, oracle, on_progress))
-        heats.append(_heat(title, taught, vocabulary, probe))
+        heats += _heat(title, taught, vocabulary, probe)
 
     page.section(
-        "Where each word looks",
-        "Cross-attention of the two modifier tokens on a noised composite: first for Custom Diffusion, then for "
-        "Fuse-and-Refine, whose refinement loss keeps each token on its own subject.",
+        "Cross-attention of each placeholder token",
+        "Attention maps of the two placeholder tokens on a noised composite: first for Custom Diffusion, then for "
+        "Fuse-and-Refine, whose refinement loss keeps each token's attention on its own subject.",
     )
-    page.picture(contact_sheet(*map(list, zip(*[pair for row in heats for pair in row])), columns=3, cell=240))
+    maps, labels = zip(*heats)
+    page.picture(contact_sheet(maps, labels, columns=3, cell=240))
     page.section(
         "Both in one picture",
-        f"'{prompts[0][0]}' and so on. The verdict below each picture is the oracle's: right for exactly these two, "
-        "each with its own looks, in the place that was asked for.",
+        f"'{prompts[0][0]}' and so on. The label is the oracle's verdict: a picture is right if it shows exactly these "
+        "two, each with its own attributes, in the place of the prompt.",
     )
     for result in shown:
         sheet = picture_grid(result.pictures, result.labels, columns=8, cell=160)
@@ -162,7 +164,7 @@ def run_demo(out: Path, device: str, on_progress: Progress = lambda phase, done,
 
 
 def _as_picture(shown: Sequence[Shown]) -> Tensor:
-    """The pictures of all models as one, a row for each: what the README shows."""
+    """One picture with a row for each model, as shown in the README."""
     return torch.cat([torch.cat(list(result.pictures[::2]), 1) for result in shown])
 
 
@@ -173,7 +175,7 @@ def _concept(key: str, out: Path, extractor: SubjectExtractor, page: Page, on_pr
         save_picture(photos / f"{photo.name}.png", photo.image)
     extract_folder(photos, subjects, extractor, progress=lambda *a: on_progress("extracting", *a))
     found = [load_photo(p) for p in list_photos(subjects)]
-    page.section(f"{name.token}: {describe(identity)}", "The photos, and the subject that SAM cut out of each.")
+    page.section(f"{name.token}: {describe(identity)}", "The photos, and the subject that SAM extracted from each.")
     page.picture(picture_grid([p.image for p in found], columns=5, cell=200))
     page.picture(contact_sheet([checkerboard(p.image, p.mask) for p in found], columns=5, cell=200))
     return Concept(name.token, name.noun, tuple(p.image for p in found), tuple(p.mask for p in found))
@@ -183,7 +185,7 @@ def _train(
     title: str, training_set: TrainingSet, config: TrainConfig, folder: Path, page: Page, on_progress: Progress
 ) -> tuple[BaseModel, Vocabulary]:
     callbacks = Callbacks(on_phase=on_progress, on_step=lambda step, _: on_progress(title, step, config.steps))
-    base = small_base()  # comes back from the training as it was, on its device
+    base = small_base()  # training leaves it unchanged, on the training device
     weights = train(base, training_set, config, folder, callbacks=callbacks)
     page.section(f"Training: {title}")
     page.picture(loss_curves(read_metrics(folder / METRICS_FILE)))
@@ -199,25 +201,30 @@ def _judged(
     oracle: Any,
     on_progress: Progress,
 ) -> Shown:
-    """Draw every prompt several times and let the oracle judge. Without a vocabulary the tokens are left out."""
-    texts = [text for text, _ in prompts for _ in range(PICTURES_EACH)]
+    """Draw every prompt several times and judge the pictures. Without a vocabulary, prompts have bare nouns."""
+    texts = [text for text, _ in prompts]
     if vocabulary is None:
         nouns = join_phrases([Name(i.noun) for i in identities])
-        texts = [f"a photo of {nouns}, {PLACES[p][0]}" for _, p in prompts for _ in range(PICTURES_EACH)]
+        texts = [f"a photo of {nouns}, {PLACES[place][0]}" for _, place in prompts]
     pictures = draw_pictures(
         base,
         vocabulary or plain_vocabulary(base),
-        texts,
+        _repeat(texts),
         DRAWING,
         on_progress=lambda *a: on_progress(f"{title}: drawing", *a),
     )
-    places = [place for _, place in prompts for _ in range(PICTURES_EACH)]
+    places = _repeat([place for _, place in prompts])
     readings = read_pictures(oracle, pictures)
     return Shown(title, pictures, tuple(judge_subjects(identities, p, r) for p, r in zip(places, readings)))
 
 
+def _repeat(values: Sequence[str]) -> list[str]:
+    """Each value ``PICTURES_EACH`` times in a row."""
+    return [value for value in values for _ in range(PICTURES_EACH)]
+
+
 def _heat(title: str, base: BaseModel, vocabulary: Vocabulary, probe: Composite) -> list[tuple[Any, str]]:
-    """The composite and the maps of its concepts, each with a label."""
+    """The composite and the attention maps of its concepts, each with a label."""
     mentioned = [m.name for m in probe.mentions]
     maps = attention_maps(base, vocabulary, probe.image, probe.caption, mentioned)
     shown = [(to_pil(probe.image), f"{title}: {probe.caption}")]

@@ -1,8 +1,8 @@
-"""The figures of the small world: one drawing function a class.
+"""Draw the figures of the small world: one function per class.
 
-All in the unit frame of `brush`: facing right, standing at y = 0, about one unit in the longer direction. Nothing that
-bears identity is finer than about an eighth of a unit: at a longest side of 60 px that is one latent cell of 8 px.
-Colours that bear no identity (glass, trunk, beak) stay out of the attribute palette or cover little.
+All in the unit frame of `brush`: facing right, standing at y = 0, about one unit in the longer direction. No
+detail that distinguishes identities is finer than about an eighth of a unit: at a longest side of 60 px that is one
+latent cell of 8 px. Other colours (glass, trunk, beak) are outside the attribute palette or cover little.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""Who a sprite is: five attributes with closed tables of values, and the words that name them.
+"""Identities of sprites: a class and five attributes with closed tables of values, and the words that name them.
 
-Everything that a measurement or a caption may say about a sprite stands in these tables; the drawing code only looks
-them up, so adding a colour or a pattern starts here.
+Measurements, captions and the drawing code all use these tables, so a new colour or pattern starts here.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 PATTERNS: tuple[str, ...] = ("plain", "banded", "spotted")
 ACCESSORIES: tuple[str, ...] = ("none", "hat", "crown", "scarf")
-# The part that varies, by class: its name and its values; adjectives, so that "floppy ears" reads as a caption.
+# The part of each class that varies: its name and its values, as adjectives, so that captions say "floppy ears".
 SHAPES: dict[str, tuple[str, tuple[str, ...]]] = {
     "dog": ("ears", ("floppy", "pointed")),
     "cat": ("tail", ("curly", "straight")),
@@ -118,15 +117,15 @@ def far_apart(identity: Identity, rng: np.random.Generator, n: int = 4) -> Ident
 
 
 def article(word: str) -> str:
-    """The indefinite article, by the first letter (no word of this world sounds otherwise than it is spelt)."""
+    """The indefinite article, by the first letter, which is right for all words of this world."""
     return "an" if word[0] in "aeiou" else "a"
 
 
 def extras(identity: Identity, names: tuple[str, ...]) -> list[str]:
     """The noun phrases that follow "with", for those of the attributes second, pattern, shape and accessory named.
 
-    The second colour is spoken of through what it colours, so either of `second` and `pattern` calls up one phrase;
-    the pattern alone leaves the colour out.
+    `second` and `pattern` share a phrase, which names the second colour and what it colours; `pattern` alone leaves
+    the colour out.
     """
     out = []
     if "second" in names or "pattern" in names:
@@ -148,7 +147,7 @@ def extras(identity: Identity, names: tuple[str, ...]) -> list[str]:
 def describe(identity: Identity, names: tuple[str, ...] = ATTRIBUTES) -> str:
     """ "a red dog with blue bands and floppy ears and a hat"; by default every attribute is named.
 
-    names: the attributes to speak of; () gives "a dog". No comma is ever used: words and spaces only.
+    names: the attributes to mention; () gives "a dog". No comma is ever used: words and spaces only.
     """
     head = f"{identity.body} {identity.noun}" if "body" in names else identity.noun
     tail = extras(identity, names)

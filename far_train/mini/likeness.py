@@ -1,4 +1,4 @@
-"""The oracle as detector and encoder of the small world: who is where, and how much alike two subjects look."""
+"""The oracle as the detector and image encoder of the small world, for Detect-and-Compare."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch.nn import functional as F
 
 from .oracle import HEADS, STRIDE, Oracle, read_pictures
 
-SIZE = 128  # pixels; the oracle knows pictures of this side
+SIZE = 128  # pixels; the side of the pictures that the oracle was trained on
 
 
 class OracleEncoder:
-    """Features are what the oracle thinks of class and attributes: the probability of each of their values.
+    """Features are the oracle's probabilities of each value of class and attributes.
 
-    So the similarity of two subjects is about the share of these fields in which they agree.
+    The similarity of two subjects is therefore about the share of these fields in which they agree.
     """
 
     def __init__(self, oracle: Oracle):

@@ -1,4 +1,4 @@
-"""What a training in the small world needs beside the photos: class pictures with masks, and empty scenes."""
+"""Draw the inputs of a training in the small world other than photos: class pictures with masks, and empty scenes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ def cut_class_pictures(
     config: SampleConfig = DRAWING,
     on_progress: OnProgress = lambda done, total: None,
 ) -> list[ClassPicture]:
-    """What the base draws for each noun, cut out where a subject is found; pictures in ``folder`` are used again."""
+    """Class pictures drawn by the base for each noun, with a mask if SAM finds the subject.
+
+    Pictures in ``folder`` are reused.
+    """
     pictures = draw_class_images(base, nouns, count, folder, config, on_progress=on_progress)
     cut = []
     for i, picture in enumerate(pictures):
@@ -42,6 +45,6 @@ def cut_class_pictures(
 def draw_places(
     base: BaseModel, each: int, folder: Path, on_progress: OnProgress = lambda done, total: None
 ) -> list[Background]:
-    """``each`` pictures of every empty place, as the base draws them; those in ``folder`` are used again."""
+    """``each`` pictures of every empty place, drawn by the base; those in ``folder`` are reused."""
     places = [EmptyScene(prompt, phrase) for phrase, prompt in PLACES.values()]
     return draw_empty_scenes(base, places, each, folder, EMPTY_PLACES, on_progress=on_progress)

@@ -1,8 +1,10 @@
-"""The oracle: who is in a picture, and where. For measurement only; nothing that users run depends on it.
+"""The oracle: a classifier that reads which subjects a picture of the small world shows, and where.
 
-A small U-Net without queries or anchors, after Panoptic-DeepLab (Cheng et al. 2020, arXiv 1911.10194): for every cell,
-is it a subject, where is that subject's centre, and the class and attributes of the subject. Cells that point to one
-centre are one subject, and vote: the mean of their logits decides each attribute.
+It is used for measurement only. No training or sampling depends on it.
+
+A small U-Net after Panoptic-DeepLab (Cheng et al. 2020, arXiv 1911.10194), without queries or anchors. For every cell
+it predicts whether it belongs to a subject, the offset to the subject's centre, and the subject's class and attributes.
+Cells that point to the same centre are one subject; the mean of their logits decides each attribute.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ HEADS = {
     "accessory": len(ACCESSORIES),
     "shape": 2 * len(NOUNS),
 }
-LEAST_CELLS = 8  # a smaller patch is a speck and no subject
+LEAST_CELLS = 8  # smaller patches are not counted as subjects
 LEAST_CENTRE = 0.3
 
 
@@ -53,7 +55,7 @@ class Detection:
 
 @dataclass(frozen=True)
 class Reading:
-    """What the oracle sees in a picture: subjects from left to right, the place and how sure of it."""
+    """What the oracle reads in a picture: subjects from left to right, and the place with its probability."""
 
     subjects: tuple[Detection, ...]
     background: str
@@ -133,7 +135,7 @@ def load_oracle(path: Path, device: torch.device | str = "cpu") -> Oracle:
 
 
 def read_confusion(folder: Path) -> dict[str, dict[str, dict[str, int]]]:
-    """An exported oracle's own mistakes: field → true value → value read → count. Raises BaseModelError."""
+    """An exported oracle's confusion matrices: field → true value → value read → count. Raises BaseModelError."""
     path = folder / CONFUSION_FILE
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -148,12 +150,12 @@ def read_oracle(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             about = json.loads(file.metadata()["far_oracle"])
             return about, {k: file.get_tensor(k) for k in file.keys()}
     except Exception as e:  # damaged or foreign files raise almost anything
-        raise BaseModelError(f"{path}: is no oracle ({e}); train or fetch it again") from e
+        raise BaseModelError(f"{path}: is not an oracle file ({e}); train or fetch it again") from e
 
 
 @torch.no_grad()
 def read_pictures(oracle: Oracle, pictures: Tensor, batch: int = 64) -> list[Reading]:
-    """What is in pictures [n, S, S, 3] (float 0..1, as this project's other parts hand them on)."""
+    """Read pictures [n, S, S, 3], float 0..1."""
     device, readings = oracle.place.weight.device, []
     for part in pictures.split(batch):
         found = oracle(part.permute(0, 3, 1, 2).to(device) * 2 - 1)
@@ -189,11 +191,11 @@ def _read_one(found: dict[str, Tensor]) -> Reading:
 
 
 def _identify(found: dict[str, Tensor], cells: Tensor, centre: float) -> Detection:
-    """Let a subject's cells [n, 2] (x, y) vote on who it is."""
+    """Identify a subject by the votes of its cells [n, 2] (x, y)."""
     votes = {field: found[field][:, cells[:, 1], cells[:, 0]].mean(1) for field in HEADS}
     noun = int(votes["noun"].argmax())
     votes["shape"] = votes["shape"][2 * noun : 2 * noun + 2]
-    votes["second"][int(votes["body"].argmax())] = -torch.inf  # two colours never are the same
+    votes["second"][int(votes["body"].argmax())] = -torch.inf  # the two colours always differ
     odds = {field: vote.softmax(0) for field, vote in votes.items()}
     identity = identity_from_codes([int(o.argmax()) for o in odds.values()])
     mask = torch.zeros(found["subject"].shape, dtype=torch.bool)

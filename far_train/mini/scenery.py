@@ -1,9 +1,9 @@
-"""Backgrounds of the small world: ten places, each seen in one of a few views and in its own light.
+"""Draw the backgrounds of the small world: ten places, each in one of a few views and in varying light.
 
-They are paler and less saturated than any sprite, so that subjects stand out, and each keeps its own colours in sky
-and ground, so that it is known from a part of it. Views are few, so that small models spend what they have on the
-subjects. All lengths are fractions of the canvas, and every random number is drawn in an order that doesn't depend on
-its size: one seed is one scene, at any size.
+They are paler and less saturated than sprites, so that subjects stand out, and each has its own colours in sky and
+ground, so that a part of it is enough to recognise it. There are few views, so that small models spend their capacity
+on the subjects. All lengths are fractions of the canvas, and random numbers are drawn in an order that doesn't depend
+on its size, so a seed gives the same scene at any size.
 """
 
 from __future__ import annotations

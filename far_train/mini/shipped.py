@@ -1,4 +1,4 @@
-"""What the package ships of the small world: trained weights, and subjects that look alike, to try everything on."""
+"""The small models and sample subjects that come with the package, to try the full pipeline on."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ BASE = WEIGHTS / "base"
 SAM = WEIGHTS / "sam" / "sam.safetensors"
 ORACLE = WEIGHTS / "oracle" / ORACLE_FILE
 SIZE = 128  # pixels, the small base's native side
-DRAWING = SampleConfig(sampling_steps=25, guidance=5.0, sample_batch=8)  # what suits the small base
-EMPTY_PLACES = DRAWING.replace(guidance=2.0)  # with more of it the base's empty places are paler than its pictures'
-# What a small model with 16 × 16 cells needs; the product's defaults are for Stable Diffusion 2.1.
+DRAWING = SampleConfig(sampling_steps=25, guidance=5.0, sample_batch=8)  # tuned for the small base
+EMPTY_PLACES = DRAWING.replace(guidance=2.0)  # with more guidance the small base draws empty places too pale
+# Tuned for a small model with 16 × 16 latent cells; the defaults are for Stable Diffusion 2.1.
 TRAINING = TrainConfig(
     steps=300,
     batch_size=6,
@@ -36,13 +36,13 @@ TRAINING = TrainConfig(
     embedding_lr=1e-2,
     trainable="lora",
     kv_lr=4e-5,
-    lora_lr=2e-4,  # 1.6e-3 for the whole step of eight samples
+    lora_lr=2e-4,  # times the eight samples of a step: 1.6e-3
     min_snr_gamma=None,
     refinement_weight=0.1,
     sample_every=0,
 )
-# Its subjects stand upright and side by side, its light never changes, pasting leaves no marks, and a drawing that was
-# painted over shows what stood there.
+# Subjects of the small world stand upright and side by side in constant light, and pasting leaves no marks. Filled-in
+# photos are not used as backgrounds, because in a drawing the outline of the subject remains visible.
 FUSING = FusionConfig(
     size=SIZE,
     rotation=0,
@@ -51,10 +51,11 @@ FUSING = FusionConfig(
     row_probability=1.0,
     background_weights={"scene": 0.85, "plain": 0.15},
 )
-# The loss as Custom Diffusion and MuDI have it: no refinement, every cell and every timestep alike.
+# The loss of Custom Diffusion and MuDI: no refinement, all cells and all timesteps weighted equally.
 PLAIN_LOSS = {"refinement_weight": 0.0, "background_weight": 1.0, "min_snr_gamma": None}
 
-# Two pairs: dogs that differ in the colour of their trim alone, robots in two small parts. The base has seen none.
+# Two pairs of look-alikes that the small base was not trained on: dogs with different trim, robots with two different
+# details.
 SUBJECTS: dict[str, tuple[Name, Identity]] = {
     "rex": (Name("dog", "<rex-dog>"), Identity("dog", "blue", "pink", "plain", "none", "floppy")),
     "max": (Name("dog", "<max-dog>"), Identity("dog", "blue", "yellow", "plain", "none", "floppy")),
@@ -79,8 +80,8 @@ def small_oracle() -> Oracle:
 
 
 def sample_photos(subject: str, count: int = 5, size: int = SIZE) -> list[Photo]:
-    """Photos of one of ``SUBJECTS`` without masks: several poses, always in the same two places, as people's photos
-    are. Raises KeyError."""
+    """Photos of one of ``SUBJECTS`` without masks: several poses, always in the same two places, like the photos
+    that users have. Raises KeyError."""
     _, identity = SUBJECTS[subject]
     pictures = reference_photos(identity, seed=list(SUBJECTS).index(subject), count=count, size=size)
     return [Photo(f"{subject}-{i}", image, None, Path(f"{subject}-{i}")) for i, (image, _) in enumerate(pictures)]
@@ -89,7 +90,7 @@ def sample_photos(subject: str, count: int = 5, size: int = SIZE) -> list[Photo]
 def _present(path: Path) -> Path:
     if not path.exists():
         raise BaseModelError(
-            f"{path}: the small models' weights are not there; get the whole repository, or train them: "
+            f"{path}: the small models' weights are missing; get the complete repository, or train them: "
             "python -m benchmarks.small_models.learn --help"
         )
     return path

@@ -1,6 +1,6 @@
-"""Sprites of the small world: a figure in a pose, with its accessory, on a transparent tile.
+"""Draw the sprites of the small world: a figure in a pose, with its accessory, on a transparent tile.
 
-Accessories have colours of their own, outside the attribute palette, so that they never pass for a body colour.
+Accessories have colours outside the attribute palette, so that they can't be mistaken for a body colour.
 """
 
 from __future__ import annotations
@@ -131,6 +131,6 @@ def draw_sprite(
 
 
 def over_colour(tile: np.ndarray, colour: RGB = (226, 228, 232)) -> Image.Image:
-    """A tile [S, S, 4] on a flat colour, for looking at."""
+    """A tile [S, S, 4] on a flat colour, for viewing."""
     back = Image.new("RGBA", tile.shape[1::-1], (*colour, 255))
     return Image.alpha_composite(back, Image.fromarray(tile)).convert("RGB")

@@ -1,5 +1,7 @@
-"""A tiny base of Stable Diffusion 2.1's shape with random weights: it learns nothing worth seeing, but every part of
-the line runs on it in seconds."""
+"""A tiny base with the architecture of Stable Diffusion 2.1 and random weights, for tests.
+
+Its pictures are noise, but the full pipeline runs on it in seconds.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Did the pictures show who was asked for? Learned subjects are judged by their identities, which this world knows.
+"""Judge whether a picture of the small world shows the subjects that were prompted for, by their identities.
 
-The rule is that of Detect-and-Compare (MuDI, Jang et al. 2024, arXiv 2404.04243) with exact attributes in the place of
-similarities: the subjects found are matched to those wanted one to one, and compared with the right one and the others.
+The rule is that of Detect-and-Compare (MuDI, Jang et al. 2024, arXiv 2404.04243) with exact attributes instead of
+similarities: the subjects found are matched one to one to those wanted and compared with them.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def differing(wanted: Sequence[Identity]) -> set[str]:
 def judge_subjects(wanted: Sequence[Identity], place: str | None, reading: Reading) -> Verdict:
     """Compare what the oracle read with the subjects ``wanted``; ``place`` None: any background is right."""
     found = [s.identity for s in reading.subjects]
-    telling = differing(wanted)
+    distinguishing = differing(wanted)
     own = leaked = drifted = missing = 0
     each_right = []
     for subject, match in zip(wanted, match_identities(wanted, found)):
@@ -98,8 +98,8 @@ def judge_subjects(wanted: Sequence[Identity], place: str | None, reading: Readi
             continue
         seen = found[match]
         agreed = agreed_fields(subject, seen)
-        each_right.append("noun" in agreed and len(agreed) > ENOUGH_ATTRIBUTES and telling <= agreed)
-        for attribute in telling:
+        each_right.append("noun" in agreed and len(agreed) > ENOUGH_ATTRIBUTES and distinguishing <= agreed)
+        for attribute in distinguishing:
             others = {getattr(o, attribute) for o in wanted} - {getattr(subject, attribute)}
             value = getattr(seen, attribute)
             own += value == getattr(subject, attribute)

@@ -1,15 +1,15 @@
-"""The small world: procedural pictures of sprites in places, with exact masks, captions and attributes.
+"""The small world: procedurally drawn pictures of sprites in places, with exact masks, captions and attributes.
 
 `render_scene(seed, index)` is a pure function: the same numbers give the same picture, masks and caption in any order
-and in any process, and at any size the same scene, scaled. Who a sprite is stands in `identity`, how it is drawn in
-`sprites`, the places in `scenery`; this file lays scenes out, composes them and puts them into words.
+and process, and the same scene at any size. `identity` defines what distinguishes sprites, `sprites` draws them and
+`scenery` draws the places; this module lays out scenes, composes them and writes their captions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 import torch
@@ -63,7 +63,7 @@ __all__ = [
 ]
 
 MOST_SPRITES = 3
-# How often a random scene holds no, one, two or three subjects.
+# Probabilities of zero to three subjects in a random scene.
 COUNT_SHARES = (0.04, 0.36, 0.46, 0.14)
 
 # How far a sprite reaches from its ground point in any pose, in its own size (measured on renders of every shape, pose
@@ -88,7 +88,7 @@ COUNTS = {2: "two", 3: "three"}
 @dataclass(frozen=True)
 class Sprite:
     """One subject in a scene. x, y: its ground point, size: nominal longest side, all as fractions of the canvas;
-    rotation in degrees, counter-clockwise; box: (left, top, right, bottom) that surely holds it, in fractions."""
+    rotation in degrees, counter-clockwise; box: (left, top, right, bottom) that certainly contains it, in fractions."""
 
     identity: Identity
     x: float
@@ -161,9 +161,9 @@ def _place(posed: Sequence[Sprite], rng: np.random.Generator) -> tuple[Sprite, .
                 side, down = REACH[s.identity.noun][0] * size, REACH[s.identity.noun][3] * size
                 x, y = np.clip(x, side + 0.01, 0.99 - side), min(y, 0.99 - down)
                 placed.append(replace(s, x=float(x), y=float(y), size=float(size)))
-            # Boxes are generous, so the sprites in them hide far less of each other than this.
-            clear = all(_overlap(a, b) <= 0.28 for i, a in enumerate(placed) for b in placed[:i])
-            # Left and right must mean something: the ground points keep their distance too.
+            # Boxes are larger than the sprites, which hide far less of each other than this.
+            clear = all(_overlap(a, b) <= 0.28 for a, b in combinations(placed, 2))
+            # Keep the ground points apart, so that left and right are well defined.
             apart = all(b.x - a.x > 0.18 for a, b in pairwise(placed))
             if clear and apart and all(s.box[1] > 0 for s in placed):
                 return tuple(placed)
@@ -171,7 +171,7 @@ def _place(posed: Sequence[Sprite], rng: np.random.Generator) -> tuple[Sprite, .
 
 
 def _shadow(canvas: np.ndarray, sprite: Sprite) -> None:
-    """Darken the ground softly under a sprite, in place; it belongs to the background, not to the mask."""
+    """Darken the ground softly under a sprite, in place. The shadow belongs to the background, not to the mask."""
     size = len(canvas)
     rx, ry = 0.50 * sprite.size * size * (1.0 if sprite.identity.noun != "cup" else 0.85), 0.085 * sprite.size * size
     cx, cy = sprite.x * size - 0.5, sprite.y * size - 0.5
@@ -209,7 +209,7 @@ def _compose(back: np.ndarray, sprites: Sequence[Sprite]) -> tuple[torch.Tensor,
 
 
 def _mention(identity: Identity, rng: np.random.Generator) -> str:
-    """A subject in words: bare, by colour, or with some or all of its attributes."""
+    """A phrase for a subject: its noun, with its colour, or with some or all of its attributes."""
     level = rng.random()
     chances = rng.random(len(ATTRIBUTES))
     if level < 0.15:
@@ -224,11 +224,11 @@ def _mention(identity: Identity, rng: np.random.Generator) -> str:
 
 
 def caption_for(identities: Sequence[Identity], background: str, rng: np.random.Generator) -> str:
-    """Put a scene into words.
+    """Write a caption of a scene.
 
-    identities: from left to right (0 to 3); background: a key of PLACES; rng: decides how much is said. Attributes are
-    named some of the time, sides for two or three subjects some of the time (else the order means nothing), the place
-    most of the time. Lower case, words and single spaces only.
+    identities: from left to right (0 to 3); background: a key of PLACES; rng: decides how much is mentioned. Attributes
+    are named sometimes, sides of two or three subjects sometimes (otherwise the order means nothing), and the place
+    mostly. Lower case, words and single spaces only.
     """
     if not identities:
         return PLACES[background][1]
@@ -246,7 +246,7 @@ def caption_for(identities: Sequence[Identity], background: str, rng: np.random.
 
 
 def world_words() -> list[str]:
-    """Every word that any caption or description can hold, sorted: a closed vocabulary for a tokenizer."""
+    """All words that captions and descriptions can contain, sorted: the closed vocabulary of a tokenizer."""
     phrases = [
         *COLOURS,
         *NOUNS,
@@ -259,12 +259,13 @@ def world_words() -> list[str]:
         "a picture of",
     ]
     phrases += [f"{part} {' '.join(values)}" for part, values in SHAPES.values()]
-    phrases += [p for pair in PLACES.values() for p in pair]
-    return sorted({w for p in phrases for w in p.split()})
+    for pair in PLACES.values():
+        phrases += pair
+    return sorted(set(" ".join(phrases).split()))
 
 
 def _cast(rng: np.random.Generator, n: int, nouns: Sequence[str], held_out: Collection[Identity]) -> list[Identity]:
-    """n subjects; later ones are often of the first one's class, and then sometimes near twins of it."""
+    """n subjects; later ones are often of the first one's class, and sometimes near twins of it."""
     cast: list[Identity] = []
     while len(cast) < n:
         kin = rng.random()
@@ -292,8 +293,8 @@ def render_scene(
 
     size: pixels, 64 to 512, the same scene at any; sprites: how many, 0 to 3 (default: random, 0 rarely); background:
     a key of PLACES (default: random); identities: the subjects from left to right, instead of random ones; held_out:
-    identities that must not appear at random; nouns: classes to draw from; equal_room: find room as if each wore a hat.
-    Otherwise who wears one mostly stands behind the others, where there is room for it.
+    identities that must not appear at random; nouns: classes to draw from; equal_room: place all as if each wore a hat.
+    Otherwise a subject with a hat mostly stands at the back, where there is room for it.
     Raises ValueError, naming the argument, for values out of range.
     """
     if not 64 <= size <= 512:
@@ -308,7 +309,7 @@ def render_scene(
     if not 0 <= count <= 3:
         raise ValueError(f"render_scene: sprites must be from 0 to 3, got {count}")
     place = drawn_place if background is None else background
-    # Streams apart, so that fixing the subjects leaves the place and its light as they were.
+    # Separate streams, so that fixing the subjects doesn't change the place and its light.
     cast_rng, layout_rng, words_rng, place_rng = (np.random.default_rng([seed, index, k]) for k in range(1, 5))
     cast = list(identities) if identities is not None else _cast(cast_rng, count, nouns, held_out)
     posed = [_pose(i, layout_rng, SIZES[count]) for i in cast]
@@ -321,7 +322,7 @@ def render_scene(
 def reference_photos(
     identity: Identity, seed: int, count: int = 5, size: int = 128, backgrounds: Sequence[str] | None = None
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Photos of one subject as a user would have them: varied poses, but always in the same one or two places.
+    """Photos of one subject like those a user would have: varied poses, always in the same one or two places.
 
     backgrounds: keys of PLACES (default: two, chosen by the seed). Returns `count` pairs (image [size, size, 3],
     mask [size, size]), float32 0..1.
@@ -331,7 +332,7 @@ def reference_photos(
         backgrounds = [BACKGROUNDS[i] for i in rng.choice(len(BACKGROUNDS), size=2, replace=False)]
     photos = []
     for k in range(count):
-        # Go round the poses, so that few photos still show several.
+        # Cycle through the poses, so that a few photos show several.
         posed = _pose(identity, rng, SIZES[1])
         posed = replace(posed, pose=list(POSES)[k % len(POSES)])
         back = draw_background(backgrounds[k % len(backgrounds)], int(rng.integers(2**31)), size)

@@ -123,7 +123,7 @@ def test_why_a_node_is_refused_stands_on_it(front_end: FrontEnd):
     page = front_end.page
     page.evaluate(SET_WIDGETS, LOWERED | {"Name Max": {"token": "max dog"}})
     front_end.run()
-    page.get_by_text("token: 'max dog' is not a modifier token (write it as <max-dog>)").wait_for(timeout=MINUTES)
+    page.get_by_text("token: 'max dog' is not a placeholder token (write it as <max-dog>)").wait_for(timeout=MINUTES)
     assert page.evaluate("() => app.graph._nodes.filter(n => n.has_errors).map(n => n.title)") == ["Name Max"]
 
 

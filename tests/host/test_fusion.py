@@ -69,7 +69,7 @@ def test_photos_of_mixed_sizes_become_composites(comfy: ComfyServer, folders: di
     assert "2 concepts: <disc-one> disc, <disc-two> disc" in text and "6 pictures of 128 px" in text
     assert "original 10%, solo 25%, pair 65%" in text and text.startswith("No background pictures")
     wanting = report(comfy.run(fusing(comfy, folders, beside_prior=0.25)))
-    assert "'beside_prior' (25% of the composites) falls away" in wanting.splitlines()[0]
+    assert "'beside_prior' (25% of the composites) is skipped" in wanting.splitlines()[0]
     assert outputs["50"]["images"], "the node shows no sheet"
 
 
@@ -351,7 +351,7 @@ def test_two_dogs(comfy: ComfyServer):
     assert "5 photos, 5 of them with a mask" in outputs["10"]["text"][0]
     text = report(outputs)
     assert "2 concepts: <corgi-dog> dog, <chow-dog> dog" in text and "12 class pictures" in text
-    assert "falls away" not in text
+    assert "is skipped" not in text
     dataset = DatasetFolder(comfy.folder("output") / "far" / "datasets" / "two_dogs")
     assert dataset.composite_count() == 8 and dataset.prior_count() == 12
     assert all(m.mask.max() > 0.5 for i in range(8) for m in dataset.composite(i).mentions)

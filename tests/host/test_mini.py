@@ -1,4 +1,4 @@
-"""The embedded default in the real host: its MODEL, CLIP and VAE are the library's, and the whole line runs on them."""
+"""The embedded small model in the real host: its MODEL, CLIP and VAE, and the full pipeline on them."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def test_a_rough_mask_is_a_hint_for_sam(comfy: ComfyServer):
     assert (found & exact).sum() / (found | exact).sum() > 0.8
 
 
-# ---- the whole line
+# ---- the full pipeline
 
 
 def line(comfy: ComfyServer, name: str, **training: Any) -> dict[str, Any]:

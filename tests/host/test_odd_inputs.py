@@ -24,7 +24,7 @@ def test_what_is_not_read_of_a_folder_is_said(comfy: ComfyServer):
         "2": node("PreviewImage", images=["1", 0]),
     }
     assert comfy.run(prompt)["1"]["text"][0].splitlines() == [
-        f"{folder / 'a.png'}: its transparency hides 0.00% of the frame, too little for a mask: not used",
+        f"{folder / 'a.png'}: its alpha channel hides 0.00% of the frame, too little for a mask: ignored",
         f"{folder}: not read: d.heic (HEIC: save as PNG or JPEG)",
         "3 photos, 0 of them with a mask",
     ]

@@ -321,7 +321,7 @@ def test_a_file_that_is_no_sam_is_explained(comfy: ComfyServer, sam_file: Path):
     prompt = extraction("unmasked")
     prompt["2"]["inputs"]["model_name"] = "other.safetensors"
     node_id, words = refusal(comfy, prompt)
-    assert node_id == "2" and "is no segment-anything file" in words
+    assert node_id == "2" and "is not a segment-anything file" in words
     prompt["2"]["inputs"]["model_name"] = "missing.pth"
     with pytest.raises(PromptRejected, match="there is no 'missing.pth' in models/sams"):
         comfy.queue(prompt)

@@ -1,4 +1,4 @@
-"""The work that ``benchmarks.speed`` measures, the same for all: pictures of two concepts, on a base of any size."""
+"""The work that the speed benchmark measures in all modes: pictures of two concepts, on a base of any size."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .reference import CustomDiffusion
 
 NAMES = tuple(Name("dog", f"<{which}-dog>") for which in ("first", "second", "third", "fourth"))
 CONCEPTS = 2
-POOL = 2  # pictures of each half; how many there are costs nothing in a step
+POOL = 2  # pictures of each half; their number doesn't change the cost of a step
 
 
 class RandomPictures:
@@ -67,7 +67,7 @@ def random_concepts(size: int, photos: int) -> list[Concept]:
 
 
 def random_base(configs: dict[str, Any], device: str = "cpu", dtype: torch.dtype = torch.float32) -> BaseModel:
-    """A base of these configs with random weights: as fast as the real one, and good for nothing else.
+    """A base of these configs with random weights: as fast as a trained one.
 
     UNet and text encoder are in ``dtype``, the VAE in fp32.
     """
@@ -97,7 +97,7 @@ def random_base(configs: dict[str, Any], device: str = "cpu", dtype: torch.dtype
 
 
 class _Built(BaseModel):
-    """Is where and what it was built as; fake weights can't be moved, and have no values to be identified by."""
+    """A base that stays on its device. Fake weights can't be moved, and have no values for a fingerprint."""
 
     fingerprint = "random"
 
@@ -106,7 +106,7 @@ class _Built(BaseModel):
 
 
 def work_config(batch: int, **settings: Any) -> TrainConfig:
-    """A training of ``batch`` samples a step, half of them class pictures; of one alone, a composite."""
+    """A training with ``batch`` samples per step, half of them class pictures; a single sample is a composite."""
     return TrainConfig(steps=10**6, batch_size=batch - batch // 2, prior_batch_size=batch // 2, **settings)
 
 
@@ -114,7 +114,7 @@ def work_config(batch: int, **settings: Any) -> TrainConfig:
 def our_run(
     base: BaseModel, size: int, config: TrainConfig, pictures: TrainingSet | None = None
 ) -> Iterator[TrainingRun]:
-    """A training by the recipe, set up and ready to take steps; by default on random pictures."""
+    """A FaR training, set up and ready to take steps; by default on random pictures."""
     with tempfile.TemporaryDirectory() as folder:
         with TrainingRun(base, pictures or RandomPictures(size), config, Path(folder) / "run") as run:
             yield run
@@ -142,7 +142,9 @@ def count_steps(configs: dict[str, Any], size: int, batch: int, dtype: torch.dty
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     with FakeTensorMode(allow_non_fake_inputs=True):
         base = random_base(configs, dtype=dtype)
-        constants = [w for part in base.parts.values() for w in (*part.parameters(), *part.buffers())]
+        constants: list[Tensor] = []
+        for part in base.parts.values():
+            constants += [*part.parameters(), *part.buffers()]
         for mode in ("fast", "lean"):
             config = work_config(batch, device="cpu", precision=precision, memory=mode)
             with our_run(base, size, config) as run:

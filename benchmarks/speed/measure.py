@@ -1,4 +1,4 @@
-"""How fast a training step is on this device, beside Custom Diffusion's, and what a whole run takes.
+"""Measure a training step on this device next to Custom Diffusion's, and the phases of a whole run.
 
 Everything is measured in one process on the same work. The reference is :mod:`benchmarks.speed.reference`.
 """
@@ -11,7 +11,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,46 +29,19 @@ from far_train.utils.devices import choose_device
 from far_train.utils.files import write_json, write_text
 
 from .counting import Counts
+from .phases import Phase, measure_phases
 from .settings import SpeedConfig
-from .speed_phases import Phase, measure_phases
-from .speed_work import RandomPictures, count_steps, our_run, random_base, reference_run, work_config
+from .tables import Row, Swept, as_markdown, milliseconds
+from .work import RandomPictures, count_steps, our_run, random_base, reference_run, work_config
 
 log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 
-SWEEP = ((2, 2), (8, 2), (32, 2), (2, 1), (2, 4))  # composites in the pool, concepts
+SWEEP = ((2, 2), (8, 2), (32, 2), (2, 1), (2, 4))  # composites in the latent cache, concepts
 
 
-@dataclass(frozen=True)
-class Row:
-    """One step measured: seconds as median and quartiles, ``peak_bytes`` where they could be read.
-
-    ``share_of_peak`` is the FLOPs of the UNet's and text encoder's forward and backward pass, the same for all modes,
-    against the measured matrix product. A row without ``seconds`` did not fit the memory.
-    """
-
-    size: int
-    batch: int
-    mode: str
-    seconds: float | None = None
-    quartiles: tuple[float, float] | None = None
-    samples_per_second: float | None = None
-    share_of_peak: float | None = None
-    peak_bytes: int | None = None
-
-
-@dataclass(frozen=True)
-class Swept:
-    """A fast step with ``pool`` composites and as many class pictures, of so many ``concepts``."""
-
-    pool: int
-    concepts: int
-    seconds: float | None
-    quartiles: tuple[float, float] | None
-
-
-def run_bench_speed(out: Path, config: SpeedConfig, on_progress: Progress = lambda *_: None) -> Path:
+def measure_speed(out: Path, config: SpeedConfig, on_progress: Progress = lambda *_: None) -> Path:
     """Measure, and write ``speed.md`` and ``speed.json`` into ``out``; returns the former. Raises ConfigError."""
     device, dtype = choose_device(config.device, config.precision)
     model = config.model
@@ -97,7 +70,7 @@ def run_bench_speed(out: Path, config: SpeedConfig, on_progress: Progress = lamb
                 on_progress("steps", len(rows), total)
                 row = measure_step(base, size, batch, mode, config, device)
                 rows.append(_rated(row, counts[size]["fast"].flops / 4, peak))
-                took = _milliseconds(row.seconds, row.quartiles)
+                took = milliseconds(row.seconds, row.quartiles)
                 log.info("%d px, %d samples, %s: %s ms a step", size, batch, mode, took)
     on_progress("steps", total, total)
     if config.sweep:
@@ -120,11 +93,8 @@ def run_bench_speed(out: Path, config: SpeedConfig, on_progress: Progress = lamb
         "config": config.to_dict(),
     }
     write_json(out / "speed.json", report)
-    write_text(out / "speed.md", _as_markdown(report, rows, phases, counts, sweep))
+    write_text(out / "speed.md", as_markdown(report, rows, phases, counts, sweep))
     return out / "speed.md"
-
-
-# ---- measuring
 
 
 def measure_step(
@@ -136,7 +106,7 @@ def measure_step(
     device: torch.device,
     pictures: RandomPictures | None = None,
 ) -> Row:
-    """Warm up, then take the time of single steps on a CPU, or of blocks of five on a GPU, which runs on its own."""
+    """Warm up, then time single steps on a CPU, or blocks of five on a GPU, which runs asynchronously."""
     settings: dict[str, Any] = {"device": config.device, "precision": config.precision}
     if mode == "reference":
         prepared = reference_run(base, size, batch)
@@ -178,9 +148,9 @@ def _rated(row: Row, sample_flops: float, peak: float) -> Row:
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds that ``work`` takes, until the device is done with it.
+    """Seconds that ``work`` takes until the device has finished it.
 
-    On a CPU with one thread these are the process's own: what else the machine does then is not counted.
+    On a CPU with one thread this is process time, so other load on the machine isn't counted.
     """
     clock = time.process_time if _own_time(device) else time.perf_counter
     _finish(device)
@@ -211,77 +181,5 @@ def _machine(device: torch.device) -> dict[str, Any]:
     about: dict[str, Any] = {"device": device.type, "name": name, "torch": torch.__version__}
     if device.type == "cpu":
         about["threads"] = torch.get_num_threads()
-        about["clock"] = "of the process" if _own_time(device) else "of the wall"
+        about["clock"] = "process time" if _own_time(device) else "wall time"
     return about
-
-
-# ---- the tables
-
-
-def _as_markdown(
-    report: dict[str, Any],
-    rows: list[Row],
-    phases: list[Phase],
-    counts: dict[int, dict[str, Counts]],
-    sweep: list[Swept],
-) -> str:
-    machine = ", ".join(f"{k} {v}" for k, v in report["machine"].items())
-    random = ", random weights" if report["model"] == "sd21" else ""
-    lines = [
-        "# Speed",
-        "",
-        f"{machine}; model {report['model']}{random}; {report['dtype']}; a large matrix product reaches "
-        f"{report['matmul_flops_per_second'] / 1e12:.3g} TFLOP/s.",
-        "",
-        "## A training step",
-        "",
-        "Median, with quartiles. The reference is Custom Diffusion's step from diffusers' own parts.",
-        "",
-        "| px | batch | mode | ms a step | samples/s | against reference | of peak | peak memory | against reference |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    by_key = {(r.size, r.batch, r.mode): r for r in rows}
-    lines += [_step_line(row, by_key[row.size, row.batch, "reference"]) for row in rows]
-    lines += ["", "## Counts of a step of 4 samples, whatever the machine", ""]
-    lines += [
-        "| px | what | kernels | waits for the device | TFLOP | kept for the backward |",
-        "| --- |" + " --- |" * 5,
-    ]
-    lines += [
-        f"| {size} | {name} | {c.kernels} | {c.waits.total()} | {c.flops / 1e12:.3f} | {c.saved_bytes / 1e6:.0f} MB |"
-        for size, of in counts.items()
-        for name, c in of.items()
-    ]
-    if sweep:
-        lines += ["", f"## A fast step of {rows[-1].batch} samples with more pictures and more concepts", ""]
-        lines += ["| pictures in the pool | concepts | ms a step |", "| --- | --- | --- |"]
-        lines += [f"| {2 * s.pool} | {s.concepts} | {_milliseconds(s.seconds, s.quartiles)} |" for s in sweep]
-    if phases:
-        total = sum(p.seconds for p in phases)
-        lines += ["", f"## A whole run: two concepts at {report['phases']['size']} px, default settings", ""]
-        lines += ["| phase | of | in a run | seconds of one | seconds of all |", "| --- |" + " --- |" * 4]
-        lines += [f"| {p.name} | {p.unit} | {p.count} | {p.each:.3g} | {p.seconds:.3g} |" for p in phases]
-        lines += [f"| all | | | | {total:.3g} |", "", "Each is measured on a part and multiplied up."]
-    return "\n".join(lines) + "\n"
-
-
-def _step_line(row: Row, reference: Row) -> str:
-    cells = [str(row.size), str(row.batch), row.mode]
-    if row.seconds is None:
-        return "| " + " | ".join([*cells, "does not fit", *[""] * 5]) + " |"
-    cells += [
-        _milliseconds(row.seconds, row.quartiles),
-        f"{row.samples_per_second:.3g}",
-        f"{reference.seconds / row.seconds:.2f}×" if reference.seconds else "",
-        f"{row.share_of_peak:.0%}" if row.share_of_peak is not None else "",
-        f"{row.peak_bytes / 2**30:.2f} GB" if row.peak_bytes else "",
-        f"{row.peak_bytes / reference.peak_bytes:.2f}×" if row.peak_bytes and reference.peak_bytes else "",
-    ]
-    return "| " + " | ".join(cells) + " |"
-
-
-def _milliseconds(seconds: float | None, quartiles: tuple[float, float] | None) -> str:
-    if seconds is None:
-        return "does not fit"
-    low, high = quartiles or (seconds, seconds)
-    return f"{1000 * seconds:.4g} ({1000 * low:.4g}–{1000 * high:.4g})"

@@ -1,4 +1,4 @@
-"""What each phase of a whole run takes: measured on a part of it and multiplied up to two concepts."""
+"""Measure each phase of a whole run on a part of its work, and scale it up to two concepts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from far_train.training.class_images import prior_sampling
 from far_train.training.latent_cache import cache_latents
 from far_train.training.settings import TrainConfig
 
-from .speed_work import POOL, our_run, random_concepts
+from .work import POOL, our_run, random_concepts
 
 PHOTOS = 5  # of each concept
 Clock = Callable[[Callable[[], object]], float]
@@ -46,9 +46,9 @@ def measure_phases(
     clock: Clock,
     on_progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> list[Phase]:
-    """Phases of a run of two concepts at the defaults of ``config``; ``loading`` are the seconds that the base took.
+    """The phases of a run of two concepts at the defaults of ``config``; loading the base took ``loading`` seconds.
 
-    ``clock(work)`` are the seconds of ``work`` until the device is done with it.
+    ``clock(work)`` returns the seconds that ``work`` takes until the device has finished it.
     """
     names = ("class pictures", "extraction", "fusion", "training")
     phases = [Phase("load the base", "base", 1, loading)]
@@ -91,7 +91,7 @@ def measure_phases(
 
 
 def _drawing(base: BaseModel, size: int, sampling: SampleConfig, clock: Clock) -> float:
-    """Seconds for each of a batch of pictures, from runs of two and of four sampling steps."""
+    """Seconds per picture of a batch, extrapolated from two and four sampling steps."""
     vocabulary = plain_vocabulary(base)
     prompts = ["a photo of a dog"] * sampling.sample_batch
 
