@@ -24,7 +24,7 @@ import torch
 from comfy.ldm.models.autoencoder import AutoencoderKL
 from comfy.ldm.modules.diffusionmodules import model as vae_parts
 
-from ..far_train.models.base import FAMILIES, BaseModel
+from ..far_train.models.base import BaseModel
 from ..far_train.models.keys import UNET_PREFIX, VAE_PREFIX, diffusers_to_ldm, strip_text_model
 from ..far_train.utils.errors import BaseModelError
 from .layout import CLIP_VOCABULARY, NATIVE_SIZE
@@ -37,13 +37,14 @@ PREDICTIONS = {
 
 def as_host_models(base: BaseModel) -> tuple[Any, Any, Any]:
     """MODEL, CLIP and VAE with the weights of ``base``, in fp32. Raises BaseModelError for shapes not in the host."""
-    parts = {p: getattr(base, p).state_dict() for p in ("unet", "vae", "text_encoder")}
-    configs = {p: dict(getattr(base, p).config) for p in ("unet", "vae")}
-    configs["text_encoder"] = base.text_encoder.config.to_dict()
-    state = diffusers_to_ldm(parts["unet"], parts["vae"], parts["text_encoder"], configs, extra_text_layer=False)
+    parts = {part: module.state_dict() for part, module in base.parts.items()}
+    (spec,) = base.family.text_encoders
+    configs = {p: dict(base.parts[p].config) for p in ("unet", "vae")}
+    configs[spec.part] = base.text_encoders[0].config.to_dict()
+    state = diffusers_to_ldm(parts, configs, base.family, unused_text_layers=False)
     return (
         _model(base, configs, _below(UNET_PREFIX, state)),
-        _clip(base, configs["text_encoder"], strip_text_model(parts["text_encoder"])),
+        _clip(base, spec.comfy_name, configs[spec.part], strip_text_model(parts[spec.part])),
         _vae(configs["vae"], _below(VAE_PREFIX, state)),
     )
 
@@ -101,8 +102,8 @@ def _model(base: BaseModel, configs: dict[str, Any], state: dict[str, torch.Tens
     )
 
 
-def _clip(base: BaseModel, config: dict[str, Any], state: dict[str, torch.Tensor]) -> Any:
-    tokenizer, key = base.tokenizer, FAMILIES[base.family].embedding_key
+def _clip(base: BaseModel, key: str, config: dict[str, Any], state: dict[str, torch.Tensor]) -> Any:
+    tokenizer = base.tokenizer
     special = {"start": tokenizer.bos_token_id, "end": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
     shape = {k: config[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
     shape |= {"hidden_act": config["hidden_act"], "max_position_embeddings": config["max_position_embeddings"]}

@@ -16,15 +16,17 @@ import comfy.model_sampling
 import torch
 from torch import Tensor
 
-from ..far_train.models.base import FAMILIES, BaseModel, load_base
+from ..far_train.models.base import BaseModel
+from ..far_train.models.families import Family
 from ..far_train.models.fingerprint import base_fingerprint
 from ..far_train.models.keys import ldm_to_diffusers
+from ..far_train.models.loading import load_base
 from ..far_train.models.weights import FarWeights
 from ..far_train.utils.errors import BaseModelError, WeightsError
 from . import layout
 from .host_memory import training_copy
 from .host_state import read_weights
-from .host_tokens import inner_tokenizer
+from .host_tokens import inner_tokenizer, text_encoder_names
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +71,7 @@ def read_base(model: Any, clip: Any, vae: Any) -> BaseModel:
 
     Raises BaseModelError where they are not Stable Diffusion 2.1's.
     """
-    state, configs = _read_parts(model, clip, vae)
+    state, configs, _ = _read_parts(model, clip, vae)
     base, stated = load_base(state, config=configs), prediction_type(model)
     if base.prediction_type != stated:
         # A file's type is measured, since nothing else tells it. In a graph MODEL says how the samplers will read the
@@ -89,24 +91,17 @@ def read_base(model: Any, clip: Any, vae: Any) -> BaseModel:
     return base
 
 
-def _read_parts(model: Any, clip: Any, vae: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights in fp32 in the layout of a single file, patches baked in, and the component configs."""
-    _check_base(model, clip, vae)
-    family = FAMILIES["sd21"]
-    unet = read_weights(model, "diffusion_model.")
-    text_prefix = f"{family.embedding_key}.transformer.text_model."
-    text = {k.removeprefix(text_prefix): v for k, v in read_weights(clip.patcher, text_prefix).items()}
-    pixels = read_weights(vae.patcher)
-    encoder = getattr(clip.cond_stage_model, family.embedding_key)
-    heads, activation = _text_details(encoder)
+def _read_parts(model: Any, clip: Any, vae: Any) -> tuple[dict[str, Tensor], dict[str, Any], Family]:
+    """The weights in fp32 in the layout of a single file, patches baked in, the component configs, and the family."""
+    family = _check_base(model, clip, vae)
+    unet, pixels = read_weights(model, "diffusion_model."), read_weights(vae.patcher)
+    text_encoders = [_read_text_encoder(clip, spec.comfy_name) for spec in family.text_encoders]
     configs = layout.component_configs(
+        family,
         model.model.model_config.unet_config,
-        text,
+        text_encoders,
         pixels,
         prediction_type=prediction_type(model),
-        text_heads=heads,
-        text_activation=activation,
-        text_layers=layout.text_layer_count(text, _text_layer(clip, encoder)),
         scaling_factor=model.model.latent_format.scale_factor,
     )
     tokenizer = inner_tokenizer(clip).tokenizer
@@ -114,8 +109,16 @@ def _read_parts(model: Any, clip: Any, vae: Any) -> tuple[dict[str, Tensor], dic
         configs["tokenizer"] = Path(tokenizer.name_or_path)  # a small base's own words
     state = {f"model.{k}": v for k, v in unet.items()}
     state |= {f"first_stage_model.{k}": v for k, v in pixels.items()}
-    state |= {f"cond_stage_model.transformer.text_model.{k}": v for k, v in text.items()}
-    return state, configs
+    for spec, encoder in zip(family.text_encoders, text_encoders):
+        state |= {f"{spec.prefixes[0]}{k}": v for k, v in encoder.state.items()}
+    return state, configs, family
+
+
+def _read_text_encoder(clip: Any, name: str) -> layout.TextEncoder:
+    prefix, encoder = f"{name}.transformer.text_model.", getattr(clip.cond_stage_model, name)
+    state = {k.removeprefix(prefix): v for k, v in read_weights(clip.patcher, prefix).items()}
+    heads, activation = _text_details(encoder)
+    return layout.TextEncoder(state, heads, activation, layout.text_layer_count(state, _text_layer(clip, encoder)))
 
 
 def prediction_type(model: Any) -> str:
@@ -138,18 +141,19 @@ def kv_weights(model: Any, patched: bool = True) -> dict[str, Tensor]:
     return {k.removeprefix("diffusion_model.").removesuffix(".weight"): v for k, v in found.items()}
 
 
-def check_family(model: Any, clip: Any) -> None:
+def check_family(model: Any, clip: Any) -> Family:
+    """The family of MODEL and CLIP. Raises BaseModelError for families that FaR doesn't train."""
     _check_kind("model", model, "MODEL", ("model", "get_key_patches"))
     _check_kind("clip", clip, "CLIP", ("tokenizer", "patcher", "cond_stage_model"))
     config = model.model.model_config
     kind = type(config).__name__
-    name = getattr(getattr(clip, "tokenizer", None), "clip", None)
-    layout.check_family(config.unet_config, kind, name, FAMILIES["sd21"].embedding_key)
+    return layout.find_family(config.unet_config, kind, text_encoder_names(clip))
 
 
-def _check_base(model: Any, clip: Any, vae: Any) -> None:
-    check_family(model, clip)
+def _check_base(model: Any, clip: Any, vae: Any) -> Family:
+    family = check_family(model, clip)
     _check_kind("vae", vae, "VAE", ("patcher", "first_stage_model"))
+    return family
 
 
 def _check_kind(name: str, value: Any, called: str, attributes: Sequence[str]) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..far_train.models.base import FAMILIES
 from ..far_train.models.tokens import unknown_tokens
-from ..far_train.utils.errors import BaseModelError, WeightsError
+from ..far_train.utils.errors import WeightsError
+from . import layout
 from .host_memory import training_copy
 from .host_state import read_weights
 
@@ -39,13 +39,15 @@ def apply_tokens(clip: Any, embeddings: Mapping[str, Tensor]) -> Any:
     return applied
 
 
-def inner_tokenizer(clip: Any) -> Any:
+def text_encoder_names(clip: Any) -> tuple[str, ...]:
+    """The host's names of CLIP's text encoders, such as clip_h; none if it has no known one."""
     name = getattr(getattr(clip, "tokenizer", None), "clip", None)
-    if name != FAMILIES["sd21"].embedding_key:
-        raise BaseModelError(
-            f"CLIP is not Stable Diffusion 2.1's (it has {name or 'no known text encoder'}); connect the CLIP of the "
-            "base that the weights belong to"
-        )
+    return (name,) if name else ()
+
+
+def inner_tokenizer(clip: Any) -> Any:
+    """The host's tokenizer for the only text encoder of CLIP. Raises BaseModelError for a CLIP of another family."""
+    (name,) = layout.clip_family(text_encoder_names(clip), "the base that the weights belong to").comfy_names
     return getattr(clip.tokenizer, name)
 
 

@@ -7,12 +7,14 @@ A graph has no config files: the host found the shapes out from the weights, and
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from ..far_train.models.base import FOREIGN, packaged_configs
+from ..far_train.models.families import FAMILIES, FOREIGN, SUPPORTED, Family
+from ..far_train.models.loading import packaged_configs
 from ..far_train.utils.errors import BaseModelError
 
 NATIVE_SIZE = "far_native_size"  # side in pixels: an entry of unet_config in the MODELs that the pack makes itself
@@ -21,56 +23,78 @@ _VAE_BLOCK = re.compile(r"encoder\.down\.(\d+)\.block\.(\d+)\.conv2\.weight")
 _TEXT_LAYER = re.compile(r"encoder\.layers\.(\d+)\.")
 
 
+@dataclass(frozen=True)
+class TextEncoder:
+    """What the host holds of a text encoder: the weights, named without ``text_model.``, and what they don't show.
+
+    ``layers`` counts those that are run.
+    """
+
+    state: Mapping[str, Tensor]
+    heads: int
+    activation: str
+    layers: int
+
+
 def component_configs(
+    family: Family,
     unet: Mapping[str, Any],
-    text: Mapping[str, Tensor],
+    text_encoders: Sequence[TextEncoder],
     vae: Mapping[str, Tensor],
     *,
     prediction_type: str,
-    text_heads: int,
-    text_activation: str,
-    text_layers: int,
     scaling_factor: float,
 ) -> dict[str, Any]:
-    """Configs for :func:`far_train.models.base.load_base`: Stable Diffusion 2.1's, with this base's sizes.
+    """Configs for :func:`far_train.models.loading.load_base`: the family's, with this base's sizes.
 
-    ``unet`` is the host's own unet_config; ``text`` and ``vae`` are state dicts, text names without ``text_model.``;
-    ``text_layers`` counts the layers that are run. Raises BaseModelError.
+    ``unet`` is the host's own unet_config; ``vae`` is a state dict. Raises BaseModelError.
     """
-    configs = packaged_configs(prediction_type)
+    configs = packaged_configs(family, prediction_type)
     configs["unet"] |= _unet_sizes(unet)
     configs["vae"] |= _vae_sizes(vae) | {"scaling_factor": scaling_factor}
-    table = text["embeddings.token_embedding.weight"]
-    configs["text_encoder"] |= {
-        "hidden_size": table.shape[1],
-        "vocab_size": table.shape[0],
-        "intermediate_size": text["encoder.layers.0.mlp.fc1.weight"].shape[0],
-        "max_position_embeddings": text["embeddings.position_embedding.weight"].shape[0],
-        "num_attention_heads": text_heads,
-        "num_hidden_layers": text_layers,
-        "hidden_act": text_activation,
-    }
+    for spec, encoder in zip(family.text_encoders, text_encoders, strict=True):
+        table = encoder.state["embeddings.token_embedding.weight"]
+        configs[spec.part] |= {
+            "hidden_size": table.shape[1],
+            "vocab_size": table.shape[0],
+            "intermediate_size": encoder.state["encoder.layers.0.mlp.fc1.weight"].shape[0],
+            "max_position_embeddings": encoder.state["embeddings.position_embedding.weight"].shape[0],
+            "num_attention_heads": encoder.heads,
+            "num_hidden_layers": encoder.layers,
+            "hidden_act": encoder.activation,
+        }
     return configs
 
 
-def check_family(unet: Mapping[str, Any], kind: str, text_name: str | None, expected_text: str) -> None:
-    """Refuse a MODEL or CLIP of another family, named by its ``kind``. Raises BaseModelError."""
+def find_family(unet: Mapping[str, Any], kind: str, text_encoders: Sequence[str]) -> Family:
+    """The family of a MODEL, by the host's unet_config, and of a CLIP, by the names of its text encoders.
+
+    Raises BaseModelError for other families and variants; ``kind`` is the host's name for the MODEL's.
+    """
     width = unet.get("context_dim")
     attends = unet.get("transformer_depth")
     if width is None or not attends or "channel_mult" not in unet:
-        raise BaseModelError(f"MODEL is {kind}; FaR trains Stable Diffusion 2.1, load such a checkpoint")
+        raise BaseModelError(f"MODEL is {kind}; FaR trains {SUPPORTED}, load such a checkpoint")
     if width in FOREIGN:
-        raise BaseModelError(f"MODEL is {FOREIGN[width]}; FaR trains Stable Diffusion 2.1, load such a checkpoint")
+        raise BaseModelError(f"MODEL is {FOREIGN[width]}; FaR trains {SUPPORTED}, load such a checkpoint")
     if unet.get("adm_in_channels") is not None or unet.get("in_channels") != 4:
         raise BaseModelError(
             f"MODEL is a variant of Stable Diffusion with inputs of its own ({kind}: unCLIP, inpainting, depth …); "
             "FaR trains the plain text-to-image model"
         )
-    if text_name != expected_text:
-        raise BaseModelError(
-            f"CLIP is not Stable Diffusion 2.1's (it has {text_name or 'no known text encoder'}, not {expected_text}); "
-            "connect the CLIP of the same checkpoint as MODEL"
-        )
+    return clip_family(text_encoders, "the same checkpoint as MODEL")
+
+
+def clip_family(text_encoders: Sequence[str], owner: str) -> Family:
+    """The family whose text encoders these are, by name. Raises BaseModelError; ``owner``: whose CLIP is meant."""
+    for family in FAMILIES.values():
+        if family.comfy_names == tuple(text_encoders):
+            return family
+    expected = " or ".join(" and ".join(family.comfy_names) for family in FAMILIES.values())
+    raise BaseModelError(
+        f"CLIP is not {SUPPORTED}'s (it has {' and '.join(text_encoders) or 'no known text encoder'}, not {expected}); "
+        f"connect the CLIP of {owner}"
+    )
 
 
 def text_layer_count(text: Mapping[str, Tensor], layer_index: int | None) -> int:
@@ -90,7 +114,7 @@ def _unet_sizes(ldm: Mapping[str, Any]) -> dict[str, Any]:
     for count in blocks:
         level, depth = depth[:count], depth[count:]
         if set(level) not in ({0}, {1}):
-            raise BaseModelError("MODEL has more than one transformer per block; FaR trains Stable Diffusion 2.1")
+            raise BaseModelError(f"MODEL has more than one transformer per block; FaR trains {SUPPORTED}")
         attends.append(level[0] == 1)
     head = ldm.get("num_head_channels", -1)
     down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends]

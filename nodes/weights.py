@@ -240,7 +240,7 @@ def parse_strengths(text: str, weights: FarWeights) -> dict[str, float]:
 
 def _between(clip: Any, weights: FarWeights, token: str, strength: float) -> Tensor:
     """A concept's embedding [n, width] between its bare noun's (0) and the learned one (1)."""
-    learned = weights.embeddings[token].float()
+    (learned,) = (rows.float() for rows in weights.embeddings[token].values())
     if strength == 1:
         return learned
     bare = host_tokens.noun_embedding(clip, weights.provenance.nouns[token])

@@ -36,7 +36,8 @@ from far_train.mini.scenery import PLACES  # noqa: E402
 from far_train.mini.shipped import DRAWING, SIZE, SUBJECTS, small_base, small_oracle  # noqa: E402
 from far_train.mini.world import empty_scene, reference_photos, render_scene  # noqa: E402
 from far_train.models.apply import apply_weights  # noqa: E402
-from far_train.models.sampling import draw_pictures, plain_vocabulary  # noqa: E402
+from far_train.models.conditioning import plain_vocabulary  # noqa: E402
+from far_train.models.sampling import draw_pictures  # noqa: E402
 from far_train.models.weights import FarWeights  # noqa: E402
 
 WORKFLOWS = REPOSITORY / "workflows"

@@ -12,7 +12,8 @@ from far_train.data.concepts import ClassPicture, Concept
 from far_train.data.fusion import ConceptFusion
 from far_train.data.settings import FusionConfig
 from far_train.mini.tiny import random_states, tiny_configs, write_folder
-from far_train.models.base import BaseModel, load_base
+from far_train.models.base import BaseModel
+from far_train.models.loading import load_base
 
 from .host.tally import HostTally
 

@@ -10,7 +10,7 @@ import torch
 
 from far_train.models.adapters import inject_adapter, set_learning_rates
 from far_train.models.apply import apply_weights
-from far_train.models.base import attention_projections
+from far_train.models.layers import attention_projections
 from far_train.models.tokens import Vocabulary
 from far_train.models.weights import FarWeights
 from far_train.training.callbacks import Callbacks

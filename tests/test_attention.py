@@ -7,12 +7,13 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from far_train.models.attention_maps import AttentionRecorder, cross_attention_layers, layer_stride, supervised_layers
-from far_train.models.base import packaged_configs
+from far_train.models.families import SD21
+from far_train.models.loading import packaged_configs
 
 
 def full_unet():
     with torch.device("meta"):
-        return UNet2DConditionModel.from_config(packaged_configs("v_prediction")["unet"])
+        return UNet2DConditionModel.from_config(packaged_configs(SD21, "v_prediction")["unet"])
 
 
 @pytest.mark.parametrize("side", [64, 96])

@@ -12,7 +12,7 @@ from benchmarks.speed import measure
 from benchmarks.speed.__main__ import PROGRAM
 from benchmarks.speed.work import CONCEPTS, RandomPictures, our_run, random_base, reference_run, work_config
 from far_train.mini.tiny import tiny_configs
-from far_train.models.base import load_base, read_configs
+from far_train.models.loading import load_base, read_configs
 from far_train.training.step import sample_batch
 
 from .command_line import refused
@@ -63,7 +63,7 @@ def test_bad_sizes(capsys, small_is_tiny, tmp_path: Path):
 
 def test_the_reference_learns_what_custom_diffusion_learns_and_leaves_the_base():
     base = random_base(tiny_configs())
-    before = {k: v.clone() for m in (base.unet, base.text_encoder) for k, v in m.state_dict().items()}
+    before = {k: v.clone() for m in base.parts.values() for k, v in m.state_dict().items()}
     with reference_run(base, 128, 4) as reference:
         table, layers = reference.table.weight.detach().clone(), reference.layers.state_dict()
         layers = {k: v.clone() for k, v in layers.items()}
@@ -75,7 +75,7 @@ def test_the_reference_learns_what_custom_diffusion_learns_and_leaves_the_base()
         moved = (reference.table.weight - table).abs().amax(1)
         assert (moved[-CONCEPTS:] > 0).all()
         assert moved[:-CONCEPTS].max() < 1e-6  # the known flaw: weight decay reaches the other rows
-    after = {k: v for m in (base.unet, base.text_encoder) for k, v in m.state_dict().items()}
+    after = {k: v for m in base.parts.values() for k, v in m.state_dict().items()}
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
 
 

@@ -9,7 +9,8 @@ import torch
 
 from far_train.data.fusion import ConceptFusion
 from far_train.data.settings import FusionConfig
-from far_train.models.base import BaseModel, load_base
+from far_train.models.base import BaseModel
+from far_train.models.loading import load_base
 from far_train.models.settings import SampleConfig
 from far_train.models.weights import FarWeights
 from far_train.training import class_images

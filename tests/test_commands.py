@@ -19,7 +19,8 @@ from far_train.data.folder_inputs import read_backgrounds
 from far_train.data.images import save_pair
 from far_train.data.settings import FusionConfig
 from far_train.mini.tiny import WIDTH
-from far_train.models.base import kv_weights, load_base
+from far_train.models.layers import kv_weights
+from far_train.models.loading import load_base
 from far_train.models.weights import FarWeights, Provenance
 
 from .command_line import files, refused
@@ -56,7 +57,7 @@ def weights(tiny_folder, tmp_path_factory) -> Path:
     base = load_base(tiny_folder)
     deltas = {k: 0.01 * torch.ones_like(v) for k, v in kv_weights(base.unet).items()}
     about = Provenance("sd21", base.digest, base.prediction_type, {"<tom>": "cat", "<felix>": "cat"}, 7, SIZE)
-    embeddings = {t: torch.full((1, WIDTH), 0.1) for t in about.nouns}
+    embeddings = {t: {"clip_h": torch.full((1, WIDTH), 0.1)} for t in about.nouns}
     path = tmp_path_factory.mktemp("run") / "weights.safetensors"
     FarWeights(embeddings, deltas, about).save(path)
     return path

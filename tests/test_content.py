@@ -18,7 +18,8 @@ from far_train.mini.identity import NOUNS, identity_codes
 from far_train.mini.scenery import BACKGROUNDS
 from far_train.mini.tiny import tiny_configs
 from far_train.mini.world import render_scene
-from far_train.models.base import build_parts
+from far_train.models.families import SD21
+from far_train.models.loading import build_parts
 
 CELLS = 16
 
@@ -72,7 +73,7 @@ def test_a_batch_without_sprites_has_a_finite_loss(codes):
 
 
 def test_the_readout_sees_the_unet():
-    unet = build_parts(tiny_configs(), device="cpu")["unet"]
+    unet = build_parts(SD21, tiny_configs(), device="cpu")["unet"]
     readout = ContentReadout(unet)
     latents, context = torch.zeros(2, 4, CELLS, CELLS), torch.zeros(2, 77, unet.config.cross_attention_dim)
     with readout.reading(unet):

@@ -32,7 +32,9 @@ def opened(base, fusion, folder: Path, start: FarWeights | None) -> TrainingRun:
 
 def test_it_starts_where_the_weights_are(base, fusion, learned, tmp_path):
     run = opened(base, fusion, tmp_path / "on", learned)
-    assert torch.equal(run.state.adapter.rows.detach(), torch.cat(list(learned.embeddings.values())))
+    assert torch.equal(
+        run.state.adapter.rows[0].detach(), torch.cat([e["clip_h"] for e in learned.embeddings.values()])
+    )
     _, deltas = run.state.adapter.export_state()
     for name, delta in learned.low_rank_deltas.items():
         assert torch.equal(deltas[name].up, delta.up) and torch.equal(deltas[name].down, delta.down)
@@ -48,12 +50,12 @@ def test_a_new_concept_joins_the_learned_ones(base, concepts, learned, tmp_path)
     wider = ConceptFusion([green, *concepts], config=FusionConfig(size=128, count=4))
     config = QUICK.replace(prior_batch_size=0)
     fresh = TrainingRun(base, wider, config, tmp_path / "fresh")
-    new_row = fresh.state.adapter.rows.detach()[0].clone()
+    new_row = fresh.state.adapter.rows[0].detach()[0].clone()
     fresh.close()
     run = TrainingRun(base, wider, config, tmp_path / "wider", start=learned)
-    rows = run.state.adapter.rows.detach()
+    rows = run.state.adapter.rows[0].detach()
     assert torch.equal(rows[0], new_row)  # as it would begin without them
-    assert torch.equal(rows[1:], torch.cat(list(learned.embeddings.values())))
+    assert torch.equal(rows[1:], torch.cat([e["clip_h"] for e in learned.embeddings.values()]))
     run.close()
 
 
@@ -68,7 +70,7 @@ def test_they_are_part_of_what_the_run_is(base, fusion, learned, tmp_path):
     assert find_run(tmp_path / "runs", "dogs", plain) == (tmp_path / "runs" / "dogs-2", False)
     with pytest.raises(CheckpointError, match=r"continue_from \(only then\)"):
         train(base, fusion, QUICK, tmp_path / "runs" / "dogs", resume=True)
-    other = replace(learned, embeddings={t: e + 1 for t, e in learned.embeddings.items()})
+    other = replace(learned, embeddings={t: {"clip_h": e["clip_h"] + 1} for t, e in learned.embeddings.items()})
     with pytest.raises(CheckpointError, match=r"continue_from \(other weights\)"):
         train(base, fusion, QUICK, tmp_path / "runs" / "dogs", start=other, resume=True)
 
@@ -76,8 +78,8 @@ def test_they_are_part_of_what_the_run_is(base, fusion, learned, tmp_path):
 def test_resumed_it_goes_on_from_its_checkpoint_and_not_from_the_start(base, fusion, learned, tmp_path):
     once = train(base, fusion, QUICK, tmp_path / "on", start=learned)
     again = train(base, fusion, QUICK, tmp_path / "on", start=learned, resume=True)
-    assert all(torch.equal(once.embeddings[t], again.embeddings[t]) for t in once.embeddings)
-    assert not any(torch.equal(once.embeddings[t], learned.embeddings[t]) for t in once.embeddings)
+    assert all(torch.equal(once.embeddings[t]["clip_h"], again.embeddings[t]["clip_h"]) for t in once.embeddings)
+    assert not any(torch.equal(once.embeddings[t]["clip_h"], learned.embeddings[t]["clip_h"]) for t in once.embeddings)
 
 
 def test_weights_that_do_not_fit_are_refused(base, fusion, learned, concepts, tmp_path, caplog):

@@ -65,7 +65,7 @@ def test_a_step_costs_the_same_whatever_the_pool_and_the_vocabulary():
         base = random_base(configs)
         with our_run(base, 128, work_config(4, device="cpu"), RandomPictures(128, pictures)) as run:
             run.take_step()
-            with counting(p for m in (base.unet, base.text_encoder, base.vae) for p in m.parameters()) as counts:
+            with counting(p for m in base.parts.values() for p in m.parameters()) as counts:
                 run.take_step()
         seen.append((counts.operations, counts.flops, counts.saved_bytes))
     assert seen[0] == seen[1] == seen[2]

@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from far_train.models.apply import applied_weights
-from far_train.models.base import load_base
+from far_train.models.loading import load_base
 from far_train.models.sampling import draw_pictures
 from far_train.models.settings import SampleConfig
 from far_train.training.metrics import Readback

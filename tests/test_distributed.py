@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import distributed
 
 from far_train.data.dataset import write_dataset
-from far_train.models.base import kv_weights, load_base
+from far_train.models.layers import kv_weights
+from far_train.models.loading import load_base
 from far_train.models.weights import FarWeights
 from far_train.training.distributed import World, distributed_context
 from far_train.training.recipe import TrainingRun
@@ -89,7 +90,7 @@ def test_a_batch_smaller_than_the_number_of_processes(base, fusion, tmp_path: Pa
 FAILING = """
 import sys
 from pathlib import Path
-from far_train.models.base import load_base
+from far_train.models.loading import load_base
 from far_train.training.callbacks import Callbacks
 from far_train.training.settings import TrainConfig
 from far_train.data.dataset import DatasetFolder

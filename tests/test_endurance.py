@@ -15,7 +15,8 @@ from far_train.data.concepts import ClassPicture, Concept
 from far_train.data.fusion import ConceptFusion
 from far_train.data.settings import FusionConfig
 from far_train.mini.tiny import random_states, tiny_configs, write_folder
-from far_train.models.base import BaseModel, load_base
+from far_train.models.base import BaseModel
+from far_train.models.loading import load_base
 from far_train.training import recipe, step
 from far_train.training.memory_plan import MemoryPlan
 from far_train.training.oom_fallback import OomFallback

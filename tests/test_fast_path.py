@@ -10,8 +10,9 @@ import torch
 from torch._dynamo.utils import counters
 
 from far_train.mini.tiny import random_states, tiny_configs, write_folder
-from far_train.models.base import compiled, load_base, uncompiled
-from far_train.models.sampling import draw_pictures, encode_prompts
+from far_train.models.layers import compiled, uncompiled
+from far_train.models.loading import load_base
+from far_train.models.sampling import draw_pictures
 from far_train.models.settings import SampleConfig
 from far_train.training.loss_scaler import FP16_INITIAL_SCALE
 from far_train.training.recipe import TrainingRun
@@ -47,7 +48,7 @@ def test_the_fast_path_has_the_loss_curve_of_plain_fp32(tiny_folder: Path, fusio
     fast = prepared(tiny_folder, fusion, tmp_path / "fast", precision="bf16", **rates)
     expected, got = curve(plain), curve(fast)
     assert got == pytest.approx(expected, rel=2e-2)
-    assert fast.state.adapter.rows.dtype == torch.float32
+    assert fast.state.adapter.rows[0].dtype == torch.float32
     moved = [run.state.adapter.deltas for run in (plain, fast)]
     for name, delta in moved[0].items():
         assert torch.cosine_similarity(delta.flatten(), moved[1][name].flatten(), 0) > 0.9, name
@@ -56,7 +57,8 @@ def test_the_fast_path_has_the_loss_curve_of_plain_fp32(tiny_folder: Path, fusio
 def test_one_product_for_all_layers_gives_what_each_layer_gives(tiny_folder: Path, fusion, tmp_path: Path):
     run = prepared(tiny_folder, fusion, tmp_path, trainable="kv")
     run.train_step()  # deltas that are not zero
-    context = encode_prompts(run.state.base, [run.state.latent_cache.composites[0].prompt]).detach().requires_grad_()
+    prompt = run.state.latent_cache.composites[0].prompt
+    context = run.state.conditioner.encode([prompt], (128, 128)).context.detach().requires_grad_()
     layers = [layer.attn2.to_k for layer in run.state.base.unet.mid_block.attentions[0].transformer_blocks]
     results = []
     for projecting in (nullcontext(), run.state.adapter.prepared_for(context)):

@@ -16,8 +16,10 @@ from far_train.data.concepts import Concept
 from far_train.data.fusion import ConceptFusion
 from far_train.data.settings import FusionConfig
 from far_train.mini.tiny import random_states, single_file_state
-from far_train.models.base import V_STATISTIC, kv_weights, load_base, packaged_configs
 from far_train.models.export import export_lora
+from far_train.models.families import SD21, V_STATISTIC
+from far_train.models.layers import kv_weights
+from far_train.models.loading import load_base, packaged_configs
 from far_train.models.weights import FarWeights
 from far_train.training.recipe import train
 from far_train.training.settings import TrainConfig
@@ -29,7 +31,7 @@ pytestmark = pytest.mark.full_size
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A 768-v single file in the original layout, fp16, as SD 2.1 is distributed."""
-    configs = packaged_configs("v_prediction")
+    configs = packaged_configs(SD21, "v_prediction")
     states = random_states(configs)
     states["unet"][V_STATISTIC] = torch.linspace(-0.3, 0.3, 320)  # the spread by which v-prediction is told
     state = {k: v.half() for k, v in single_file_state(configs, states).items()}
@@ -50,9 +52,9 @@ def test_load_train_export(checkpoint: Path, concepts: list[Concept], tmp_path: 
     started = time.perf_counter()
     base = load_base(checkpoint)
     loaded = time.perf_counter()
-    counts = [sum(p.numel() for p in m.parameters()) for m in (base.unet, base.text_encoder, base.vae)]
-    assert counts == [865_910_724, 340_387_840, 83_653_863]
-    assert all(not p.is_meta for m in (base.unet, base.text_encoder, base.vae) for p in m.parameters())
+    counts = {part: sum(p.numel() for p in m.parameters()) for part, m in base.parts.items()}
+    assert counts == {"unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840}
+    assert all(not p.is_meta for m in base.parts.values() for p in m.parameters())
     assert (base.prediction_type, base.native_size) == ("v_prediction", 768)
 
     fusion = ConceptFusion(concepts, config=FusionConfig(size=768, count=1))

@@ -10,8 +10,10 @@ import torch
 
 from far_train.data import fusion as fusion_module
 from far_train.models.apply import applied_weights, apply_weights
-from far_train.models.base import PARTS, BaseModel, load_base
+from far_train.models.base import BaseModel
+from far_train.models.families import SD21
 from far_train.models.fingerprint import base_fingerprint, fingerprint
+from far_train.models.loading import load_base
 from far_train.models.weights import FarWeights
 from far_train.training.recipe import train
 from far_train.training.run_folder import find_run, run_identity
@@ -22,7 +24,7 @@ QUICK = TrainConfig(steps=2, sample_every=0, save_every=1, device="cpu")
 
 
 def states_of(base: BaseModel) -> dict[str, dict[str, torch.Tensor]]:
-    return {part: getattr(base, part).state_dict() for part in PARTS}
+    return {part: module.state_dict() for part, module in base.parts.items()}
 
 
 def copies(base: BaseModel) -> dict[str, torch.Tensor]:
@@ -52,12 +54,12 @@ def test_a_fingerprint_tells_names_shapes_types_and_values():
     assert fingerprint({"a": tensors["a"].bfloat16()}, torch.float32) == fingerprint({"a": tensors["a"]})
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", SD21.parts)
 def test_any_changed_weight_is_another_base(base: BaseModel, fusion, learned, part: str):
     """The smallest change of a single number, in any part, and the run of the base before is not found."""
     folder, _ = learned
     assert find_run(folder.parent, folder.name, run_identity(base, fusion, QUICK)) == (folder, True)
-    parameters = list(getattr(base, part).parameters())
+    parameters = list(base.parts[part].parameters())
     with torch.no_grad():
         values = parameters[len(parameters) // 2].view(-1)
         values[-1] = torch.nextafter(values[-1], torch.tensor(torch.inf))

@@ -9,20 +9,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import (
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
     convert_open_clip_checkpoint,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
+from transformers import CLIPTextConfig, CLIPTextModel
 
 import far_train
 from far_train.models import keys
+from far_train.models.families import SD21
 from far_train.utils.errors import BaseModelError
 
-SD21 = Path(far_train.__file__).parent / "configs" / "sd21"
-PREFIX = {"unet": keys.UNET_PREFIX, "vae": keys.VAE_PREFIX, "text_encoder": keys.OPENCLIP_PREFIX}
+CONFIGS = Path(far_train.__file__).parent / "configs" / "sd21"
+OPENCLIP_PREFIX = SD21.text_encoders[0].prefixes[0]
+PREFIX = {"unet": keys.UNET_PREFIX, "vae": keys.VAE_PREFIX, "text_encoder": OPENCLIP_PREFIX}
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 
 
@@ -103,7 +105,7 @@ def configs(request):
 @pytest.fixture(scope="module")
 def sd21():
     """(configs, state dicts on the meta device) of SD 2.1."""
-    configs = {part: json.loads((SD21 / part / "config.json").read_text()) for part in PREFIX}
+    configs = {part: json.loads((CONFIGS / part / "config.json").read_text()) for part in PREFIX}
     with torch.device("meta"):
         return configs, state_dicts(configs)
 
@@ -116,15 +118,15 @@ def assert_same(ours, theirs):
 
 def test_there_and_back(configs):
     parts = random_parts(configs)
-    back, unplaced = keys.ldm_to_diffusers(keys.diffusers_to_ldm(**parts, configs=configs), configs)
+    back, unplaced = keys.ldm_to_diffusers(keys.diffusers_to_ldm(parts, configs, SD21), configs, SD21)
     assert unplaced == []
     for part in PREFIX:
         assert_same(parts[part], back[part])
 
 
 def test_agrees_with_diffusers(configs):
-    ldm = keys.diffusers_to_ldm(**random_parts(configs), configs=configs, extra_text_layer=False)
-    ours, _ = keys.ldm_to_diffusers(ldm, configs)
+    ldm = keys.diffusers_to_ldm(random_parts(configs), configs, SD21, unused_text_layers=False)
+    ours, _ = keys.ldm_to_diffusers(ldm, configs, SD21)
     assert_same(ours["unet"], convert_ldm_unet_checkpoint(dict(ldm), configs["unet"]))
     assert_same(ours["vae"], convert_ldm_vae_checkpoint(dict(ldm), configs["vae"]))
     model = SimpleNamespace(config=SimpleNamespace(hidden_size=configs["text_encoder"]["hidden_size"]))
@@ -133,12 +135,12 @@ def test_agrees_with_diffusers(configs):
 
 
 def test_an_exchange_of_two_names_is_seen(configs):
-    ldm = keys.diffusers_to_ldm(**random_parts(configs), configs=configs, extra_text_layer=False)
+    ldm = keys.diffusers_to_ldm(random_parts(configs), configs, SD21, unused_text_layers=False)
     first, second = (f"{keys.UNET_PREFIX}middle_block.{index}.in_layers.2.weight" for index in (0, 2))
     theirs = convert_ldm_unet_checkpoint(dict(ldm), configs["unet"])
     ldm[first], ldm[second] = ldm[second], ldm[first]
     with pytest.raises(AssertionError, match="mid_block.resnets"):
-        assert_same(keys.ldm_to_diffusers(ldm, configs)[0]["unet"], theirs)
+        assert_same(keys.ldm_to_diffusers(ldm, configs, SD21)[0]["unet"], theirs)
 
 
 def test_tables_are_one_to_one(configs):
@@ -153,7 +155,7 @@ def test_tables_are_one_to_one(configs):
 def test_layers_per_block_as_list_mirrors_going_up():
     configs = tiny_configs([CROSS_DOWN, "DownBlock2D"], ["UpBlock2D", CROSS_UP], [1, 2])
     parts = random_parts(configs)
-    back, unplaced = keys.ldm_to_diffusers(keys.diffusers_to_ldm(**parts, configs=configs), configs)
+    back, unplaced = keys.ldm_to_diffusers(keys.diffusers_to_ldm(parts, configs, SD21), configs, SD21)
     assert unplaced == []
     assert_same(parts["unet"], back["unet"])
     table = keys.unet_table(configs["unet"])
@@ -161,27 +163,27 @@ def test_layers_per_block_as_list_mirrors_going_up():
     assert table["up_blocks.1.attentions.1"] == "output_blocks.4.1"
 
 
-def test_extra_text_layer_is_a_copy_and_is_dropped_on_reading():
+def test_unused_text_layers_is_a_copy_and_is_dropped_on_reading():
     configs = SHAPES["one level"]
     parts = random_parts(configs)
-    ldm = keys.diffusers_to_ldm(**parts, configs=configs)
-    last, extra = (f"{keys.OPENCLIP_PREFIX}transformer.resblocks.{index}." for index in (0, 1))
+    ldm = keys.diffusers_to_ldm(parts, configs, SD21)
+    last, extra = (f"{OPENCLIP_PREFIX}transformer.resblocks.{index}." for index in (0, 1))
     copies = {name: tensor for name, tensor in ldm.items() if name.startswith(extra)}
     assert len(copies) == 12
     for name, tensor in copies.items():
         original = ldm[last + name.removeprefix(extra)]
         assert torch.equal(tensor, original) and tensor.data_ptr() != original.data_ptr()
     assert not any(
-        name.startswith(extra) for name in keys.diffusers_to_ldm(**parts, configs=configs, extra_text_layer=False)
+        name.startswith(extra) for name in keys.diffusers_to_ldm(parts, configs, SD21, unused_text_layers=False)
     )
-    back, unplaced = keys.ldm_to_diffusers(ldm, configs)
+    back, unplaced = keys.ldm_to_diffusers(ldm, configs, SD21)
     assert unplaced == [] and set(back["text_encoder"]) == set(parts["text_encoder"])
 
 
 def test_layouts_prefixes_and_extras_of_real_files():
     configs = SHAPES["two levels"]
     parts = random_parts(configs)
-    ldm = keys.diffusers_to_ldm(**parts, configs=configs)
+    ldm = keys.diffusers_to_ldm(parts, configs, SD21)
     nothing = torch.zeros(1)
     harmless = [
         "model_ema.diffusion_modelinput_blocks00weight", "betas", "alphas_cumprod", "posterior_mean_coef2", "v_pred",
@@ -190,36 +192,36 @@ def test_layouts_prefixes_and_extras_of_real_files():
         "cond_stage_model.model.attn_mask", "cond_stage_model.transformer.text_model.embeddings.position_ids",
     ]  # fmt: skip
     strange = ["control_model.x", "first_stage_model.other", "model.diffusion_model.label_emb.0.0.weight"]
-    back, unplaced = keys.ldm_to_diffusers(ldm | dict.fromkeys(harmless + strange, nothing), configs)
+    back, unplaced = keys.ldm_to_diffusers(ldm | dict.fromkeys(harmless + strange, nothing), configs, SD21)
     assert unplaced == sorted(strange)
     for part in PREFIX:
         assert_same(parts[part], back[part])
 
-    without_text = {name: tensor for name, tensor in ldm.items() if not name.startswith(keys.OPENCLIP_PREFIX)}
+    without_text = {name: tensor for name, tensor in ldm.items() if not name.startswith(OPENCLIP_PREFIX)}
     layer_beyond = {"encoder.layers.2.layer_norm1.weight": nothing}
     for prefix in ("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."):
         text = {prefix + name: tensor for name, tensor in (parts["text_encoder"] | layer_beyond).items()}
-        back, unplaced = keys.ldm_to_diffusers(without_text | text, configs)
+        back, unplaced = keys.ldm_to_diffusers(without_text | text, configs, SD21)
         assert unplaced == []
         assert_same(parts["text_encoder"], back["text_encoder"])
 
-    sgm = {name.replace(keys.OPENCLIP_PREFIX, "conditioner.embedders.0.model."): t for name, t in ldm.items()}
-    assert_same(parts["text_encoder"], keys.ldm_to_diffusers(sgm, configs)[0]["text_encoder"])
+    sgm = {name.replace(OPENCLIP_PREFIX, "conditioner.embedders.0.model."): t for name, t in ldm.items()}
+    assert_same(parts["text_encoder"], keys.ldm_to_diffusers(sgm, configs, SD21)[0]["text_encoder"])
 
 
 def test_text_model_prefix_is_accepted_on_writing():
     configs = SHAPES["one level"]
     parts = random_parts(configs)
-    expected = keys.diffusers_to_ldm(**parts, configs=configs)
+    expected = keys.diffusers_to_ldm(parts, configs, SD21)
     parts["text_encoder"] = {f"text_model.{name}": tensor for name, tensor in parts["text_encoder"].items()}
     parts["text_encoder"]["text_model.embeddings.position_ids"] = torch.arange(77)
-    assert_same(expected, keys.diffusers_to_ldm(**parts, configs=configs))
+    assert_same(expected, keys.diffusers_to_ldm(parts, configs, SD21))
 
 
 def test_errors_name_the_weight():
     configs = SHAPES["one level"]
     parts = random_parts(configs)
-    ldm = keys.diffusers_to_ldm(**parts, configs=configs)
+    ldm = keys.diffusers_to_ldm(parts, configs, SD21)
     with pytest.raises(BaseModelError, match="input_blocks.9"):
         keys.unet_from_ldm("input_blocks.9.1.proj_in", configs["unet"])
     with pytest.raises(BaseModelError, match="AttnDownBlock2D"):
@@ -231,16 +233,16 @@ def test_errors_name_the_weight():
     with pytest.raises(BaseModelError, match="block_out_channels is missing"):
         keys.vae_table({})
     with pytest.raises(BaseModelError, match="lora_A"):
-        keys.diffusers_to_ldm(**parts | {"unet": {"lora_A.weight": torch.zeros(1)}}, configs=configs)
+        keys.diffusers_to_ldm(parts | {"unet": {"lora_A.weight": torch.zeros(1)}}, configs, SD21)
     with pytest.raises(BaseModelError, match="twice"):
         twice = "cond_stage_model.transformer.text_model.final_layer_norm.bias"
-        keys.ldm_to_diffusers(ldm | {twice: torch.zeros(8)}, configs)
+        keys.ldm_to_diffusers(ldm | {twice: torch.zeros(8)}, configs, SD21)
     with pytest.raises(BaseModelError, match="in_proj_weight"):
-        broken = f"{keys.OPENCLIP_PREFIX}transformer.resblocks.0.attn.in_proj_weight"
-        keys.ldm_to_diffusers(ldm | {broken: torch.zeros(8, 8)}, configs)
+        broken = f"{OPENCLIP_PREFIX}transformer.resblocks.0.attn.in_proj_weight"
+        keys.ldm_to_diffusers(ldm | {broken: torch.zeros(8, 8)}, configs, SD21)
     with pytest.raises(BaseModelError, match="attn.k.bias"):
         del parts["text_encoder"]["encoder.layers.0.self_attn.k_proj.bias"]
-        keys.diffusers_to_ldm(**parts, configs=configs)
+        keys.diffusers_to_ldm(parts, configs, SD21)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +282,7 @@ def test_known_names_of_sd21(sd21, ours, theirs):
 
 def test_known_names_of_the_other_parts(sd21):
     configs, parts = sd21
-    ldm = keys.diffusers_to_ldm(**parts, configs=configs)
+    ldm = keys.diffusers_to_ldm(parts, configs, SD21)
     for name, shape in {
         "first_stage_model.encoder.mid.attn_1.q.weight": (512, 512, 1, 1),
         "first_stage_model.decoder.up.3.upsample.conv.weight": (512, 512, 3, 3),
@@ -298,11 +300,11 @@ def test_known_names_of_the_other_parts(sd21):
 
 def test_every_weight_of_sd21_has_the_place_that_diffusers_gives_it(sd21):
     configs, parts = sd21
-    ldm = keys.diffusers_to_ldm(**parts, configs=configs)
+    ldm = keys.diffusers_to_ldm(parts, configs, SD21)
     assert len(ldm) == 686 + 248 + 24 * 12 + 4
     # Real shapes with one number per name, expanded from a single element, so that 5 GB of weights take no memory.
     ldm = {name: torch.tensor(float(number)).expand(t.shape) for number, (name, t) in enumerate(ldm.items())}
-    back, unplaced = keys.ldm_to_diffusers(ldm, configs)
+    back, unplaced = keys.ldm_to_diffusers(ldm, configs, SD21)
     assert unplaced == []
     model = SimpleNamespace(config=SimpleNamespace(hidden_size=1024))
     theirs = {
@@ -326,77 +328,3 @@ def test_sd21_sizes(sd21):
     kv = [tuple(tensor.shape) for name, tensor in parts["unet"].items() if name.endswith(ends)]
     assert {shape: kv.count(shape) for shape in kv} == {(320, 1024): 10, (640, 1024): 10, (1280, 1024): 12}
     assert sum(map(math.prod, kv)) == 25_559_040
-
-
-def test_sd21_variants_and_schedules():
-    variants = json.loads((SD21 / "variants.json").read_text())
-    assert set(variants) == {path.stem for path in (SD21 / "scheduler").iterdir()} == {"v_prediction", "epsilon"}
-    for prediction, changes in variants.items():
-        config = json.loads((SD21 / "scheduler" / f"{prediction}.json").read_text())
-        scheduler = DDIMScheduler.from_config(config)
-        assert scheduler.config.prediction_type == prediction
-        assert not scheduler.config.clip_sample and scheduler.config.steps_offset == 1
-        # Stable Diffusion's schedule ends at a signal of 0.0047, not at zero.
-        assert scheduler.alphas_cumprod[-1].item() == pytest.approx(0.00466, abs=1e-5)
-        assert scheduler.final_alpha_cumprod == scheduler.alphas_cumprod[0]
-        for part, fields in changes.items():
-            assert fields.keys() <= json.loads((SD21 / part / "config.json").read_text()).keys()
-    defaults = {part: json.loads((SD21 / part / "config.json").read_text()) for part in ("unet", "vae")}
-    for part, fields in variants["v_prediction"].items():
-        assert fields.items() <= defaults[part].items()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return CLIPTokenizerFast.from_pretrained(SD21 / "tokenizer", local_files_only=True)
-
-
-def test_tokenizer(tokenizer):
-    assert len(tokenizer) == 49408
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (49406, 49407, 0)
-    assert tokenizer.model_max_length == 77
-    ids = [49406, 320, 1125, 539, 320, 1929, 49407]
-    assert tokenizer("A photo of a  Dog").input_ids == ids
-    assert tokenizer("a photo of a dog", padding="max_length").input_ids == ids + [0] * 70
-    assert len(tokenizer("dog " * 100, truncation=True).input_ids) == 77
-
-
-def test_an_exclamation_mark_is_not_padding_and_added_tokens_stay_whole(tokenizer):
-    assert tokenizer("dog!").input_ids == [49406, 1929, 256, 49407]
-    own = CLIPTokenizerFast.from_pretrained(SD21 / "tokenizer", local_files_only=True)
-    own.add_tokens(["<corgi-dog>"])
-    assert own("a <corgi-dog>!").input_ids == [49406, 320, 49408, 256, 49407]
-
-
-# Ids of open_clip's own SimpleTokenizer (open_clip_torch 3.3.0), without start and end.
-OPENCLIP_IDS = {
-    "a photo of a <corgi-dog> dog": [320, 1125, 539, 320, 283, 31320, 268, 1929, 285, 1929],
-    "It's 3 o'clock!! (masterpiece:1.2)": [585, 568, 274, 334, 262, 6716, 748, 263, 12066, 281, 272, 269, 273, 264],
-    "naïve café ÜBER": [1097, 35689, 563, 15304, 6522, 1516],
-    "don't  stop   believing": [847, 713, 1691, 19551],
-    "12345 67.89%": [272, 273, 274, 275, 276, 277, 278, 269, 279, 280, 260],
-    "日本語 テキスト": [39121, 44353, 34002, 508, 2429, 228, 47121, 32421, 486],
-    "emoji 🐶🐕 here": [16327, 14466, 41069, 763],
-    "state-of-the-art, hyper_realistic; 8k": [
-        1295,
-        268,
-        539,
-        268,
-        518,
-        268,
-        794,
-        267,
-        22146,
-        318,
-        16157,
-        282,
-        279,
-        330,
-    ],
-    "!": [256],
-}
-
-
-@pytest.mark.parametrize("text", OPENCLIP_IDS)
-def test_tokenizer_agrees_with_openclip(tokenizer, text):
-    assert tokenizer(text).input_ids == [49406, *OPENCLIP_IDS[text], 49407]

@@ -14,8 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from far_train.mini.shipped import small_base
-from far_train.models.base import BaseModel, attention_projections, build_parts, packaged_configs
+from far_train.models.base import BaseModel
 from far_train.models.export import export_lora
+from far_train.models.families import SD21
+from far_train.models.layers import attention_projections
+from far_train.models.loading import build_parts, packaged_configs
 from far_train.models.lora_files import kohya_names
 from far_train.models.weights import FarWeights
 from far_train.utils.errors import WeightsError
@@ -91,9 +94,9 @@ def test_diffusers_own_loader_gives_the_learned_change(base, tmp_path: Path, mak
     export_lora(weights, tmp_path / "lora.safetensors")
     truth = true_changes(base, weights)
     before = {name: base.unet.get_submodule(name).weight.clone() for name in truth}
-    parts = {part: getattr(base, part) for part in ("unet", "vae", "text_encoder", "tokenizer")}
     pipe = StableDiffusionPipeline(
-        **parts,
+        **base.parts,
+        tokenizer=base.tokenizer,
         scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
@@ -143,7 +146,7 @@ def test_low_rank_deltas_stay_as_they_were_learned(base, tmp_path: Path):
 
 
 def stable_diffusion_unet() -> nn.Module:
-    return build_parts(packaged_configs("epsilon"))["unet"]
+    return build_parts(SD21, packaged_configs(SD21, "epsilon"))["unet"]
 
 
 @pytest.mark.parametrize("unet", [stable_diffusion_unet, lambda: small_base().unet], ids=["full size", "small"])

@@ -30,8 +30,11 @@ from far_train.data.subjects import Prompt, SubjectExtractor
 from far_train.mini.identity import Identity, identity_codes, identity_from_codes, vary
 from far_train.mini.oracle import Detection, Oracle, Reading, load_oracle, read_pictures
 from far_train.mini.world import render_scene, world_words
-from far_train.models.base import BaseModel, build_parts, load_base
-from far_train.models.sampling import draw_pictures, encode_prompts
+from far_train.models.base import BaseModel
+from far_train.models.conditioning import TextConditioner
+from far_train.models.families import SD21
+from far_train.models.loading import build_parts, load_base
+from far_train.models.sampling import draw_pictures
 from far_train.models.settings import SampleConfig
 from far_train.models.tokens import Vocabulary
 from far_train.utils.errors import BaseModelError, CheckpointError, DatasetError, Interrupted, OutputError
@@ -172,7 +175,7 @@ def count(module: nn.Module) -> int:
 def test_the_shipped_sizes_fit_their_budget(tokenizer):
     with torch.device("meta"):
         vae, sam, oracle = build_autoencoder(autoencoder_config()), build_sam(SPEC), Oracle()
-    parts = build_parts(diffusion_configs(autoencoder_config(), Path("unused")))
+    parts = build_parts(SD21, diffusion_configs(autoencoder_config(), Path("unused")))
     sizes = {"vae": count(vae), "sam": count(sam), "oracle": count(oracle)}
     sizes |= {name: count(parts[name]) for name in ("unet", "text_encoder")}
     limits = {"vae": 3e6, "sam": 2e6, "oracle": 2e6, "unet": 9e6, "text_encoder": 2e6}
@@ -223,7 +226,7 @@ def test_the_base_loads_and_draws(runs):
 def test_prompts_are_read_causally_as_in_training(runs):
     base = load_base(runs / "diffusion" / "base")
     words = Vocabulary(base.tokenizer, (), base.tokenizer_size)
-    one, other = encode_prompts(base, [words.tokenize(t) for t in ("a red dog", "a red cat")])
+    one, other = TextConditioner(base).encode([words.tokenize(t) for t in ("a red dog", "a red cat")], (64, 64)).context
     assert torch.allclose(one[:3], other[:3], atol=1e-5) and not torch.allclose(one[3], other[3])
     ids = torch.tensor([words.tokenize("a red dog").ids])
     assert token_table([["a red dog"]], base.tokenizer)[0, 0].tolist() == ids[0].tolist()

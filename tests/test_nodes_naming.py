@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from far_train.mini.tiny import random_states, tiny_configs
+from far_train.models.families import SD21
 from far_train.utils.files import write_tensors
 
 from .nodes_pack import pack_module
@@ -76,20 +77,21 @@ def test_text_layers_are_counted_as_the_host_counts_them(index: int | None, coun
 @pytest.mark.parametrize(
     ("unet", "text", "message"),
     [
-        ({"context_dim": 768}, "clip_l", "MODEL is Stable Diffusion 1.x"),
-        ({"context_dim": 2048}, "clip_l", "MODEL is Stable Diffusion XL"),
-        ({"adm_in_channels": 2048}, "clip_h", "inputs of its own"),
-        ({"in_channels": 9}, "clip_h", "inputs of its own"),
-        ({"context_dim": None}, "clip_h", "MODEL is Kind"),
-        ({}, "clip_l", "CLIP is not Stable Diffusion 2.1's .it has clip_l, not clip_h"),
-        ({}, None, "no known text encoder"),
+        ({"context_dim": 768}, ["clip_l"], "MODEL is Stable Diffusion 1.x"),
+        ({"context_dim": 2048}, ["clip_l", "clip_g"], "MODEL is Stable Diffusion XL"),
+        ({"adm_in_channels": 2048}, ["clip_h"], "inputs of its own"),
+        ({"in_channels": 9}, ["clip_h"], "inputs of its own"),
+        ({"context_dim": None}, ["clip_h"], "MODEL is Kind"),
+        ({}, ["clip_l"], "CLIP is not Stable Diffusion 2.1's .it has clip_l, not clip_h"),
+        ({}, ["clip_l", "clip_h"], "it has clip_l and clip_h, not clip_h"),
+        ({}, [], "no known text encoder"),
     ],
 )
-def test_other_families_are_named(unet: dict, text: str | None, message: str):
+def test_other_families_are_named(unet: dict, text: list[str], message: str):
     known = {"context_dim": 1024, "transformer_depth": [1], "channel_mult": [1], "in_channels": 4}
-    layout.check_family(known, "Kind", "clip_h", "clip_h")
+    assert layout.find_family(known, "Kind", ["clip_h"]).key == "sd21"
     with pytest.raises(errors.BaseModelError, match=message):
-        layout.check_family(known | unet, "Kind", text, "clip_h")
+        layout.find_family(known | unet, "Kind", text)
 
 
 def test_a_vae_of_another_kind_is_refused():
@@ -98,6 +100,7 @@ def test_a_vae_of_another_kind_is_refused():
     text = {k.removeprefix("text_model."): v for k, v in states["text_encoder"].items()}
     unet = {"model_channels": 32, "channel_mult": [1, 2], "num_res_blocks": 1, "transformer_depth": [1, 0],
             "num_head_channels": 16, "context_dim": 32, "in_channels": 4, "out_channels": 4}  # fmt: skip
-    about = {"prediction_type": "epsilon", "text_heads": 2, "text_activation": "gelu", "text_layers": 2}
+    encoder = layout.TextEncoder(text, heads=2, activation="gelu", layers=2)
+    about = {"prediction_type": "epsilon", "scaling_factor": 0.18215}
     with pytest.raises(errors.BaseModelError, match="VAE is not Stable Diffusion's"):
-        layout.component_configs(unet, text, {"decoder.x": torch.zeros(1)}, scaling_factor=0.18215, **about)
+        layout.component_configs(SD21, unet, [encoder], {"decoder.x": torch.zeros(1)}, **about)

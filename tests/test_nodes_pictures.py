@@ -150,5 +150,5 @@ def test_labels_carry_names_only_if_there_is_one_for_each_photo():
 
 def test_nouns_are_tidied_but_not_guessed():
     assert pictures.tidy_noun("  Teddy  Bear ") == "teddy bear"
-    with pytest.raises(errors.CaptionError, match="no class noun"):
+    with pytest.raises(errors.CaptionError, match="not a class noun"):
         pictures.tidy_noun("<dog>")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from far_train.mini.tiny import random_states, single_file_state, tiny_configs, write_folder
-from far_train.models.base import load_base
+from far_train.models.loading import load_base
 from far_train.utils.errors import BaseModelError
 
 KEY = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k"

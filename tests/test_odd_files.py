@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from far_train.mini.tiny import random_states, single_file_state, tiny_configs
-from far_train.models.base import load_base
+from far_train.models.loading import load_base
 from far_train.models.weights import FarWeights
 
 from .odd_registry import SIDE, Found, Place, Registry, photo

@@ -12,7 +12,8 @@ from torch import nn
 from far_train.models import sampling
 from far_train.models.attention_maps import layer_stride, supervised_layers
 from far_train.models.base import BaseModel
-from far_train.models.sampling import draw_pictures, plain_vocabulary
+from far_train.models.conditioning import plain_vocabulary
+from far_train.models.sampling import draw_pictures
 from far_train.models.settings import SampleConfig
 from far_train.models.tokens import Vocabulary
 from far_train.training import latent_cache

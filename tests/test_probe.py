@@ -9,8 +9,10 @@ from torch.nn import functional as F
 from far_train.data.captions import Name
 from far_train.evaluation.attention_focus import attention_maps, focus, heat_over
 from far_train.mini.tiny import random_states, tiny_configs, write_folder
-from far_train.models.base import BaseModel, load_base
-from far_train.models.tokens import Vocabulary
+from far_train.models.base import BaseModel
+from far_train.models.conditioning import TextConditioner
+from far_train.models.loading import load_base
+from far_train.models.tokens import Vocabulary, initial_rows
 from far_train.utils.errors import CaptionError
 
 NAMES = (Name("dog", "<rex-dog>"), Name("cat"))
@@ -25,11 +27,9 @@ def base(tmp_path_factory) -> BaseModel:
 
 @pytest.fixture(scope="module")
 def vocabulary(base) -> Vocabulary:
-    from far_train.models.tokens import ModifierEmbedding, initial_rows
-
-    table = base.text_encoder.get_input_embeddings()
+    conditioner = TextConditioner(base)
     words = Vocabulary(base.tokenizer, NAMES[:1], base.tokenizer_size)
-    base.text_encoder.set_input_embeddings(ModifierEmbedding(table, initial_rows(table.weight, words)))
+    conditioner.inject([initial_rows(table, words) for table in conditioner.tables])
     return words
 
 

@@ -13,7 +13,7 @@ from far_train.data.concepts import Composite
 from far_train.data.fusion import ConceptFusion
 from far_train.data.settings import FusionConfig
 from far_train.models.attention_maps import AttentionRecorder, cross_attention_layers, supervised_layers
-from far_train.models.base import load_base
+from far_train.models.loading import load_base
 from far_train.training import step
 from far_train.training.recipe import Callbacks, TrainingRun, train
 from far_train.training.run_folder import find_run, read_metrics, run_identity
@@ -24,8 +24,7 @@ QUICK = TrainConfig(steps=4, sample_every=0, save_every=2, device="cpu")
 
 
 def state_of(base) -> dict[str, torch.Tensor]:
-    parts = {"unet": base.unet, "vae": base.vae, "text": base.text_encoder}
-    return {f"{n}.{k}": v.clone() for n, m in parts.items() for k, v in m.state_dict().items()}
+    return {f"{n}.{k}": v.clone() for n, m in base.parts.items() for k, v in m.state_dict().items()}
 
 
 def same_weights(a, b) -> bool:
@@ -46,10 +45,10 @@ def stop_at(step: int) -> Callbacks:
 def test_everything_trainable_moves_and_nothing_else_does(base, fusion, tmp_path: Path, trainable, matrices):
     before = state_of(base)
     run = open_run(base, fusion, tmp_path, trainable=trainable)
-    rows = run.state.adapter.rows.detach().clone()
+    rows = run.state.adapter.rows[0].detach().clone()
     for _ in range(4):
         run.train_step()
-    moved = (run.state.adapter.rows.detach() - rows).abs().amax(1)
+    moved = (run.state.adapter.rows[0].detach() - rows).abs().amax(1)
     assert (moved > 0).all() and len(moved) == 2  # the last row too
     weights = run.save_weights()
     assert len(weights.shapes()) == matrices and all(weights.delta(name).any() for name in weights.shapes())
@@ -308,15 +307,15 @@ def test_steps_that_are_not_finite_are_skipped_then_end_the_run(base, fusion, tm
 
 def test_norms_are_capped_at_the_nouns(base, fusion, tmp_path: Path):
     run = open_run(base, fusion, tmp_path)
-    table = base.text_encoder.get_input_embeddings().weight
+    table = base.text_encoders[0].get_input_embeddings().weight
     limit = table[base.tokenizer("ball", add_special_tokens=False)["input_ids"]].mean(0).norm()
     with torch.no_grad():
-        run.state.adapter.rows[0].mul_(100)
-        run.state.adapter.rows[1].mul_(0.5)
-        half = run.state.adapter.rows[1].clone()
+        run.state.adapter.rows[0][0].mul_(100)
+        run.state.adapter.rows[0][1].mul_(0.5)
+        half = run.state.adapter.rows[0][1].clone()
     run.state.adapter.cap_norms()
-    assert torch.isclose(run.state.adapter.rows[0].norm(), limit, rtol=1e-5)
-    assert torch.equal(run.state.adapter.rows[1], half)
+    assert torch.isclose(run.state.adapter.rows[0][0].norm(), limit, rtol=1e-5)
+    assert torch.equal(run.state.adapter.rows[0][1], half)
     run.close()
 
 

@@ -8,8 +8,9 @@ import torch
 from far_train.data.captions import Name
 from far_train.models.adapters import CrossAttentionKV
 from far_train.models.apply import applied_weights
-from far_train.models.sampling import TextCache, draw_pictures, encode_prompts
-from far_train.models.sampling import plain_vocabulary as plain
+from far_train.models.conditioning import TextConditioner
+from far_train.models.conditioning import plain_vocabulary as plain
+from far_train.models.sampling import draw_pictures
 from far_train.models.settings import SampleConfig
 from far_train.models.tokens import Vocabulary
 from far_train.models.weights import FarWeights
@@ -69,16 +70,16 @@ def test_prompts_are_encoded_once_and_with_gradients_where_modifiers_stand(base)
     vocabulary = Vocabulary(base.tokenizer, [Name("dog", "<my-dog>")], base.tokenizer_size)
     adapter = CrossAttentionKV(base, vocabulary)
     texts = ["a <my-dog> dog", "a dog", "a <my-dog> dog"]
-    cache = TextCache(base)
+    conditioner = TextConditioner(base)
     calls = []
-    hook = base.text_encoder.register_forward_hook(lambda *_: calls.append(1))
-    states = encode_prompts(base, [vocabulary.tokenize(t) for t in texts], cache)
+    hook = base.text_encoders[0].register_forward_hook(lambda *_: calls.append(1))
+    states = conditioner.encode([vocabulary.tokenize(t) for t in texts], (64, 64)).context
     assert len(calls) == 2 and torch.equal(states[0], states[2])
     states[1].detach()
-    encode_prompts(base, [vocabulary.tokenize("a dog")], cache)
+    conditioner.encode([vocabulary.tokenize("a dog")], (64, 64))
     assert len(calls) == 2  # what can't change comes from the cache
     states.sum().backward()
-    assert adapter.rows.grad.abs().sum() > 0
+    assert adapter.rows[0].grad.abs().sum() > 0
     hook.remove()
     adapter.remove()
 

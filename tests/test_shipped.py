@@ -13,7 +13,8 @@ from far_train.mini.oracle import read_pictures
 from far_train.mini.scenery import PLACES
 from far_train.mini.shipped import DRAWING, SIZE, SUBJECTS, WEIGHTS, sample_photos, small_base, small_oracle, small_sam
 from far_train.mini.world import render_scene
-from far_train.models.sampling import draw_pictures, plain_vocabulary
+from far_train.models.conditioning import plain_vocabulary
+from far_train.models.sampling import draw_pictures
 from far_train.utils.errors import BaseModelError
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from far_train.data.sam import load_sam
-from far_train.models.base import load_base
+from far_train.models.loading import load_base
 from far_train.models.weights import FarWeights
 from far_train.training.checkpoints import load_checkpoint
 from far_train.utils.errors import BaseModelError, CheckpointError, SubjectError, UnreadableFile, WeightsError
@@ -64,7 +64,7 @@ def test_a_thousand_mutated_files(tmp_path: Path):
 def with_metadata(base, path: Path, **change) -> Path:
     """A FaR file whose metadata has these fields; a str that isn't JSON takes the place of all of it."""
     weights = make_weights(base)
-    tensors = {f"embedding.{t}": e for t, e in weights.embeddings.items()}
+    tensors = {f"embedding.{t}": e["clip_h"] for t, e in weights.embeddings.items()}
     tensors |= {f"delta.{k}": d for k, d in weights.deltas.items()}
     about = {**vars(weights.provenance), **change}
     save_file(tensors, path, {"far": about.get("all") or json.dumps(about)})
@@ -103,7 +103,7 @@ def test_tensors_of_wrong_kinds(base, tmp_path: Path, bad: torch.Tensor):
 
 def test_concepts_of_different_numbers_of_vectors(base, tmp_path: Path):
     weights = make_weights(base)
-    weights.embeddings["<red-ball>"] = torch.zeros(2, 32)
+    weights.embeddings["<red-ball>"] = {"clip_h": torch.zeros(2, 32)}
     weights.save(tmp_path / "w.safetensors")
     with pytest.raises(WeightsError, match="differ in shape"):
         FarWeights.load(tmp_path / "w.safetensors")
@@ -147,10 +147,9 @@ def test_configs_that_would_build_for_ever(tiny_folder: Path, tmp_path: Path, pa
 
 def test_a_base_with_values_that_are_not_finite(base, tiny_folder: Path, tmp_path: Path):
     from far_train.mini.tiny import single_file_state
-    from far_train.models.base import read_configs
+    from far_train.models.loading import read_configs
 
-    states = {"unet": base.unet, "vae": base.vae, "text_encoder": base.text_encoder}
-    states = {k: {n: t.clone() for n, t in m.state_dict().items()} for k, m in states.items()}
+    states = {k: {n: t.clone() for n, t in m.state_dict().items()} for k, m in base.parts.items()}
     states["unet"]["conv_in.weight"][0, 0, 0, 0] = float("nan")
     state = single_file_state(read_configs(tiny_folder), states)
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "sd.safetensors")

@@ -10,7 +10,7 @@ import torch
 
 import far_train
 from far_train.data.captions import Name, locate_mentions
-from far_train.models.tokens import ModifierEmbedding, Vocabulary, initial_rows, norm_limits, unknown_tokens
+from far_train.models.tokens import PlaceholderEmbedding, Vocabulary, initial_rows, norm_limits, unknown_tokens
 from far_train.utils.errors import CaptionError, TokenError
 
 ROWS = 49408
@@ -150,7 +150,7 @@ def test_unknown_tokens_of_a_prompt():
 def test_modifier_rows_serve_their_ids_and_nothing_else():
     table = torch.nn.Embedding(10, 4, dtype=torch.float16)
     rows = torch.randn(2, 4)
-    embedding = ModifierEmbedding(table, rows)
+    embedding = PlaceholderEmbedding(table, rows)
     out = embedding(torch.tensor([[9, 10, 11, 0]]))
     assert torch.equal(out[0, [0, 3]], table.weight[[9, 0]]) and out.dtype == torch.float16
     assert torch.equal(out[0, 1:3], rows.half())

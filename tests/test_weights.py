@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from far_train.mini.tiny import random_states, single_file_state, tiny_configs
 from far_train.models.apply import apply_weights
-from far_train.models.base import attention_projections, kv_weights, load_base
+from far_train.models.conditioning import TextConditioner
 from far_train.models.export import export_embeddings, file_stem
-from far_train.models.sampling import encode_prompts
+from far_train.models.layers import attention_projections, kv_weights
+from far_train.models.loading import load_base
 from far_train.models.settings import SampleConfig
 from far_train.models.weights import FarWeights, LowRankDelta, Provenance, describe
 from far_train.utils.errors import ConfigError, WeightsError
@@ -27,7 +28,7 @@ def make_weights(base, scale: float = 0.05) -> FarWeights:
         name: (scale * torch.randn(weight.shape, generator=generator)).half()
         for name, weight in kv_weights(base.unet).items()
     }
-    rows = {token: torch.randn(1, 32, generator=generator) for token in ("<red-ball>", "<blue-ball>")}
+    rows = {token: {"clip_h": torch.randn(1, 32, generator=generator)} for token in ("<red-ball>", "<blue-ball>")}
     nouns = dict.fromkeys(rows, "ball")
     return FarWeights(rows, deltas, Provenance("sd21", base.digest, base.prediction_type, nouns, 10, 128))
 
@@ -58,7 +59,9 @@ def test_round_trip(weights: FarWeights, tmp_path: Path):
     again = FarWeights.load(tmp_path / "w.safetensors")
     assert again.provenance == weights.provenance
     assert again.names == weights.names
-    for mine, theirs in ((weights.embeddings, again.embeddings), (weights.deltas, again.deltas)):
+    assert again.embeddings.keys() == weights.embeddings.keys()
+    pairs = [(weights.embeddings[t], again.embeddings[t]) for t in weights.embeddings]
+    for mine, theirs in (*pairs, (weights.deltas, again.deltas)):
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
     about = describe(again)
     assert about["kv_deltas"] == 20 and about["concepts"]["<red-ball>"]["noun"] == "ball"
@@ -164,7 +167,7 @@ def test_another_base(base, weights: FarWeights, caplog):
     with pytest.raises(WeightsError, match="don't fit"):
         replace(weights, deltas={**weights.deltas, name: torch.zeros(3, 3)}).check_fits(base)
     with pytest.raises(WeightsError, match="width 16"):
-        replace(weights, embeddings={t: torch.zeros(1, 16) for t in weights.embeddings}).check_fits(base)
+        replace(weights, embeddings={t: {"clip_h": torch.zeros(1, 16)} for t in weights.embeddings}).check_fits(base)
 
 
 def test_apply_adds_the_deltas_by_strength(base, weights: FarWeights):
@@ -183,13 +186,13 @@ def test_apply_leaves_the_source_of_the_base_untouched(weights: FarWeights):
 
 
 def test_concept_strength_moves_between_noun_and_concept(base, weights: FarWeights):
-    table = base.text_encoder.get_input_embeddings().weight
+    table = base.text_encoders[0].get_input_embeddings().weight
     noun = table[base.tokenizer("ball", add_special_tokens=False)["input_ids"]].mean(0)
     vocabulary = apply_weights(weights, base, SampleConfig(concept_strength={"<red-ball>": 0.25}))
-    rows = base.text_encoder.get_input_embeddings().rows
-    expected = 0.75 * noun + 0.25 * weights.embeddings["<red-ball>"][0]
+    rows = base.text_encoders[0].get_input_embeddings().rows
+    expected = 0.75 * noun + 0.25 * weights.embeddings["<red-ball>"]["clip_h"][0]
     assert torch.allclose(rows[vocabulary.rows("<red-ball>")[0]], expected, atol=1e-6)
-    assert torch.equal(rows[vocabulary.rows("<blue-ball>")[0]], weights.embeddings["<blue-ball>"][0])
+    assert torch.equal(rows[vocabulary.rows("<blue-ball>")[0]], weights.embeddings["<blue-ball>"]["clip_h"][0])
 
 
 def test_unknown_concept_strength(base, weights: FarWeights):
@@ -200,10 +203,12 @@ def test_unknown_concept_strength(base, weights: FarWeights):
 def test_prompts_without_modifiers_are_encoded_as_before(base, weights: FarWeights):
     plain = base.tokenizer("a dog!", padding="max_length", max_length=77, return_tensors="pt").input_ids
     with torch.no_grad():
-        before = base.text_encoder(plain).last_hidden_state
+        before = base.text_encoders[0](plain).last_hidden_state
         vocabulary = apply_weights(weights, base)
-        after = encode_prompts(base, [vocabulary.tokenize("a dog!")])
-        other = encode_prompts(base, [vocabulary.tokenize("a <red-ball> dog!")])
+        conditioner = TextConditioner(base)
+        after, other = (
+            conditioner.encode([vocabulary.tokenize(t)], (64, 64)).context for t in ("a dog!", "a <red-ball> dog!")
+        )
     assert torch.equal(before, after)
     assert not torch.allclose(after, other, atol=1e-3)
 
@@ -213,7 +218,7 @@ def test_embedding_export(weights: FarWeights, tmp_path: Path):
     assert [p.name for p in paths] == ["red-ball.safetensors", "blue-ball.safetensors"]
     content = load_file(paths[0])
     assert content.keys() == {"clip_h"}
-    assert torch.equal(content["clip_h"], weights.embeddings["<red-ball>"])
+    assert torch.equal(content["clip_h"], weights.embeddings["<red-ball>"]["clip_h"])
 
 
 def test_file_stems_exist_on_every_system():

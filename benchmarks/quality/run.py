@@ -40,8 +40,10 @@ from far_train.mini.shipped import DRAWING, EMPTY_PLACES, SIZE
 from far_train.mini.verdicts import judge_subjects
 from far_train.mini.world import reference_photos, render_scene
 from far_train.models.apply import apply_weights
-from far_train.models.base import BaseModel, load_base
-from far_train.models.sampling import draw_pictures, plain_vocabulary
+from far_train.models.base import BaseModel
+from far_train.models.conditioning import plain_vocabulary
+from far_train.models.loading import load_base
+from far_train.models.sampling import draw_pictures
 from far_train.models.tokens import Vocabulary
 from far_train.training.class_images import WithClassImages
 from far_train.training.recipe import Callbacks, train

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from far_train.mini.world import render_scene
-from far_train.models.base import packaged_configs
+from far_train.models.families import SD21
+from far_train.models.loading import packaged_configs
 from far_train.utils.errors import BaseModelError
 from far_train.utils.files import load_state, write_json
 
@@ -46,7 +47,7 @@ PSNR_GATE = 27.0
 
 def autoencoder_config(size: int = 128, blocks: Sequence[int] = BLOCKS) -> dict[str, Any]:
     """SD 2.1's autoencoder config with fewer channels and layers."""
-    config = packaged_configs("v_prediction")["vae"]
+    config = packaged_configs(SD21, "v_prediction")["vae"]
     return config | {"block_out_channels": list(blocks), "layers_per_block": 1, "sample_size": size}
 
 

@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from far_train.mini.tiny import write_folder
-from far_train.models.base import build_parts, packaged_configs
+from far_train.models.families import SD21
 from far_train.models.fingerprint import fingerprint
 from far_train.models.keys import strip_text_model
+from far_train.models.loading import build_parts, packaged_configs
 from far_train.training.losses import add_noise, denoising_loss
 from far_train.utils.devices import choose_device
 from far_train.utils.errors import Interrupted
@@ -56,7 +57,7 @@ def diffusion_configs(
     ``blocks``: UNet channels per level, multiples of 32, the last without cross-attention. Every attention head of the
     UNet has 32 channels, so that a host can state them as one number.
     """
-    configs = packaged_configs("v_prediction")
+    configs = packaged_configs(SD21, "v_prediction")
     configs["vae"] = autoencoder
     configs["tokenizer"] = tokenizer
     configs["unet"] |= {
@@ -122,7 +123,7 @@ def learn_diffusion(
     tokenizer_folder = write_tokenizer(folder / "tokenizer")
     sizes = {"blocks": blocks, "text_width": text_width, "text_layers": text_layers}
     configs = diffusion_configs(vae_config, tokenizer_folder, **sizes)
-    parts = seeded(config.learn_seed, lambda: build_parts(configs, device="cpu"))
+    parts = seeded(config.learn_seed, lambda: build_parts(SD21, configs, device="cpu"))
     readout = seeded(config.learn_seed, lambda: ContentReadout(parts["unet"]))
     model = nn.ModuleDict({"unet": parts["unet"], "text_encoder": parts["text_encoder"], "readout": readout})
     if device.type == "cpu":  # a matter of speed; transformers 4.50 lacks the second

@@ -22,7 +22,8 @@ from far_train.mini.scenery import BACKGROUNDS, PLACES
 from far_train.mini.verdicts import ENOUGH_ATTRIBUTES, matching_fields
 from far_train.mini.world import render_scene
 from far_train.models.base import BaseModel
-from far_train.models.sampling import draw_pictures, plain_vocabulary
+from far_train.models.conditioning import plain_vocabulary
+from far_train.models.sampling import draw_pictures
 from far_train.models.settings import SampleConfig
 
 from .autoencoder import EVAL_SEED, round_trip
@@ -211,7 +212,7 @@ def measure_base(
         "sampling_steps": config.sampling_steps,
         "guidance": config.guidance,
         "parameters": {
-            part: sum(p.numel() for p in getattr(base, part).parameters()) for part in ("unet", "text_encoder")
+            part: sum(p.numel() for p in base.parts[part].parameters()) for part in ("unet", "text_encoder")
         },
     }
     if folder:

@@ -26,7 +26,7 @@ from far_train.data.sam import load_sam
 from far_train.mini.oracle import CONFUSION_FILE, load_oracle
 from far_train.mini.oracle import FILE as ORACLE_FILE
 from far_train.mini.shipped import DRAWING
-from far_train.models.base import load_base, read_configs
+from far_train.models.loading import load_base, read_configs
 from far_train.utils.config import Config
 from far_train.utils.devices import choose_device
 from far_train.utils.errors import CheckpointError, FarError, Interrupted, OutputError
@@ -230,7 +230,7 @@ def export(out: Path) -> Path:
     if missing:
         raise CheckpointError(f"{out}: {', '.join(missing)} isn't finished; train it first")
     loaded = load_base(base)
-    states = {part: getattr(loaded, part).state_dict() for part in ("unet", "vae", "text_encoder")}
+    states = {part: module.state_dict() for part, module in loaded.parts.items()}
     write_base(target / "base", read_configs(base), states, half=True)
     write_sam(target / "sam" / SAM_FILE, load_sam(out / "sam" / SAM_FILE), SPEC, half=True)
     write_oracle(target / "oracle" / ORACLE_FILE, load_oracle(out / "oracle" / ORACLE_FILE), half=True)

@@ -19,7 +19,9 @@ import torch
 
 from far_train.mini.shipped import BASE as SMALL_BASE
 from far_train.mini.shipped import small_base
-from far_train.models.base import BaseModel, packaged_configs, read_configs
+from far_train.models.base import BaseModel
+from far_train.models.families import SD21
+from far_train.models.loading import packaged_configs, read_configs
 from far_train.models.sampling import check_size
 from far_train.training.memory_plan import PeakMemory
 from far_train.training.settings import TrainConfig
@@ -47,7 +49,7 @@ def measure_speed(out: Path, config: SpeedConfig, on_progress: Progress = lambda
         model = "small" if device.type == "cpu" else "sd21"
     sizes = config.sizes or ((128,) if model == "small" else (256,) if device.type == "cpu" else (512, 768))
     batches = config.batches or ((1, 2) if (model, device.type) == ("sd21", "cpu") else (1, 2, 4, 8))
-    configs = packaged_configs("v_prediction") if model == "sd21" else read_configs(SMALL_BASE)
+    configs = packaged_configs(SD21, "v_prediction") if model == "sd21" else read_configs(SMALL_BASE)
     started = time.perf_counter()
     base = random_base(configs, str(device), dtype) if model == "sd21" else small_base().to(device, dtype)
     loading = time.perf_counter() - started

@@ -11,7 +11,8 @@ from far_train.data.settings import FusionConfig
 from far_train.data.subjects import Prompt, SubjectExtractor
 from far_train.mini.shipped import small_sam
 from far_train.models.base import BaseModel
-from far_train.models.sampling import draw_pictures, plain_vocabulary
+from far_train.models.conditioning import plain_vocabulary
+from far_train.models.sampling import draw_pictures
 from far_train.models.settings import SampleConfig
 from far_train.training.class_images import prior_sampling
 from far_train.training.latent_cache import cache_latents

@@ -34,7 +34,7 @@ class CustomDiffusion:
 
     def __init__(self, base: BaseModel, names: Sequence[Name], pictures: Sequence[Composite], priors: int):
         self.base, self.priors = base, priors
-        unet, encoder = base.unet, base.text_encoder
+        unet, (encoder,) = base.unet, base.text_encoders
         self.dtype = unet.conv_in.weight.dtype
         with torch.device("meta"):
             self.vae = type(base.vae).from_config(base.vae.config)
@@ -45,7 +45,8 @@ class CustomDiffusion:
         vocabulary = Vocabulary(base.tokenizer, names, base.tokenizer_size)
         self.ids = torch.tensor([vocabulary.tokenize(p.caption).ids for p in pictures])
 
-        self._table, self._processors = encoder.get_input_embeddings(), dict(unet.attn_processors)
+        self.encoder, self._table = encoder, encoder.get_input_embeddings()
+        self._processors = dict(unet.attn_processors)
         weight = torch.cat([self._table.weight, self._table.weight[: len(names)]]).detach()
         self.table = nn.Embedding(*weight.shape, _weight=weight)
         encoder.set_input_embeddings(self.table)
@@ -81,7 +82,7 @@ class CustomDiffusion:
         timesteps = torch.randint(0, steps, (len(latents),), device=device)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         with torch.autocast(device.type, self.dtype) if self.dtype != torch.float32 else nullcontext():
-            context = self.base.text_encoder(self.ids.to(device)).last_hidden_state.float()
+            context = self.encoder(self.ids.to(device)).last_hidden_state.float()
         prediction = self.base.unet(noisy, timesteps, context).sample
         target = noise
         if self.base.prediction_type == "v_prediction":
@@ -99,5 +100,5 @@ class CustomDiffusion:
 
     def remove(self) -> None:
         """Restore the base."""
-        self.base.text_encoder.set_input_embeddings(self._table)
+        self.encoder.set_input_embeddings(self._table)
         self.base.unet.set_attn_processor(self._processors)

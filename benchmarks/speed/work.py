@@ -14,8 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from far_train.data.captions import Name, join_phrases
 from far_train.data.concepts import Composite, Concept, TrainingSet
-from far_train.models.base import BaseModel, build_parts, load_tokenizer
-from far_train.models.sampling import encode_prompts, plain_vocabulary
+from far_train.models.base import BaseModel
+from far_train.models.conditioning import TextConditioner, plain_vocabulary
+from far_train.models.families import SD21
+from far_train.models.loading import build_parts, load_tokenizer
 from far_train.training.recipe import TrainingRun
 from far_train.training.settings import TrainConfig
 
@@ -72,7 +74,7 @@ def random_base(configs: dict[str, Any], device: str = "cpu", dtype: torch.dtype
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype)
-        parts = build_parts(configs, device)
+        parts = build_parts(SD21, configs, device)
     finally:
         torch.set_default_dtype(before)
     if dtype != torch.float32:
@@ -82,10 +84,10 @@ def random_base(configs: dict[str, Any], device: str = "cpu", dtype: torch.dtype
         part.requires_grad_(False).eval()
     side = configs["unet"]["sample_size"] * 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
     return _Built(
-        family="sd21",
+        family=SD21,
         unet=parts["unet"],
         vae=parts["vae"],
-        text_encoder=parts["text_encoder"],
+        text_encoders=(parts["text_encoder"],),
         tokenizer=load_tokenizer(configs["tokenizer"]),
         scheduler=configs["scheduler"],
         prediction_type=configs["scheduler"]["prediction_type"],
@@ -141,7 +143,7 @@ def count_steps(configs: dict[str, Any], size: int, batch: int, dtype: torch.dty
     with FakeTensorMode(allow_non_fake_inputs=True):
         base = random_base(configs, dtype=dtype)
         constants: list[Tensor] = []
-        for part in (base.unet, base.text_encoder, base.vae):
+        for part in base.parts.values():
             constants += [*part.parameters(), *part.buffers()]
         for mode in ("fast", "lean"):
             config = work_config(batch, device="cpu", precision=precision, memory=mode)
@@ -165,13 +167,15 @@ def count_steps(configs: dict[str, Any], size: int, batch: int, dtype: torch.dty
 def _count_parts(base: BaseModel, size: int, constants: list[Tensor]) -> dict[str, Counts]:
     vocabulary = plain_vocabulary(base)
     prompts = [vocabulary.tokenize("a photo of a dog")]
-    context = encode_prompts(base, prompts)
+    conditioning = TextConditioner(base).encode(prompts, (size, size))
     side = size // base.downscale
     latents = torch.zeros(1, base.unet.config.in_channels, side, side)
     time = torch.zeros(1, dtype=torch.long)
     works = {
-        "unet forward": lambda: base.unet(latents.to(context.dtype), time, context),
-        "text encoder": lambda: encode_prompts(base, prompts),
+        "unet forward": lambda: base.unet(
+            latents.to(conditioning.context.dtype), time, conditioning.context, **conditioning.unet_kwargs()
+        ),
+        "text encoder": lambda: TextConditioner(base).encode(prompts, (size, size)),
         "vae encode": lambda: base.vae.encode(torch.zeros(1, 3, size, size)),
         "vae decode": lambda: base.vae.decode(latents),
     }

@@ -24,7 +24,7 @@ DEVICE = Argument("device", "auto, cpu, cuda, cuda:1, mps, xpu … (default: aut
 
 def open_base(inputs: Inputs) -> BaseModel:
     """The base model that :data:`BASE` names. Raises BaseModelError."""
-    from ..models.base import load_base
+    from ..models.loading import load_base
 
     return load_base(inputs["base"], prediction_type=inputs.get("prediction_type"), config=inputs.get("base_config"))
 

@@ -24,7 +24,8 @@ def generate(inputs: Inputs, config: SampleConfig) -> None:
     from ..data.images import save_picture
     from ..evaluation.sheets import picture_grid, save_sheet
     from ..models.apply import apply_weights
-    from ..models.sampling import draw_pictures, plain_vocabulary
+    from ..models.conditioning import plain_vocabulary
+    from ..models.sampling import draw_pictures
     from ..models.weights import FarWeights
     from ..utils.devices import choose_device
     from ..utils.files import make_folder, write_text

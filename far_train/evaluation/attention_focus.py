@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..data.captions import Name, locate_mentions
 from ..models.attention_maps import AttentionRecorder, supervised_layers
 from ..models.base import BaseModel
-from ..models.sampling import encode_prompts
+from ..models.conditioning import TextConditioner
 from ..models.tokens import Vocabulary
 from ..training.latent_cache import average_tokens
 from ..training.losses import add_noise
@@ -42,7 +42,8 @@ def attention_maps(
     pixels = image.permute(2, 0, 1)[None].to(base.device, base.vae.dtype) * 2 - 1
     latents = base.vae.encode(pixels).latent_dist.mean.float() * base.vae.config.scaling_factor
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(noise_seed)).to(latents)
-    context = encode_prompts(base, [prompt])
+    conditioning = TextConditioner(base).encode([prompt], tuple(image.shape[:2]))
+    context = conditioning.context
     recorder = AttentionRecorder(base.unet, supervised_layers(base.unet, *latents.shape[-2:], cells))
     maps = []
     try:
@@ -50,7 +51,7 @@ def attention_maps(
             time = torch.tensor([moment], device=base.device)
             noisy, _ = add_noise(latents, noise, base.alphas_cumprod.to(base.device)[time], base.prediction_type)
             with recorder.recording(select):
-                base.unet(noisy.to(context.dtype), time, context)
+                base.unet(noisy.to(context.dtype), time, context, **conditioning.unet_kwargs())
                 maps.append(recorder.maps(*latents.shape[-2:])[0].float().cpu())
     finally:
         recorder.remove()

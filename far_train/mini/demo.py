@@ -27,7 +27,8 @@ from ..evaluation.attention_focus import attention_maps, heat_over
 from ..evaluation.sheets import Page, checkerboard, contact_sheet, dataset_sheet, loss_curves, picture_grid
 from ..models.apply import apply_weights
 from ..models.base import BaseModel
-from ..models.sampling import draw_pictures, plain_vocabulary
+from ..models.conditioning import plain_vocabulary
+from ..models.sampling import draw_pictures
 from ..models.tokens import Vocabulary
 from ..training.recipe import Callbacks, train
 from ..training.run_folder import METRICS_FILE, read_metrics

@@ -11,7 +11,8 @@ from ..data.captions import Name
 from ..data.images import Photo
 from ..data.sam import load_sam
 from ..data.settings import FusionConfig
-from ..models.base import BaseModel, load_base
+from ..models.base import BaseModel
+from ..models.loading import load_base
 from ..models.settings import SampleConfig
 from ..training.settings import TrainConfig
 from ..utils.errors import BaseModelError

@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ..models.base import PARTS, build_parts, packaged_configs
-from ..models.keys import diffusers_to_ldm, strip_text_model
+from ..models.families import SD21
+from ..models.keys import diffusers_to_ldm
+from ..models.loading import build_parts, packaged_configs
 
 WIDTH = 32
 
 
 def tiny_configs(prediction_type: str = "v_prediction", size: int = 128) -> dict[str, Any]:
     """Component configs of SD 2.1 with everything made small; ``size`` is the native side in pixels."""
-    configs = packaged_configs(prediction_type)
+    configs = packaged_configs(SD21, prediction_type)
     blocks = (32, 64, 64, 64)
     configs["unet"] |= {
         "block_out_channels": blocks,
@@ -46,18 +47,18 @@ def random_states(configs: dict[str, Any], seed: int = 0) -> dict[str, dict[str,
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         states = {}
-        for part, module in build_parts(configs, device="cpu").items():
+        for part, module in build_parts(SD21, configs, device="cpu").items():
             states[part] = {k: v.clone() for k, v in module.state_dict().items() if not k.endswith("position_ids")}
     return states
 
 
 def write_folder(folder: Path, configs: dict[str, Any], states: dict[str, dict[str, torch.Tensor]]) -> Path:
     """Write a base in diffusers' folder layout."""
-    for part in PARTS:
+    for part, state in states.items():
         (folder / part).mkdir(parents=True, exist_ok=True)
         (folder / part / "config.json").write_text(json.dumps(configs[part], indent=2))
-        name = "model.safetensors" if part == "text_encoder" else "diffusion_pytorch_model.safetensors"
-        save_file(states[part], folder / part / name)
+        name = "model.safetensors" if part.startswith("text_encoder") else "diffusion_pytorch_model.safetensors"
+        save_file(state, folder / part / name)
     (folder / "scheduler").mkdir(exist_ok=True)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(configs["scheduler"], indent=2))
     shutil.copytree(configs["tokenizer"], folder / "tokenizer", dirs_exist_ok=True)
@@ -66,7 +67,7 @@ def write_folder(folder: Path, configs: dict[str, Any], states: dict[str, dict[s
 
 def single_file_state(configs: dict[str, Any], states: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The same base as one state dict in the original (LDM) layout."""
-    return diffusers_to_ldm(states["unet"], states["vae"], strip_text_model(states["text_encoder"]), configs)
+    return diffusers_to_ldm(states, configs, SD21)
 
 
 if __name__ == "__main__":

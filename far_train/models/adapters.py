@@ -18,9 +18,11 @@ from torch.nn import functional as F
 
 from ..utils.errors import WeightsError
 from ..utils.seeding import derive_seed
-from .base import BaseModel, attention_projections, kv_layers
+from .base import BaseModel
+from .conditioning import TextConditioner
+from .layers import attention_projections, kv_layers
 from .settings import AdapterSettings
-from .tokens import ModifierEmbedding, Vocabulary, initial_rows, norm_limits
+from .tokens import Vocabulary, initial_rows, norm_limits
 from .weights import FarWeights, LowRankDelta
 
 log = logging.getLogger(__name__)
@@ -29,28 +31,23 @@ log = logging.getLogger(__name__)
 class Adapter(ABC):
     """Trainable parameters injected into a base model. The base's own weights are never written.
 
+    ``rows`` are the embeddings of the placeholder tokens, [concepts × vectors, width] for each text encoder.
     Subclasses add what changes in the UNet; :func:`inject_adapter` chooses one.
     """
 
     def __init__(self, base: BaseModel, vocabulary: Vocabulary):
         from .memory_efficient import MemoryEfficientLayers  # loads diffusers, which takes seconds
 
-        self._base, self._vocabulary = base, vocabulary
-        table = base.text_encoder.get_input_embeddings()
-        self._norm_limits = norm_limits(table.weight, vocabulary)
-        self._embedding = ModifierEmbedding(table, initial_rows(table.weight, vocabulary))
-        base.text_encoder.set_input_embeddings(self._embedding)
+        self._vocabulary, self._conditioner = vocabulary, TextConditioner(base)
+        tables = self._conditioner.tables
+        self._norm_limits = [norm_limits(table, vocabulary) for table in tables]
+        self.rows = self._conditioner.inject([initial_rows(table, vocabulary) for table in tables])
         self._memory_efficient = MemoryEfficientLayers(base.unet)
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
 
     def _replace(self, owner: nn.Module, name: str, module: nn.Module) -> None:
         self._replaced.append((owner, name, getattr(owner, name)))
         setattr(owner, name, module)
-
-    @property
-    def rows(self) -> nn.Parameter:
-        """Embeddings of the placeholder tokens, [concepts × vectors, width]."""
-        return self._embedding.rows
 
     @abstractmethod
     def unet_parameters(self) -> dict[str, nn.Parameter]:
@@ -86,16 +83,18 @@ class Adapter(ABC):
         if left := [token for token in weights.embeddings if token not in known]:
             log.warning("The weights to continue from also know %s, which the dataset lacks.", ", ".join(left))
         for token in weights.embeddings.keys() & set(known):
-            own, learned = self._vocabulary.rows(token), weights.embeddings[token]
-            if len(own) != len(learned):
+            own, vectors = self._vocabulary.rows(token), weights.vectors
+            if len(own) != vectors:
                 raise WeightsError(
-                    f"continue_from: {token} has {len(learned)} vectors there; set vectors_per_token to {len(learned)}"
+                    f"continue_from: {token} has {vectors} vectors there; set vectors_per_token to {vectors}"
                 )
-            self.rows.detach()[own.start : own.stop] = learned.to(self.rows)
+            for encoder, rows in zip(weights.encoders, self.rows, strict=True):
+                rows.detach()[own.start : own.stop] = weights.embeddings[token][encoder].to(rows)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """All parameters by their names in checkpoints."""
-        return {"rows": self.rows, **self.unet_parameters()}
+        rows = {f"rows{i or ''}": rows for i, rows in enumerate(self.rows)}
+        return {**rows, **self.unet_parameters()}
 
     def gradients(self) -> list[Tensor]:
         """The gradient of each parameter; zeros where no sample used it, as class images use no placeholder token."""
@@ -113,10 +112,10 @@ class Adapter(ABC):
         unet_lr = config.change_lr * samples_per_step
         optimizer = torch.optim.AdamW(
             [
-                {"params": [self.rows], "lr": config.embedding_lr, "weight_decay": 0.0},
+                {"params": self.rows, "lr": config.embedding_lr, "weight_decay": 0.0},
                 {"params": list(self.unet_parameters().values()), "lr": unet_lr, "weight_decay": config.weight_decay},
             ],
-            fused=self.rows.device.type in ("cuda", "cpu"),  # one launch, and it can skip a step without the host
+            fused=self.rows[0].device.type in ("cuda", "cpu"),  # one launch, and it can skip a step without the host
         )
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
@@ -125,13 +124,14 @@ class Adapter(ABC):
     @torch.no_grad()
     def cap_norms(self) -> None:
         """Scale embedding rows down to the norm of their class noun. Rows within rounding of it stay as they are."""
-        excess = self.rows.norm(dim=1, keepdim=True) / self._norm_limits
-        self.rows.div_(torch.where(excess > 1 + 1e-6, excess, 1))
+        for rows, limits in zip(self.rows, self._norm_limits):
+            excess = rows.norm(dim=1, keepdim=True) / limits
+            rows.div_(torch.where(excess > 1 + 1e-6, excess, 1))
 
     def remove(self) -> None:
         """Leave the base as it was found."""
         self._memory_efficient.remove()
-        self._base.text_encoder.set_input_embeddings(self._embedding.table)
+        self._conditioner.remove()
         for owner, name, module in self._replaced:
             setattr(owner, name, module)
 

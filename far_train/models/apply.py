@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..utils.errors import ConfigError, WeightsError
-from .base import BaseModel, attention_projections
+from .base import BaseModel
+from .conditioning import TextConditioner
+from .layers import attention_projections
 from .settings import SampleConfig
-from .tokens import ModifierEmbedding, Vocabulary, noun_embedding
+from .tokens import Vocabulary, noun_embedding
 from .weights import FarWeights
 
 
@@ -22,8 +24,8 @@ def apply_weights(weights: FarWeights, base: BaseModel, config: SampleConfig = S
     concept's embedding between its class noun's (0) and the learned one (1). Raises WeightsError if the weights don't
     fit the base or if the base has some already, ConfigError if ``concept_strength`` names an unknown token.
     """
-    table = base.text_encoder.get_input_embeddings()
-    if isinstance(table, ModifierEmbedding):
+    conditioner = TextConditioner(base)
+    if conditioner.has_placeholders:
         raise WeightsError(
             "weights: this base has FaR weights already; load it anew, or use 'with applied_weights(weights, base)', "
             "which takes them out again"
@@ -37,10 +39,10 @@ def apply_weights(weights: FarWeights, base: BaseModel, config: SampleConfig = S
         projection = projections[name]
         merged = projection.weight.detach() + config.strength * weights.delta(name).to(projection.weight)
         projection.weight = nn.Parameter(merged, requires_grad=False)  # the old tensor may be the caller's own
-    vectors = len(next(iter(weights.embeddings.values())))
-    vocabulary = Vocabulary(base.tokenizer, weights.names, table.num_embeddings, vectors)
-    rows = _embedding_rows(weights, table.weight, vocabulary, config.concept_strength or {})
-    base.text_encoder.set_input_embeddings(ModifierEmbedding(table, rows))
+    vocabulary = Vocabulary(base.tokenizer, weights.names, base.tokenizer_size, weights.vectors)
+    strengths = config.concept_strength or {}
+    tables = zip(weights.encoders, conditioner.tables, strict=True)
+    conditioner.inject([_embedding_rows(weights, encoder, table, vocabulary, strengths) for encoder, table in tables])
     return vocabulary
 
 
@@ -52,12 +54,14 @@ def applied_weights(
 
     Arguments, result and errors are those of :func:`apply_weights`.
     """
-    table = base.text_encoder.get_input_embeddings()
+    conditioner = TextConditioner(base)
+    others = conditioner.has_placeholders  # of other weights, which stay when these are refused
     before = [(projection, projection.weight) for projection in _projections(base).values()]
     try:
         yield apply_weights(weights, base, config)
     finally:
-        base.text_encoder.set_input_embeddings(table)
+        if not others:
+            conditioner.remove()
         for projection, weight in before:
             projection.weight = weight
 
@@ -66,10 +70,13 @@ def _projections(base: BaseModel) -> dict[str, nn.Linear]:
     return {name: getattr(owner, part) for name, (owner, part) in attention_projections(base.unet).items()}
 
 
-def _embedding_rows(weights: FarWeights, table: Tensor, vocabulary: Vocabulary, strengths: dict[str, float]) -> Tensor:
-    """Embedding rows [concepts × vectors, width] at these concept strengths, by default 1."""
+def _embedding_rows(
+    weights: FarWeights, encoder: str, table: Tensor, vocabulary: Vocabulary, strengths: dict[str, float]
+) -> Tensor:
+    """Embedding rows [concepts × vectors, width] for a text encoder at these concept strengths, by default 1."""
     rows = []
     for name in weights.names:
         noun = noun_embedding(table, vocabulary, name.noun)
-        rows.append(torch.lerp(noun, weights.embeddings[name.token].float().to(noun), strengths.get(name.token, 1.0)))
+        learned = weights.embeddings[name.token][encoder].float().to(noun)
+        rows.append(torch.lerp(noun, learned, strengths.get(name.token, 1.0)))
     return torch.cat(rows)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..utils.files import RESERVED_NAMES, write_tensors
-from .base import FAMILIES
 from .lora_files import exact_factorization, lora_tensors, truncated_svd
 from .weights import FarWeights, LowRankDelta
 
@@ -34,11 +33,10 @@ def export_embeddings(weights: FarWeights, folder: Path) -> list[Path]:
 
     Returns their paths in the order of the concepts. Raises OutputError.
     """
-    key = FAMILIES[weights.provenance.family].embedding_key
     paths = []
-    for token, embedding in weights.embeddings.items():
+    for token, embeddings in weights.embeddings.items():
         path = folder / f"{file_stem(token)}.safetensors"
-        write_tensors(path, {key: embedding.float()}, {"format": "pt"})
+        write_tensors(path, {encoder: embedding.float() for encoder, embedding in embeddings.items()}, {"format": "pt"})
         paths.append(path)
     return paths
 

@@ -1,10 +1,10 @@
 """Weight names: diffusers and Hugging Face folders ↔ single files of the original latent diffusion code ("LDM").
 
-For the shapes of SD 1.x and 2.x. Each component has a table {diffusers module: LDM module} that follows from its
-config.json. A name is translated by exchanging the longest leading part that stands in the table, so one table serves
-parameters (`….to_k.weight`) and modules (`….to_k`), and its inverse serves the way back. Three things are more than
-names, and stand in functions of their own: the VAE's attention (1×1 convolutions in LDM), OpenCLIP's fused q/k/v, and
-OpenCLIP's last layer, which SD 2.x never runs.
+For the shapes of Stable Diffusion 1.x and 2.x. Each component has a table {diffusers module: LDM module} that follows
+from its config.json. A name is translated by exchanging the longest leading part that stands in the table. So one table
+serves parameters (`….to_k.weight`) and modules (`….to_k`), and its inverse serves the way back. Three things are more
+than names, and stand in functions of their own: the VAE's attention (1×1 convolutions in LDM), OpenCLIP's fused q/k/v,
+and OpenCLIP's last layer, which SD 2.x never runs.
 """
 
 from __future__ import annotations
@@ -15,22 +15,13 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from ..utils.errors import BaseModelError
+from .families import Family, TextEncoderSpec
 
 StateDict = dict[str, torch.Tensor]
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
-OPENCLIP_PREFIX = "cond_stage_model.model."
-# Where a single file keeps its parts: SD 1.x holds a Hugging Face text encoder; sgm's SD 2.x has a prefix of its own.
-PREFIXES = {
-    UNET_PREFIX: "unet",
-    VAE_PREFIX: "vae",
-    OPENCLIP_PREFIX: "text_encoder",
-    "conditioner.embedders.0.model.": "text_encoder",
-    "cond_stage_model.transformer.": "text_encoder",
-}
-
-PART_NAMES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder"}
+PART_NAMES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
 # How the names of files begin that hold one part alone.
 LONE_PARTS = {
     "diffusion_model.": "unet",
@@ -215,37 +206,43 @@ def strip_text_model(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
     return {name.removeprefix("text_model."): tensor for name, tensor in state_dict.items()}
 
 
+def part_prefixes(family: Family) -> dict[str, str]:
+    """Where a single file keeps the parts of a model: {prefix of weight names: part}."""
+    text = {prefix: spec.part for spec in family.text_encoders for prefix in spec.prefixes}
+    return {UNET_PREFIX: "unet", VAE_PREFIX: "vae", **text}
+
+
 def ldm_to_diffusers(
-    state_dict: Mapping[str, torch.Tensor], configs: Mapping[str, Mapping]
+    state_dict: Mapping[str, torch.Tensor], configs: Mapping[str, Mapping], family: Family
 ) -> tuple[dict[str, StateDict], list[str]]:
     """Split a whole single file into diffusers state dicts.
 
-    `configs` has the config.json of 'unet', 'vae', 'text_encoder'. Returns ({'unet', 'vae', 'text_encoder': state
-    dict}, sorted names in the file that belong nowhere). Text names are without `text_model.`; both OpenCLIP's and
-    Hugging Face's layout are read, and layers beyond `num_hidden_layers` are dropped. Known harmless extras (averaged
+    `configs` has the config.json of each of the family's parts. Returns ({part: state dict}, sorted names in the file
+    that belong nowhere). Text names are without `text_model.`; both OpenCLIP's and Hugging Face's layout are read, and
+    layers beyond `num_hidden_layers` are dropped. Known harmless extras (averaged
     weights, schedules, losses, text_projection) are ignored. That every weight of the model is there, in its shape,
     is for the caller to check. Raises BaseModelError if a weight is there twice or can't be split.
     """
-    unet_names, vae_names = inverse(unet_table(configs["unet"])), inverse(vae_table(configs["vae"]))
-    text = text_table(configs["text_encoder"])
-    # The Hugging Face layout needs no renaming, only the same check that each name is known.
-    text_names = inverse(text) | {ours: ours for ours in text}
-    names = {"unet": unet_names, "vae": vae_names, "text_encoder": text_names}
-
+    names = {"unet": inverse(unet_table(configs["unet"])), "vae": inverse(vae_table(configs["vae"]))}
+    for spec in family.text_encoders:
+        text = text_table(configs[spec.part])
+        # The Hugging Face layout needs no renaming, only the same check that each name is known.
+        names[spec.part] = inverse(text) | {ours: ours for ours in text}
+    prefixes = part_prefixes(family)
     parts: dict[str, StateDict] = {part: {} for part in names}
     unplaced = []
     for full_name, tensor in state_dict.items():
         if full_name in IGNORED_NAMES or full_name.startswith(IGNORED_PREFIXES):
             continue
-        prefix = next((prefix for prefix in PREFIXES if full_name.startswith(prefix)), None)
+        prefix = next((prefix for prefix in prefixes if full_name.startswith(prefix)), None)
         if prefix is None:
             unplaced.append(full_name)
             continue
-        part, name = PREFIXES[prefix], full_name[len(prefix) :]
+        part, name = prefixes[prefix], full_name[len(prefix) :]
         pieces = {name: tensor}
-        if part == "text_encoder":
+        if part not in ("unet", "vae"):
             name = name.removeprefix("text_model.")
-            if _is_unused_text(name, configs["text_encoder"]):
+            if _is_unused_text(name, configs[part]):
                 continue
             pieces = _split_in_proj(name, tensor)
         for piece, value in pieces.items():
@@ -259,47 +256,56 @@ def ldm_to_diffusers(
     return parts, sorted(unplaced)
 
 
-def check_whole(names: Iterable[str], where: str) -> None:
+def check_whole(names: Iterable[str], where: str, family: Family) -> None:
     """Refuse a single file that doesn't hold all parts of a model. Raises BaseModelError naming what lacks."""
     names = list(names)
-    held = {part for prefix, part in PREFIXES.items() if any(n.startswith(prefix) for n in names)}
-    if held == set(PART_NAMES):
+    held = {part for prefix, part in part_prefixes(family).items() if any(n.startswith(prefix) for n in names)}
+    if held == set(family.parts):
         return
     lone = next((p for begin, p in LONE_PARTS.items() if any(n.startswith(begin) for n in names)), None)
     held = held or ({lone} if lone else held)
-    lacking = " and no ".join(called for part, called in PART_NAMES.items() if part not in held)
+    lacking = " and no ".join(PART_NAMES[part] for part in family.parts if part not in held)
     alone = f"is a {PART_NAMES[next(iter(held))]} alone" if len(held) == 1 else "is no whole model"
     raise BaseModelError(f"base: {where} {alone}: it holds no {lacking}; give the whole checkpoint")
 
 
 def diffusers_to_ldm(
-    unet: Mapping[str, torch.Tensor],
-    vae: Mapping[str, torch.Tensor],
-    text_encoder: Mapping[str, torch.Tensor],
+    parts: Mapping[str, Mapping[str, torch.Tensor]],
     configs: Mapping[str, Mapping],
-    extra_text_layer: bool = True,
+    family: Family,
+    unused_text_layers: bool = True,
 ) -> StateDict:
-    """One single-file state dict of diffusers state dicts, its text encoder in OpenCLIP's layout (SD 2.x).
+    """One single-file state dict of the diffusers state dict of each part.
 
-    `configs` as in `ldm_to_diffusers`; text names with or without `text_model.`. SD 2.x conditions on the output of
-    the layer before OpenCLIP's last, so diffusers leaves the last one out, while loaders of single files expect it:
-    `extra_text_layer` adds a copy of the last layer there is, to stand in that place; its output is never used.
-    Unchanged tensors are shared with the inputs. Raises BaseModelError if a name is unknown or a q/k/v is missing.
+    `configs` as in `ldm_to_diffusers`; text names with or without `text_model.`. Where diffusers leaves out layers of
+    a text encoder whose output is never used, loaders of single files expect them all the same: `unused_text_layers`
+    adds copies of the last layer there is, to stand in their place. Unchanged tensors are shared with the inputs.
+    Raises BaseModelError if a name is unknown or a q/k/v is missing.
     """
-    text_encoder = {n: t for n, t in strip_text_model(text_encoder).items() if not n.endswith(IGNORED_TEXT_ENDS)}
-    vae = {name: _unsqueeze_attention(name, tensor) for name, tensor in vae.items()}
-    text = _rename_all(text_encoder, text_table(configs["text_encoder"]), "text_encoder")
-    text = _fuse_in_proj(text)
-    if extra_text_layer:
-        count = configs["text_encoder"]["num_hidden_layers"]
-        last, extra = f"transformer.resblocks.{count - 1}.", f"transformer.resblocks.{count}."
+    vae = {name: _unsqueeze_attention(name, tensor) for name, tensor in parts["vae"].items()}
+    whole = _prefixed(UNET_PREFIX, _rename_all(parts["unet"], unet_table(configs["unet"]), "unet"))
+    whole |= _prefixed(VAE_PREFIX, _rename_all(vae, vae_table(configs["vae"]), "vae"))
+    for spec in family.text_encoders:
+        text = _text_to_ldm(spec, parts[spec.part], configs[spec.part], unused_text_layers)
+        whole |= _prefixed(spec.prefixes[0], text)
+    return whole
+
+
+def _text_to_ldm(
+    spec: TextEncoderSpec, state_dict: Mapping[str, torch.Tensor], config: Mapping, unused_layers: bool
+) -> StateDict:
+    plain = {n: t for n, t in strip_text_model(state_dict).items() if not n.endswith(IGNORED_TEXT_ENDS)}
+    renamed = _rename_all(plain, text_table(config), spec.part)
+    if spec.checkpoint_layout == "hf":
+        return _prefixed("text_model.", plain)
+    text = _fuse_in_proj(renamed, spec.part)
+    count = config["num_hidden_layers"]
+    last = f"transformer.resblocks.{count - 1}."
+    for layer in range(count, count + spec.unused_layers if unused_layers else count):
+        extra = f"transformer.resblocks.{layer}."
         # Cloned, because safetensors refuses two names for one storage.
         text |= {extra + n.removeprefix(last): t.clone() for n, t in text.items() if n.startswith(last)}
-    return {
-        **_prefixed(UNET_PREFIX, _rename_all(unet, unet_table(configs["unet"]), "unet")),
-        **_prefixed(VAE_PREFIX, _rename_all(vae, vae_table(configs["vae"]), "vae")),
-        **_prefixed(OPENCLIP_PREFIX, text),
-    }
+    return text
 
 
 def _field(config: Mapping, part: str, field: str):
@@ -360,7 +366,7 @@ def _split_in_proj(name: str, tensor: torch.Tensor) -> StateDict:
     return {f"{match[1]}{part}.{match[2]}": third.clone() for part, third in zip("qkv", tensor.chunk(3), strict=True)}
 
 
-def _fuse_in_proj(state_dict: StateDict) -> StateDict:
+def _fuse_in_proj(state_dict: StateDict, part: str) -> StateDict:
     """The inverse of `_split_in_proj` for a whole state dict."""
     fused: StateDict = {}
     for name, tensor in state_dict.items():
@@ -368,9 +374,9 @@ def _fuse_in_proj(state_dict: StateDict) -> StateDict:
         if match is None:
             fused[name] = tensor
             continue
-        thirds = [f"{match[1]}{part}.{match[3]}" for part in "qkv"]
+        thirds = [f"{match[1]}{third}.{match[3]}" for third in "qkv"]
         if missing := [third for third in thirds if third not in state_dict]:
-            raise BaseModelError(f"text_encoder: {name} is there, but not {_some(missing)}")
+            raise BaseModelError(f"{part}: {name} is there, but not {_some(missing)}")
         if match[2] == "q":
             fused[f"{match[1]}in_proj_{match[3]}"] = torch.cat([state_dict[third] for third in thirds])
     return fused

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,56 +13,14 @@ from torch import Tensor
 from ..utils.errors import ConfigError
 from ..utils.out_of_memory import in_batches, with_less_memory
 from .base import BaseModel
+from .conditioning import TextConditioner
 from .settings import SampleConfig
-from .tokens import TokenizedPrompt, Vocabulary, unknown_tokens
+from .tokens import Vocabulary, unknown_tokens
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, SchedulerMixin
 
 log = logging.getLogger(__name__)
-
-
-class TextCache:
-    """What of prompts can't change while training, on the device: their token ids, and the text conditioning of those
-    without modifiers. ``prompts`` are prepared at once; others when they are met."""
-
-    def __init__(self, base: BaseModel, prompts: Sequence[TokenizedPrompt] = ()) -> None:
-        self._encoder, self._size = base.text_encoder, base.tokenizer_size
-        self._ids: dict[tuple[int, ...], Tensor] = {}
-        self._encoded: dict[tuple[int, ...], Tensor] = {}
-        for ids in dict.fromkeys(p.ids for p in prompts):
-            prepare = self.ids if self.is_learned(ids) else self.encoded
-            prepare(ids)
-
-    def is_learned(self, ids: tuple[int, ...]) -> bool:
-        """Whether a modifier stands in a prompt."""
-        return max(ids) >= self._size
-
-    def ids(self, ids: tuple[int, ...]) -> Tensor:
-        """Token ids [length] on the device."""
-        if ids not in self._ids:
-            self._ids[ids] = torch.tensor(ids, device=self._encoder.device)
-        return self._ids[ids]
-
-    @torch.no_grad()
-    def encoded(self, ids: tuple[int, ...]) -> Tensor:
-        """Text conditioning [length, width] of a prompt without modifiers."""
-        if ids not in self._encoded:
-            self._encoded[ids] = self._encoder(self.ids(ids)[None]).last_hidden_state[0]
-        return self._encoded[ids]
-
-
-def encode_prompts(base: BaseModel, prompts: Sequence[TokenizedPrompt], cache: TextCache | None = None) -> Tensor:
-    """Text conditioning [B, length, width]; equal prompts are encoded once, with gradients where modifiers stand."""
-    cache = cache or TextCache(base)
-    unique = list(dict.fromkeys(p.ids for p in prompts))
-    learned = [ids for ids in unique if cache.is_learned(ids)]
-    encoded = {ids: cache.encoded(ids) for ids in unique if ids not in learned}
-    if learned:
-        encoded |= dict(zip(learned, base.text_encoder(torch.stack([cache.ids(i) for i in learned])).last_hidden_state))
-    return torch.stack([encoded[p.ids] for p in prompts])
-
-
-def plain_vocabulary(base: BaseModel) -> Vocabulary:
-    """The base's own words, with no concept added."""
-    return Vocabulary(base.tokenizer, (), base.tokenizer_size)
 
 
 @torch.no_grad()
@@ -82,7 +42,7 @@ def draw_pictures(
     width in pixels, where the config has none; default the base's own. ``on_progress(done, total)`` counts sampling
     steps and may raise to stop.
     """
-    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
     scheduler = DDIMScheduler if config.sampler == "ddim" else DPMSolverMultistepScheduler
     seeds = seeds or range(config.sample_seed, config.sample_seed + len(prompts))
@@ -91,17 +51,8 @@ def draw_pictures(
     check_size(base, height, width)
     for token in sorted({t for p in prompts for t in unknown_tokens(p, [n.token for n in vocabulary.names])}):
         log.warning("The prompt holds %s, which no loaded concept has: it is read as plain text.", token)
-    pipeline = StableDiffusionPipeline(
-        vae=base.vae,
-        text_encoder=None,  # prompts come encoded; asked for its dtype, it would name that of the modifiers' fp32 rows
-        tokenizer=None,
-        unet=base.unet,
-        scheduler=scheduler.from_config(base.scheduler),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = _pipeline(base, scheduler.from_config(base.scheduler))
+    conditioner = TextConditioner(base)
     total = -(-len(prompts) // config.sample_batch) * config.sampling_steps
     done = 0
 
@@ -118,8 +69,8 @@ def draw_pictures(
         tokenized = [vocabulary.tokenize(prompts[i], truncate=True) for i in batch]
         negative = [vocabulary.tokenize(config.negative_prompt, truncate=True)] * len(batch)
         latents = pipeline(
-            prompt_embeds=encode_prompts(base, tokenized),
-            negative_prompt_embeds=encode_prompts(base, negative),
+            **conditioner.encode(tokenized, (height, width)).pipeline_kwargs(),
+            **conditioner.encode(negative, (height, width)).pipeline_kwargs("negative_"),
             generator=[torch.Generator("cpu").manual_seed(seeds[i]) for i in batch],
             height=height,
             width=width,
@@ -136,6 +87,19 @@ def draw_pictures(
         return [(picture / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) for picture in decoded]
 
     return torch.cat(in_batches(draw, len(prompts), config.sample_batch, "pictures"))
+
+
+def _pipeline(base: BaseModel, scheduler: SchedulerMixin) -> DiffusionPipeline:
+    """The family's pipeline without text encoders: prompts come encoded. Asked for its dtype, a text encoder would
+    name that of the placeholder tokens' fp32 rows."""
+    import diffusers
+
+    kind = getattr(diffusers, base.family.pipeline)
+    given = {"vae": base.vae, "unet": base.unet, "scheduler": scheduler, "requires_safety_checker": False}
+    wanted = inspect.signature(kind).parameters.values()
+    pipeline = kind(**{p.name: given.get(p.name) for p in wanted if p.name in given or p.default is p.empty})
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def check_size(base: BaseModel, height: int, width: int) -> None:

@@ -1,8 +1,9 @@
-"""Modifier tokens: their ids, their places in a prompt, and their embedding rows.
+"""Placeholder tokens: their ids, their places in a prompt, and their embedding rows.
 
-The tokenizer and the embedding table of the base stay as they are. A prompt is split at the modifier tokens, the
-rest is tokenized as always, and modifiers get ids behind the table's last row; :class:`ModifierEmbedding` serves
-those ids from a small parameter of its own. So nothing that is frozen can change, and no token can split.
+The tokenizer and the embedding table of the base stay as they are. A prompt is split at the placeholder tokens and the
+rest is tokenized as always. The placeholder tokens get ids behind the table's last row, which
+:class:`PlaceholderEmbedding` serves from a small parameter of its own. So nothing that is frozen can change, and no
+token can split.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ class TokenizedPrompt:
 
 
 class Vocabulary:
-    """A base tokenizer together with the modifier tokens of some concepts.
+    """A base tokenizer together with the placeholder tokens of some concepts.
 
     ``tokenizer`` is a fast CLIP tokenizer; ``names`` are the concepts in the order of their embedding rows;
-    each modifier stands for ``vectors`` consecutive rows.
+    each placeholder token stands for ``vectors`` consecutive rows.
     """
 
     def __init__(self, tokenizer: Any, names: Sequence[Name], table_rows: int, vectors: int = 1):
@@ -64,7 +65,7 @@ class Vocabulary:
             self._rows[token] = range(i * vectors, (i + 1) * vectors)
 
     def rows(self, token: str) -> range:
-        """Embedding rows of a modifier token, counted from 0."""
+        """Embedding rows of a placeholder token, counted from 0."""
         return self._rows[token]
 
     def tokenize(self, text: str, *, truncate: bool = False) -> TokenizedPrompt:
@@ -96,7 +97,7 @@ class Vocabulary:
 
 
 def _split(text: str, tokens: dict[str, Any]) -> list[tuple[int, str]]:
-    """Pieces of ``text`` with their starts, cut at every known modifier token."""
+    """Pieces of ``text`` with their starts, cut at every known placeholder token."""
     if not tokens:
         return [(0, text)] if text else []
     pattern = re.compile("(" + "|".join(re.escape(t) for t in tokens) + ")", re.IGNORECASE)
@@ -114,8 +115,8 @@ def unknown_tokens(prompt: str, known: Sequence[str]) -> list[str]:
     return [t for t in re.findall(r"<[^<>\s|]+>", prompt) if t.lower() not in known]
 
 
-class ModifierEmbedding(nn.Module):
-    """The base's embedding table (frozen) with the modifiers' rows behind it.
+class PlaceholderEmbedding(nn.Module):
+    """The base's embedding table (frozen) with the placeholder tokens' rows behind it.
 
     ``rows`` [n, width] is the one parameter that learns; it keeps fp32 whatever the table's precision is.
     """
@@ -131,12 +132,12 @@ class ModifierEmbedding(nn.Module):
         return self.table.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Embed ids [..., length] → [..., length, width]; ids from ``len(table)`` on are modifiers."""
+        """Embed ids [..., length] → [..., length, width]; ids from ``len(table)`` on are placeholder tokens."""
         size = self.table.num_embeddings
-        is_modifier = ids >= size
+        is_placeholder = ids >= size
         embedded = self.table(ids.clamp(max=size - 1))
-        modifiers = self.rows[(ids - size).clamp(min=0, max=len(self.rows) - 1)].to(embedded.dtype)
-        return torch.where(is_modifier.unsqueeze(-1), modifiers, embedded)
+        placeholders = self.rows[(ids - size).clamp(min=0, max=len(self.rows) - 1)].to(embedded.dtype)
+        return torch.where(is_placeholder.unsqueeze(-1), placeholders, embedded)
 
 
 def noun_embedding(table: Tensor, vocabulary: Vocabulary, noun: str) -> Tensor:
@@ -145,7 +146,7 @@ def noun_embedding(table: Tensor, vocabulary: Vocabulary, noun: str) -> Tensor:
 
 
 def initial_rows(table: Tensor, vocabulary: Vocabulary) -> Tensor:
-    """First embeddings of all modifiers, [concepts × vectors, width] in fp32.
+    """First embeddings of all placeholder tokens, [concepts × vectors, width] in fp32.
 
     Every row starts from a rare word of its own, scaled to its class noun's norm: two dogs that both started from
     "dog" would start identical. A vocabulary without the rare words gives its last merges, its rarest entries.
@@ -168,7 +169,10 @@ def initial_rows(table: Tensor, vocabulary: Vocabulary) -> Tensor:
 
 
 def norm_limits(table: Tensor, vocabulary: Vocabulary) -> Tensor:
-    """Largest allowed norm of every modifier row, [rows, 1]: its class noun's, so that no concept drowns a prompt."""
+    """The largest norm that each placeholder row may have, [rows, 1]: its class noun's.
+
+    Longer rows would drown the other words of a prompt.
+    """
     limits = [
         noun_embedding(table, vocabulary, name.noun).norm()
         for name in vocabulary.names

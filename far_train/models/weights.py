@@ -20,8 +20,11 @@ from ..data.captions import Name, check_noun, check_token
 from ..utils.config import SCHEMA_VERSION
 from ..utils.errors import FarError, UnreadableFile, WeightsError
 from ..utils.files import parse_json, read_tensors, write_tensors
-from .base import FAMILIES, BaseModel, attention_projections, kv_layers
+from .base import BaseModel
+from .conditioning import TextConditioner
+from .families import FAMILIES
 from .fingerprint import fingerprint
+from .layers import attention_projections, kv_layers
 
 log = logging.getLogger(__name__)
 
@@ -73,12 +76,13 @@ class LowRankDelta:
 class FarWeights:
     """Everything that a training learned.
 
-    ``embeddings`` holds rows [vectors, width] by placeholder token. The UNet's changes are stored by the layer's
+    ``embeddings`` holds rows [vectors, width] by placeholder token and by text encoder, the latter by its name in
+    ComfyUI, ``clip_h``. The UNet's changes are stored by the layer's
     original (LDM) name, such as ``input_blocks.1.1.transformer_blocks.0.attn2.to_k``: either ``deltas``, dense
     matrices [out, in] of all cross-attention K and V, or ``low_rank_deltas`` of all attention projections.
     """
 
-    embeddings: dict[str, Tensor]
+    embeddings: dict[str, dict[str, Tensor]]
     deltas: dict[str, Tensor]
     provenance: Provenance
     low_rank_deltas: dict[str, LowRankDelta] = field(default_factory=dict)
@@ -87,11 +91,26 @@ class FarWeights:
     def names(self) -> tuple[Name, ...]:
         return tuple(Name(self.provenance.nouns[t], t) for t in self.embeddings)
 
+    @property
+    def vectors(self) -> int:
+        """Vectors of each token."""
+        return len(next(iter(next(iter(self.embeddings.values())).values())))
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """The text encoders that the tokens have embeddings for, by their names in ComfyUI, in the base's order."""
+        return FAMILIES[self.provenance.family].comfy_names
+
     def save(self, path: Path) -> None:
         """Write one ``.safetensors`` file. Raises OutputError."""
-        tensors = {f"embedding.{t}": e for t, e in self.embeddings.items()}
+        tensors = {f"embedding.{t}": e for t, e in self._token_tensors().items()}
         tensors |= self._delta_tensors()
         write_tensors(path, tensors, {"format": "pt", "far": json.dumps(asdict(self.provenance))})
+
+    def _token_tensors(self) -> dict[str, Tensor]:
+        """The embeddings by placeholder token: files of this schema have them for one text encoder."""
+        (encoder,) = self.encoders
+        return {token: embeddings[encoder] for token, embeddings in self.embeddings.items()}
 
     def _delta_tensors(self) -> dict[str, Tensor]:
         """The UNet's changes by their names in the file."""
@@ -131,7 +150,9 @@ class FarWeights:
         for name in ups.keys() | downs.keys():
             if name not in ups or name not in downs or ups[name].shape[1] != downs[name].shape[0]:
                 raise WeightsError(f"weights: {path}: up and down of {name} don't match; the file is damaged")
-        return cls(embeddings, deltas, provenance, {name: LowRankDelta(ups[name], downs[name]) for name in ups})
+        (encoder,) = FAMILIES[provenance.family].comfy_names
+        learned = {token: {encoder: embedding} for token, embedding in embeddings.items()}
+        return cls(learned, deltas, provenance, {name: LowRankDelta(ups[name], downs[name]) for name in ups})
 
     def check_fits(self, base: BaseModel) -> None:
         """Refuse a base model of another shape or prediction type.
@@ -148,9 +169,10 @@ class FarWeights:
         expected = {k: tuple(getattr(owner, part).weight.shape) for k, (owner, part) in layers.items()}
         shapes = self.shapes()
         wrong = sorted(k for k in expected.keys() | shapes.keys() if expected.get(k) != shapes.get(k))
-        width = base.text_encoder.get_input_embeddings().weight.shape[1]
-        if any(e.shape[1] != width for e in self.embeddings.values()):
-            wrong.append(f"embeddings (width {next(iter(self.embeddings.values())).shape[1]}, the base has {width})")
+        for encoder, table in zip(self.encoders, TextConditioner(base).tables, strict=True):
+            widths = {embeddings[encoder].shape[1] for embeddings in self.embeddings.values()}
+            if widths != {table.shape[1]}:
+                wrong.append(f"embeddings (width {max(widths)}, the base has {table.shape[1]})")
         if wrong:
             raise WeightsError(
                 f"weights: they don't fit this base: {wrong[0]} and {len(wrong) - 1} others differ; use their base"
@@ -169,7 +191,7 @@ class FarWeights:
 
     def digest(self) -> str:
         """A hash of all learned values, the same for every file that holds them."""
-        return fingerprint({**self.embeddings, **self._delta_tensors()}, torch.float32)
+        return fingerprint({**self._token_tensors(), **self._delta_tensors()}, torch.float32)
 
 
 def _check_tensor(name: str, tensor: Tensor | None, path: Path) -> None:
@@ -214,9 +236,10 @@ def describe(weights: FarWeights) -> Mapping[str, Any]:
     """Summarize a weights file for people: concepts, layers, number of values, largest change, provenance."""
     about = weights.provenance
     norms = {name: float(weights.delta(name).float().norm()) for name in weights.shapes()}
-    parameters = [*weights.embeddings.values(), *weights._delta_tensors().values()]
+    embeddings = [e for by_encoder in weights.embeddings.values() for e in by_encoder.values()]
+    parameters = [*embeddings, *weights._delta_tensors().values()]
     return {
-        "concepts": {t: {"noun": about.nouns[t], "vectors": len(e)} for t, e in weights.embeddings.items()},
+        "concepts": {t: {"noun": about.nouns[t], "vectors": weights.vectors} for t in weights.embeddings},
         "kv_deltas": len(weights.deltas),
         "low_rank_deltas": len(weights.low_rank_deltas),
         "rank": max((delta.rank for delta in weights.low_rank_deltas.values()), default=None),

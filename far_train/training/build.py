@@ -8,9 +8,11 @@ from pathlib import Path
 from ..data.concepts import TrainingSet
 from ..models.adapters import inject_adapter
 from ..models.attention_maps import AttentionRecorder, layer_stride, supervised_layers
-from ..models.base import BaseModel, compiled, set_checkpointing
-from ..models.sampling import TextCache, check_size
-from ..models.tokens import ModifierEmbedding, Vocabulary
+from ..models.base import BaseModel
+from ..models.conditioning import TextConditioner
+from ..models.layers import compiled, set_checkpointing
+from ..models.sampling import check_size
+from ..models.tokens import Vocabulary
 from ..models.weights import FarWeights
 from ..utils.devices import choose_device
 from ..utils.errors import BaseModelError, ConfigError, DatasetError
@@ -31,7 +33,7 @@ from .step import accumulate_gradients, sample_batch
 
 def check_inputs(base: BaseModel, training_set: TrainingSet, start: FarWeights | None) -> None:
     """Refuse what can't be trained. Raises BaseModelError, DatasetError, ConfigError, WeightsError."""
-    if isinstance(base.text_encoder.get_input_embeddings(), ModifierEmbedding):
+    if TextConditioner(base).has_placeholders:
         raise BaseModelError(
             "base: FaR weights are applied to it; load it anew, or train outside of 'with applied_weights'. "
             "To train on from weights, give them as start (continue_from)"
@@ -83,7 +85,7 @@ def build_run(
     stride = layer_stride(layers[0], len(base.unet.config.block_out_channels))
     report = callbacks.progress_of("encoding")
     latent_cache = cache_latents(training_set, base, vocabulary, stride, seed=config.train_seed, on_progress=report)
-    text_cache = TextCache(base, latent_cache.prompts())
+    conditioner = TextConditioner(base, latent_cache.prompts())
 
     # What learns, and what it learns by.
     undo.callback(set_checkpointing, base.unet, False)
@@ -108,7 +110,7 @@ def build_run(
         step=0,
         vocabulary=vocabulary,
         latent_cache=latent_cache,
-        text_cache=text_cache,
+        conditioner=conditioner,
         alphas_cumprod=base.alphas_cumprod.to(device),
         adapter=adapter,
         recorder=recorder,

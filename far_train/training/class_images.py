@@ -16,7 +16,8 @@ from ..data.captions import Name, with_article, write_caption
 from ..data.concepts import Background, ClassPicture, Composite, TrainingSet
 from ..data.images import load_photo, save_picture
 from ..models.base import BaseModel
-from ..models.sampling import draw_pictures, plain_vocabulary
+from ..models.conditioning import plain_vocabulary
+from ..models.sampling import draw_pictures
 from ..models.settings import SampleConfig
 from ..utils.errors import ConfigError
 from ..utils.seeding import derive_seed

@@ -215,6 +215,5 @@ def _storages(values: Any) -> list[torch.UntypedStorage]:
 
 def _bytes_of(base: BaseModel, learned: Sequence[Tensor]) -> int:
     """Of all weights, each storage once: the learned ones may be part of the base's modules."""
-    parts = (base.unet, base.vae, base.text_encoder)
-    tensors = [t for part in parts for t in (*part.parameters(), *part.buffers())] + list(learned)
+    tensors = [t for part in base.parts.values() for t in (*part.parameters(), *part.buffers())] + list(learned)
     return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from ..models.base import set_checkpointing
+from ..models.layers import set_checkpointing
 from ..utils.errors import OutOfMemory
 from ..utils.out_of_memory import empty_cache, out_of_memory, reason_of
 from .memory_plan import MemoryPlan

@@ -16,7 +16,8 @@ from typing import Any
 from ..data.captions import default_prompts
 from ..data.concepts import TrainingSet
 from ..data.images import save_picture
-from ..models.base import BaseModel, uncompiled
+from ..models.base import BaseModel
+from ..models.layers import uncompiled
 from ..models.sampling import draw_pictures
 from ..models.settings import SampleConfig
 from ..models.weights import FarWeights, Provenance
@@ -183,14 +184,18 @@ class TrainingRun:
     def save_weights(self) -> FarWeights:
         """The weights learned so far; the main process writes their file, by which a finished run is known."""
         state = self.state
-        names, rows = state.training_set.names, state.adapter.rows.detach().cpu()
+        names, embeddings = state.training_set.names, {}
+        encoders = state.base.family.comfy_names
+        for name in names:
+            own = list(state.vocabulary.rows(name.token))
+            embeddings[name.token] = {e: rows.detach().cpu()[own] for e, rows in zip(encoders, state.adapter.rows)}
         deltas, low_rank_deltas = state.adapter.export_state()
         weights = FarWeights(
-            embeddings={n.token: rows[list(state.vocabulary.rows(n.token))].clone() for n in names},
+            embeddings=embeddings,
             deltas=deltas,
             low_rank_deltas=low_rank_deltas,
             provenance=Provenance(
-                family=state.base.family,
+                family=state.base.family.key,
                 base_digest=state.base.digest,
                 prediction_type=state.base.prediction_type,
                 nouns={n.token: n.noun for n in names},

@@ -12,7 +12,7 @@ from ..data.concepts import TrainingSet
 from ..models.adapters import Adapter
 from ..models.attention_maps import AttentionRecorder
 from ..models.base import BaseModel
-from ..models.sampling import TextCache
+from ..models.conditioning import TextConditioner
 from ..models.tokens import Vocabulary
 from .distributed import World
 from .latent_cache import LatentCache
@@ -41,7 +41,7 @@ class RunState:
     step: int
     vocabulary: Vocabulary
     latent_cache: LatentCache
-    text_cache: TextCache
+    conditioner: TextConditioner
     alphas_cumprod: Tensor
     adapter: Adapter
     recorder: AttentionRecorder | None

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from ..models.adapters import set_learning_rates
-from ..models.sampling import encode_prompts
 from . import losses
 from .latent_cache import Batch
 from .state import RunState
@@ -70,10 +69,11 @@ def forward_backward(state: RunState, batch: Batch, ramp: float) -> Tensor:
     composite_weight = batch.is_instance / config.batch_size
     prior_loss_weight = ~batch.is_instance / max(config.prior_batch_size, 1)
     select = torch.cat([batch.token_select, batch.noun_select], 1)
-    context = encode_prompts(state.base, batch.prompts, state.text_cache)
+    conditioning = state.conditioner.encode(batch.prompts, (state.training_set.size,) * 2)
+    context, more = conditioning.context, conditioning.unet_kwargs()
     recording = state.recorder.recording(select) if state.recorder else nullcontext()
     with recording, state.adapter.prepared_for(context):
-        prediction = state.base.unet(noisy.to(context.dtype), batch.timesteps, context).sample
+        prediction = state.base.unet(noisy.to(context.dtype), batch.timesteps, context, **more).sample
         cell_weight = losses.subject_weight(batch.cell_masks, config.background_weight, config.per_mention)
         cell_weight = torch.where(batch.is_instance[:, None, None, None], cell_weight, 1.0)
         snr_weight = losses.min_snr_weight(alphas, prediction_type, config.min_snr_gamma)

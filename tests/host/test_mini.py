@@ -17,8 +17,9 @@ from far_train.data.dataset import DatasetFolder
 from far_train.data.images import to_pil
 from far_train.data.subjects import SubjectExtractor
 from far_train.mini.shipped import FUSING, SIZE, SUBJECTS, sample_photos, small_base, small_sam
-from far_train.models.base import BaseModel, kv_weights
-from far_train.models.sampling import encode_prompts, plain_vocabulary
+from far_train.models.base import BaseModel
+from far_train.models.conditioning import TextConditioner, plain_vocabulary
+from far_train.models.layers import kv_weights
 from far_train.models.weights import FarWeights, Provenance
 from far_train.training.recipe import train
 from far_train.training.run_folder import read_metrics
@@ -71,13 +72,16 @@ def random_weights(base: BaseModel) -> FarWeights:
     generator = torch.Generator().manual_seed(5)
     names = [name for name, _ in list(SUBJECTS.values())[:2]]
     return FarWeights(
-        embeddings={n.token: torch.randn(2, base.unet.config.cross_attention_dim, generator=generator) for n in names},
+        embeddings={
+            n.token: {"clip_h": torch.randn(2, base.unet.config.cross_attention_dim, generator=generator)}
+            for n in names
+        },
         deltas={
             k: (0.5 * w.std() * torch.randn(w.shape, generator=generator)).half()
             for k, w in kv_weights(base.unet).items()
         },
         provenance=Provenance(
-            family=base.family,
+            family=base.family.key,
             base_digest=base.digest,
             prediction_type=base.prediction_type,
             nouns={n.token: n.noun for n in names},
@@ -101,7 +105,8 @@ def test_text_and_prediction_equal_those_of_diffusers(comfy: ComfyServer, base: 
     for i, text in enumerate(PROMPTS):
         theirs = written(comfy, f"mini-{i}")
         with torch.no_grad():
-            context = encode_prompts(base, [vocabulary.tokenize(text)]).expand(len(theirs["latents"]), -1, -1)
+            prompts = [vocabulary.tokenize(text)] * len(theirs["latents"])
+            context = TextConditioner(base).encode(prompts, (SIZE, SIZE)).context
             prediction = base.unet(theirs["latents"], theirs["timesteps"], context).sample
         assert difference(context, theirs["context"]) < TOLERANCE, text
         assert difference(prediction, theirs["prediction"]) < TOLERANCE, text

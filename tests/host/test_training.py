@@ -16,7 +16,8 @@ from torch import nn
 from far_train.data.concepts import ClassPicture, Concept
 from far_train.data.fusion import ConceptFusion
 from far_train.data.settings import FusionConfig
-from far_train.models.base import kv_layers, kv_weights, load_base
+from far_train.models.layers import kv_layers, kv_weights
+from far_train.models.loading import load_base
 from far_train.models.weights import FarWeights
 from far_train.training.recipe import train
 from far_train.training.run_folder import read_metrics
@@ -135,7 +136,7 @@ def test_a_training_goes_on_from_given_weights_as_another_run(comfy: ComfyServer
     about = [json.loads((run_folder(comfy, n) / "run.json").read_text()) for n in ("start", "start-2")]
     assert "continue_from" not in about[0] and about[1]["continue_from"] == first.digest()
     for token in first.embeddings:  # two steps away from the start, and not from nothing
-        assert 0 < float((on.embeddings[token] - first.embeddings[token]).norm()) < 0.5
+        assert 0 < float((on.embeddings[token]["clip_h"] - first.embeddings[token]["clip_h"]).norm()) < 0.5
 
 
 def test_memory_is_given_back_however_a_training_ends(comfy: ComfyServer):

@@ -13,9 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from far_train.models.apply import apply_weights
-from far_train.models.base import BaseModel, attention_projections, kv_weights, load_base, packaged_configs
+from far_train.models.base import BaseModel
+from far_train.models.conditioning import TextConditioner
 from far_train.models.export import export_lora
-from far_train.models.sampling import encode_prompts
+from far_train.models.families import SD21
+from far_train.models.layers import attention_projections, kv_weights
+from far_train.models.loading import load_base, packaged_configs
 from far_train.models.settings import SampleConfig
 from far_train.models.tokens import noun_embedding
 from far_train.models.weights import FarWeights, LowRankDelta, Provenance
@@ -32,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("comfy")
 
 def diffusers_configs() -> dict:
     """The tiny checkpoint in diffusers' words, written down by hand and not by what is tested."""
-    configs = packaged_configs("v_prediction")
+    configs = packaged_configs(SD21, "v_prediction")
     configs["unet"] |= {
         "block_out_channels": [32, 64, 128, 128],
         "attention_head_dim": [2, 4, 8, 8],
@@ -67,7 +70,7 @@ def base(base_file: Path) -> BaseModel:
 def make_weights(base: BaseModel, **changes) -> FarWeights:
     """Random weights for two balls, with deltas half as large as the matrices that they change."""
     generator = torch.Generator().manual_seed(5)
-    table = base.text_encoder.get_input_embeddings().weight
+    table = base.text_encoders[0].get_input_embeddings().weight
     about = {
         "family": "sd21",
         "base_digest": base.digest,
@@ -78,7 +81,8 @@ def make_weights(base: BaseModel, **changes) -> FarWeights:
     }
     return FarWeights(
         embeddings={
-            t: 0.5 * torch.randn(2, table.shape[1], generator=generator) for t in ("<red-ball>", "<blue-ball>")
+            t: {"clip_h": 0.5 * torch.randn(2, table.shape[1], generator=generator)}
+            for t in ("<red-ball>", "<blue-ball>")
         },
         deltas={
             k: (0.5 * w.std() * torch.randn(w.shape, generator=generator)).half()
@@ -138,8 +142,10 @@ def diffusers_result(
     """Conditioning and noise prediction for the latents and timesteps that the host was given."""
     vocabulary = apply_weights(weights, base, config)
     with torch.no_grad():
-        context = encode_prompts(base, [vocabulary.tokenize(text)]).expand(len(theirs["latents"]), -1, -1)
-        return context, base.unet(theirs["latents"], theirs["timesteps"], context).sample
+        prompts = [vocabulary.tokenize(text)] * len(theirs["latents"])
+        conditioning = TextConditioner(base).encode(prompts, (128, 128))
+        context, more = conditioning.context, conditioning.unet_kwargs()
+        return context, base.unet(theirs["latents"], theirs["timesteps"], context, **more).sample
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
@@ -304,12 +310,12 @@ def test_prompts_with_an_unpatched_clip_are_told_so(comfy, weights, saved):
 def test_concept_strength_zero_is_the_noun(comfy, base, weights, saved):
     file = saved(weights)
     theirs = result(comfy, applied(file, text="<red-ball>", concept_strength='{"<red-ball>": 0}'))
-    table = base.text_encoder.get_input_embeddings().weight
+    table = base.text_encoders[0].get_input_embeddings().weight
     vocabulary = apply_weights(weights, base, SampleConfig(concept_strength={"<red-ball>": 0.0}))
-    rows = base.text_encoder.get_input_embeddings().rows[:2]
+    rows = base.text_encoders[0].get_input_embeddings().rows[:2]
     assert torch.allclose(rows, noun_embedding(table, vocabulary, "ball").expand(2, -1))
     with torch.no_grad():
-        ours = encode_prompts(base, [vocabulary.tokenize("<red-ball>")])
+        ours = TextConditioner(base).encode([vocabulary.tokenize("<red-ball>")], (64, 64)).context
     assert difference(ours, theirs["context"][:1]) < TOLERANCE
 
 
@@ -339,7 +345,9 @@ def test_weights_of_another_base_are_refused_or_warned_of(comfy, base, weights, 
     file = saved(weights)
     assert "trained on a base with v_prediction, MODEL has epsilon" in refused(file, prediction="epsilon")
     assert "use the base that they belong to" in refused(file, res_blocks=1)
-    narrow = FarWeights({t: e[:, :32] for t, e in weights.embeddings.items()}, weights.deltas, weights.provenance)
+    narrow = FarWeights(
+        {t: {"clip_h": e["clip_h"][:, :32]} for t, e in weights.embeddings.items()}, weights.deltas, weights.provenance
+    )
     assert "this CLIP needs 64" in refused(saved(narrow, "-narrow"))
 
     logged = len(comfy.log())

@@ -28,7 +28,7 @@ from far_train.data.concepts import ClassPicture, Concept
 from far_train.data.fusion import ConceptFusion
 from far_train.data.settings import FusionConfig
 from far_train.mini.tiny import random_states, tiny_configs, write_folder
-from far_train.models.base import load_base
+from far_train.models.loading import load_base
 from far_train.training import recipe
 from far_train.training.checkpoints import load_checkpoint
 from far_train.training.run_folder import read_metrics

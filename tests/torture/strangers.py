@@ -28,7 +28,8 @@ from far_train.data.sam import load_sam
 from far_train.data.settings import FusionConfig
 from far_train.mini.shipped import SAM
 from far_train.mini.tiny import random_states, single_file_state, tiny_configs, write_folder
-from far_train.models.base import kv_weights, load_base
+from far_train.models.layers import kv_weights
+from far_train.models.loading import load_base
 from far_train.models.weights import FarWeights, Provenance, describe
 from far_train.training.checkpoints import load_checkpoint, save_checkpoint
 from far_train.training.run_folder import find_run
@@ -96,7 +97,7 @@ class Targets:
         save_file(
             {k: v.contiguous() for k, v in single_file_state(configs, states).items()}, self.genuine / "sd.safetensors"
         )
-        tokens = {"<red-ball>": torch.ones(2, 32), "<blue-ball>": torch.ones(2, 32)}
+        tokens = {t: {"clip_h": torch.ones(2, 32)} for t in ("<red-ball>", "<blue-ball>")}
         deltas = {k: torch.zeros(w.shape, dtype=torch.float16) for k, w in kv_weights(self.base.unet).items()}
         about = Provenance(
             "sd21", self.base.digest, "v_prediction", dict.fromkeys(tokens, "ball"), 10, 64, {"steps": 10}

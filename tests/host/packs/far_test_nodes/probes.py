@@ -196,20 +196,22 @@ class FullSize(io.ComfyNode):
 
     @classmethod
     def execute(cls, prediction: str) -> io.NodeOutput:
-        backbone, keys = far("far_train.models.base"), far("far_train.models.keys")
-        expected = backbone.packaged_configs(prediction)
-        parts = {part: module.state_dict() for part, module in backbone.build_parts(expected).items()}
+        loading, keys = far("far_train.models.loading"), far("far_train.models.keys")
+        sd21 = far("far_train.models.families").SD21
+        expected = loading.packaged_configs(sd21, prediction)
+        parts = {part: module.state_dict() for part, module in loading.build_parts(sd21, expected).items()}
         text = keys.strip_text_model(parts["text_encoder"])
-        file = keys.diffusers_to_ldm(parts["unet"], parts["vae"], text, expected)
+        file = keys.diffusers_to_ldm(parts, expected, sd21)
         config = comfy.model_detection.model_config_from_unet(file, "model.diffusion_model.")
         vae = {k.removeprefix(keys.VAE_PREFIX): v for k, v in file.items() if k.startswith(keys.VAE_PREFIX)}
-        found = far("nodes.layout").component_configs(
-            config.unet_config, text, vae,
-            prediction_type=prediction, text_heads=16, text_activation="gelu", text_layers=23, scaling_factor=0.18215,
-        )  # fmt: skip
+        layout = far("nodes.layout")
+        encoder = layout.TextEncoder(text, heads=16, activation="gelu", layers=23)
+        found = layout.component_configs(
+            sd21, config.unet_config, [encoder], vae, prediction_type=prediction, scaling_factor=0.18215
+        )
         wrong = [
             f"{part}.{k}: {found[part][k]} is not {v}"
-            for part in backbone.PARTS
+            for part in parts
             for k, v in expected[part].items()
             if found[part][k] != v
         ]

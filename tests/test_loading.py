@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from far_train.mini.tiny import random_states, single_file_state, tiny_configs, write_folder
-from far_train.models.base import kv_weights, load_base, packaged_configs
+from far_train.models.families import SD21, V_STATISTIC, prediction_by_norm
 from far_train.models.fingerprint import kv_digest
+from far_train.models.layers import kv_weights
+from far_train.models.loading import check_prediction_type, load_base, packaged_configs
 from far_train.utils.errors import BaseModelError
 
 
@@ -27,8 +29,8 @@ def ldm_state(configs):
 def same_weights(a, b) -> bool:
     return all(
         torch.equal(x, y)
-        for part in ("unet", "vae", "text_encoder")
-        for x, y in zip(getattr(a, part).state_dict().values(), getattr(b, part).state_dict().values())
+        for part in a.parts
+        for x, y in zip(a.parts[part].state_dict().values(), b.parts[part].state_dict().values(), strict=True)
     )
 
 
@@ -45,7 +47,7 @@ def test_folder_single_file_and_state_dict_give_the_same_base(tiny_folder: Path,
 
 
 def test_everything_is_frozen_and_on_real_memory(base):
-    for module in (base.unet, base.vae, base.text_encoder):
+    for module in base.parts.values():
         assert not module.training
         assert all(not p.requires_grad and not p.is_meta for p in module.parameters())
         assert all(not b.is_meta for b in module.buffers())
@@ -126,18 +128,16 @@ def test_prediction_type_must_agree(tiny_folder: Path, ldm_state, configs):
 
 def test_prediction_type_is_measured_on_full_size_files():
     """The statistic is read off the layer that only the full size has; a contradiction stops."""
-    from far_train.models.base import V_STATISTIC, _check_prediction_type, _measured_prediction_type
-
     spread = torch.linspace(-1, 1, 320)
-    assert _measured_prediction_type({V_STATISTIC: 0.3 * spread}) == "v_prediction"
-    assert _measured_prediction_type({V_STATISTIC: 0.1 * spread}) == "epsilon"
-    assert _measured_prediction_type({}) is None
+    assert prediction_by_norm({V_STATISTIC: 0.3 * spread}) == "v_prediction"
+    assert prediction_by_norm({V_STATISTIC: 0.1 * spread}) == "epsilon"
+    assert prediction_by_norm({}) is None
     with pytest.raises(BaseModelError, match="looks like epsilon"):
-        _check_prediction_type("v_prediction", "epsilon", "file")
+        check_prediction_type("v_prediction", "epsilon", "file")
 
 
 def test_packaged_variants():
-    v, e = packaged_configs("v_prediction"), packaged_configs("epsilon")
+    v, e = packaged_configs(SD21, "v_prediction"), packaged_configs(SD21, "epsilon")
     assert (v["unet"]["sample_size"], e["unet"]["sample_size"]) == (96, 64)
     assert (v["scheduler"]["prediction_type"], e["scheduler"]["prediction_type"]) == ("v_prediction", "epsilon")
 

@@ -1,0 +1,113 @@
+"""The families' table, and what the package ships for each: configs, schedules, tokenizers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from transformers import CLIPTokenizerFast
+
+from far_train.models.families import FAMILIES, SD21, detect
+from far_train.models.loading import CONFIGS as SHIPPED
+from far_train.models.loading import packaged_configs
+from far_train.utils.errors import BaseModelError
+
+CONFIGS = SHIPPED / SD21.configs
+
+
+def test_a_family_is_told_by_its_unet():
+    key = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
+    plain = {key: torch.zeros(8, 1024)}
+    assert detect(plain, "file") is SD21
+    assert detect({key: torch.zeros(8, 32)}, "file", context_width=32) is SD21
+    sized = {"model.diffusion_model.label_emb.0.0.weight": torch.zeros(8, 8)}
+    convolved = {"model.diffusion_model.input_blocks.4.1.proj_in.weight": torch.zeros(8, 8, 1, 1)}
+    for other in (plain | sized, plain | convolved, {key: torch.zeros(8, 32)}):
+        with pytest.raises(BaseModelError, match=r"file is a model of text width \d+, FaR needs Stable Diffusion 2.1"):
+            detect(other, "file")
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_the_table_agrees_with_the_packaged_configs(family):
+    configs = packaged_configs(family, family.default_prediction)
+    assert configs["unet"]["cross_attention_dim"] == family.context_width
+    assert configs["unet"].get("use_linear_projection", False) == family.linear_projections
+    widths = [configs[spec.part]["hidden_size"] for spec in family.text_encoders]
+    assert sum(widths) == family.context_width
+    assert configs["scheduler"]["prediction_type"] == family.default_prediction
+
+
+def test_sd21_variants_and_schedules():
+    variants = json.loads((CONFIGS / "variants.json").read_text())
+    assert set(variants) == {path.stem for path in (CONFIGS / "scheduler").iterdir()} == {"v_prediction", "epsilon"}
+    for prediction, changes in variants.items():
+        config = json.loads((CONFIGS / "scheduler" / f"{prediction}.json").read_text())
+        scheduler = DDIMScheduler.from_config(config)
+        assert scheduler.config.prediction_type == prediction
+        assert not scheduler.config.clip_sample and scheduler.config.steps_offset == 1
+        # Stable Diffusion's schedule ends at a signal of 0.0047, not at zero.
+        assert scheduler.alphas_cumprod[-1].item() == pytest.approx(0.00466, abs=1e-5)
+        assert scheduler.final_alpha_cumprod == scheduler.alphas_cumprod[0]
+        for part, fields in changes.items():
+            assert fields.keys() <= json.loads((CONFIGS / part / "config.json").read_text()).keys()
+    defaults = {part: json.loads((CONFIGS / part / "config.json").read_text()) for part in ("unet", "vae")}
+    for part, fields in variants["v_prediction"].items():
+        assert fields.items() <= defaults[part].items()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return CLIPTokenizerFast.from_pretrained(CONFIGS / "tokenizer", local_files_only=True)
+
+
+def test_tokenizer(tokenizer):
+    assert len(tokenizer) == 49408
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (49406, 49407, 0)
+    assert tokenizer.model_max_length == 77
+    ids = [49406, 320, 1125, 539, 320, 1929, 49407]
+    assert tokenizer("A photo of a  Dog").input_ids == ids
+    assert tokenizer("a photo of a dog", padding="max_length").input_ids == ids + [0] * 70
+    assert len(tokenizer("dog " * 100, truncation=True).input_ids) == 77
+
+
+def test_an_exclamation_mark_is_not_padding_and_added_tokens_stay_whole(tokenizer):
+    assert tokenizer("dog!").input_ids == [49406, 1929, 256, 49407]
+    own = CLIPTokenizerFast.from_pretrained(CONFIGS / "tokenizer", local_files_only=True)
+    own.add_tokens(["<corgi-dog>"])
+    assert own("a <corgi-dog>!").input_ids == [49406, 320, 49408, 256, 49407]
+
+
+# Ids of open_clip's own SimpleTokenizer (open_clip_torch 3.3.0), without start and end.
+OPENCLIP_IDS = {
+    "a photo of a <corgi-dog> dog": [320, 1125, 539, 320, 283, 31320, 268, 1929, 285, 1929],
+    "It's 3 o'clock!! (masterpiece:1.2)": [585, 568, 274, 334, 262, 6716, 748, 263, 12066, 281, 272, 269, 273, 264],
+    "naïve café ÜBER": [1097, 35689, 563, 15304, 6522, 1516],
+    "don't  stop   believing": [847, 713, 1691, 19551],
+    "12345 67.89%": [272, 273, 274, 275, 276, 277, 278, 269, 279, 280, 260],
+    "日本語 テキスト": [39121, 44353, 34002, 508, 2429, 228, 47121, 32421, 486],
+    "emoji 🐶🐕 here": [16327, 14466, 41069, 763],
+    "state-of-the-art, hyper_realistic; 8k": [
+        1295,
+        268,
+        539,
+        268,
+        518,
+        268,
+        794,
+        267,
+        22146,
+        318,
+        16157,
+        282,
+        279,
+        330,
+    ],
+    "!": [256],
+}
+
+
+@pytest.mark.parametrize("text", OPENCLIP_IDS)
+def test_tokenizer_agrees_with_openclip(tokenizer, text):
+    assert tokenizer(text).input_ids == [49406, *OPENCLIP_IDS[text], 49407]
