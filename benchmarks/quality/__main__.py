@@ -1,4 +1,4 @@
-"""Measure FaR and its rivals in the small world: ``python -m benchmarks.quality`` (docs/benchmark.md)."""
+"""Measure FaR and its rivals in the small world: ``python -m benchmarks.quality`` (docs/explanation/benchmark.md)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .tables import write_report
 
 COMMAND = Command(
     "quality",
-    "measure FaR and its rivals in the small world (docs/benchmark.md); goes on where it stopped",
+    "measure FaR and its rivals in the small world (docs/explanation/benchmark.md); goes on where it stopped",
     (
         Argument("out", "folder for the runs and the report (default: outputs/bench)"),
         Argument("weights", "folder of small models, as mini.learn exports it (default: the shipped ones)"),

@@ -1,7 +1,7 @@
 """Concept Fusion: references, class pictures and backgrounds recombined into training pictures.
 
-A reconstruction of the paper's data side (method.md, section 2). Everything is derived from (seed, index): any
-composite can be built alone, in any order, in any process.
+A reconstruction of the paper's data side (docs/explanation/method.md, Concept Fusion). Everything is derived from
+(seed, index): any composite can be built alone, in any order, in any process.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def run_demo(out: Path, device: str, on_progress: Progress = lambda phase, done,
         "About this page",
         "A small model of Stable Diffusion 2.1's kind, trained from nothing on a drawn world, learns two dogs it has "
         "never seen, on this machine. Same code as for the real model; the pictures say nothing about its quality. "
-        "The small model knows a drawn world and nothing else (docs/small-models.md). "
+        "The small model knows a drawn world and nothing else (docs/explanation/small-models.md). "
         "All pictures are shown as they came, with seeds 0, 1, 2 …",
     )
     extractor = SubjectExtractor(sam)

@@ -234,7 +234,7 @@ class TrainingRun:
         return draw_batch(self.pools, counts, len(self.alphas_cumprod), seed=self.config.train_seed, step=self.step)
 
     def backward(self, batch: Batch) -> Tensor:
-        """Add the gradient of one part of the step's batch (method.md, section 3).
+        """Add the gradient of one part of the step's batch (docs/explanation/method.md, The loss).
 
         Returns the part's share [4] of the step's loss, denoising, refinement and prior terms: the shares of all
         parts add up to the whole, whatever the cut.
