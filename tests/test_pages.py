@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import shlex
 from functools import cache
@@ -101,7 +102,8 @@ def anchors(page: Path) -> set[str]:
 
 
 def links(page: Path) -> list[str]:
-    found = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]+`", "", prose(page)))
+    text = re.sub(r"`[^`\n]+`", "", prose(page))
+    found = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'<img src="([^"]+)"', text)
     return [unquote(link) for link in found if not re.match(r"https?:", link)]
 
 
@@ -144,6 +146,15 @@ PATH = re.compile(r"(?:far_train|nodes|benchmarks|tests|scripts|workflows|docs|w
 def test_a_file_that_a_page_names_exists(page: Path):
     named = [code for code in inline_code(page) if PATH.fullmatch(code)]
     assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=name)
+def test_what_a_python_example_imports_exists(page: Path):
+    for block in re.findall(r"```python\n(.*?)```", read(page), re.DOTALL):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names)
 
 
 def test_a_page_that_the_code_names_exists():
