@@ -144,10 +144,9 @@ class ExtractConfig(Config):
             raise ConfigError(f"min_area: {self.min_area} must be smaller than max_area ({self.max_area})")
 
 
-# Shares of the training recipes by the number of concepts (docs/explanation/method.md, Concept Fusion). For two,
-# pictures of both were raised from .35: what prompts ask for is what must be seen. None shows one beside another of
-# its class: two concepts tell each other apart, and it cost what is learned of one alone
-# (benchmarks/reports/2026-11-26/tuning.md).
+# Shares of the training recipes by the number of concepts (method.md, section 2). For two, pictures of both were raised
+# from .35: what prompts ask for is what must be seen. None shows one beside another of its class: two concepts tell
+# each other apart, and it cost what is learned of one alone (benchmarks/reports/2026-11-26/tuning.md).
 RECIPE_SHARES: dict[int, dict[str, float]] = {
     1: {"original": 0.35, "solo": 0.25, "pair": 0.0, "triple": 0.0, "beside_prior": 0.40},
     2: {"original": 0.10, "solo": 0.25, "pair": 0.65, "triple": 0.0, "beside_prior": 0.0},
