@@ -20,14 +20,13 @@ from benchmarks.small_models.autoencoder import (
 from benchmarks.small_models.diffusion import diffusion_configs, learn_diffusion
 from benchmarks.small_models.encoded_scenes import token_table
 from benchmarks.small_models.gates import BASE_GATES, PROMPT_KINDS, base_prompts, judge, measure_base, measure_oracle
-from benchmarks.small_models.held_out import all_identities, held_out_identities
 from benchmarks.small_models.oracle_training import learn_oracle
 from benchmarks.small_models.scene_pool import PoolConfig, ScenePool, fill_pool
 from benchmarks.small_models.small_sam import SPEC, learn_sam, measure_sam
 from benchmarks.small_models.words import known_words, vocabulary, write_tokenizer
 from far_train.data.sam import build_sam, load_sam
 from far_train.data.subjects import Prompt, SubjectExtractor
-from far_train.mini.identity import Identity, identity_codes, identity_from_codes, vary
+from far_train.mini.identity import Identity, identity_codes, identity_from_codes
 from far_train.mini.oracle import Detection, Oracle, Reading, load_oracle, read_pictures
 from far_train.mini.world import render_scene, world_words
 from far_train.models.base import BaseModel
@@ -119,16 +118,6 @@ def test_captions_of_the_pool_need_no_spelling(tokenizer, runs):
 
 
 # ---- scenes
-
-
-def test_held_out_identities_leave_every_value_to_be_seen():
-    everyone, held_out = set(all_identities()), held_out_identities()
-    assert held_out < everyone and 0.09 < len(held_out) / len(everyone) < 0.11
-    seen = everyone - held_out
-    for field in ("body", "second", "pattern", "accessory", "shape"):
-        assert {(i.noun, getattr(i, field)) for i in seen} == {(i.noun, getattr(i, field)) for i in everyone}
-    rng = np.random.default_rng(0)
-    assert any(vary(i, rng, 1) in held_out for i in sorted(held_out, key=repr)[:200])  # near twins, both held out
 
 
 def test_a_pool_holds_the_worlds_scenes(runs):

@@ -1,8 +1,9 @@
-"""The layout of the code: which wing may import which."""
+"""The layout of the code: which wing may import which, and how long a file may be."""
 
 from __future__ import annotations
 
 import ast
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 WINGS = ("utils", "data", "models", "training", "evaluation", "mini", "cli")  # each may import those before it
+LONGEST = 400  # lines
 
 
 def modules(folder: str) -> list[Path]:
@@ -55,3 +57,9 @@ def test_only_the_host_modules_touch_comfyui():
         if not path.name.startswith("host"):
             for name in imported(path):
                 assert name[0] not in ("comfy", "folder_paths", "execution", "server"), path
+
+
+def test_no_file_is_too_long():
+    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+    lengths = {name: len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in listed.stdout.split()}
+    assert {name: n for name, n in lengths.items() if n > LONGEST} == {}

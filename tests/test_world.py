@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.small_models.held_out import all_identities, held_out_identities
 from far_train.mini import world
+from far_train.mini.identity import vary
 from far_train.mini.world import (
     ATTRIBUTES,
     BACKGROUNDS,
@@ -228,3 +230,13 @@ def test_subjects_are_more_saturated_than_places():
 
     places = [chroma(draw_background(name, 0)) for name in BACKGROUNDS]
     assert max(places) < 110 < np.mean([max(rgb) - min(rgb) for name, rgb in world.COLOURS.items() if name != "white"])
+
+
+def test_held_out_identities_leave_every_value_to_be_seen():
+    everyone, held_out = set(all_identities()), held_out_identities()
+    assert held_out < everyone and 0.09 < len(held_out) / len(everyone) < 0.11
+    seen = everyone - held_out
+    for field in ("body", "second", "pattern", "accessory", "shape"):
+        assert {(i.noun, getattr(i, field)) for i in seen} == {(i.noun, getattr(i, field)) for i in everyone}
+    rng = np.random.default_rng(0)
+    assert any(vary(i, rng, 1) in held_out for i in sorted(held_out, key=repr)[:200])  # near twins, both held out

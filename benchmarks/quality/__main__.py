@@ -1,4 +1,7 @@
-"""Compare FaR with other methods in the small world: ``python -m benchmarks.quality`` (docs/benchmark.md)."""
+"""``python -m benchmarks.quality``: compare FaR with other methods in the small world.
+
+See docs/explanation/benchmark.md.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ def run_bench(inputs: Inputs, config: BenchConfig) -> None:
 
 QUALITY = Command(
     "quality",
-    "measure FaR and its rivals in the small world (docs/benchmark.md); resumes where it stopped",
+    "measure FaR and its rivals in the small world (docs/explanation/benchmark.md); resumes where it stopped",
     (
         Argument("out", "folder for the runs and the report (default: outputs/bench)"),
         Argument(

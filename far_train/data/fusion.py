@@ -1,7 +1,7 @@
 """Concept Fusion: cut subjects out of their photos and recombine them into training pictures with captions and masks.
 
-A reconstruction of the paper's data side (method.md, section 2). A composite depends on (seed, index) alone, so any of
-them can be built in any order and in any process.
+A reconstruction of the paper's data side (docs/explanation/method.md, Concept Fusion). A composite depends on (seed,
+index) alone, so any of them can be built in any order and in any process.
 """
 
 from __future__ import annotations

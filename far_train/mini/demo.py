@@ -99,8 +99,8 @@ def run_demo(out: Path, device: str, on_progress: Progress = lambda phase, done,
         "About this page",
         "A small diffusion model with the architecture of Stable Diffusion 2.1, trained from scratch on drawn "
         "pictures, learns two dogs that it has never seen, on this machine. The code is the same as for the real "
-        "model, but the small one knows only its drawn world (docs/small-models.md), so these pictures say nothing "
-        "about the quality of the real one. All pictures are uncurated, with seeds 0, 1, 2 …",
+        "model, but the small one knows only its drawn world (docs/explanation/small-models.md), so these pictures say "
+        "nothing about the quality of the real one. All pictures are uncurated, with seeds 0, 1, 2 …",
     )
     extractor = SubjectExtractor(sam)
     concepts = [_concept(key, out, extractor, page, on_progress) for key in PAIR]

@@ -1,8 +1,8 @@
 """The loss of Fuse-and-Refine as pure functions: denoising and Localized Refinement.
 
-A reconstruction (method.md, section 3); each function names the published form that it follows. Shapes: B samples,
-N mentions, h×w cells of an attention map or of the latents. Losses have one value per sample, so that micro-batches
-and several processes add up to the same step.
+A reconstruction (docs/explanation/method.md, The loss); each function names the published form that it follows. Shapes:
+B samples, N mentions, h×w cells of an attention map or of the latents. Losses have one value per sample, so that
+micro-batches and several processes add up to the same step.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def accumulate_gradients(state: RunState, batch: Batch, micro_batch: int) -> Ten
 
 
 def forward_backward(state: RunState, batch: Batch, ramp: float) -> Tensor:
-    """Add the gradient of a part of the step's batch (method.md, section 3) to the parameters.
+    """Add the gradient of a part of the step's batch (docs/explanation/method.md, The loss) to the parameters.
 
     ``batch`` is on the device; ``ramp`` is the refinement loss's weight in this step. Returns the loss and its
     denoising, refinement and prior-preservation terms, [4] on the device. All are scaled for the whole step's batch:
