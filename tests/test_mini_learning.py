@@ -20,6 +20,7 @@ from benchmarks.small_models.autoencoder import (
 from benchmarks.small_models.diffusion import diffusion_configs, learn_diffusion
 from benchmarks.small_models.encoded_scenes import token_table
 from benchmarks.small_models.gates import BASE_GATES, PROMPT_KINDS, base_prompts, judge, measure_base, measure_oracle
+from benchmarks.small_models.held_out import all_identities, held_out_identities
 from benchmarks.small_models.oracle_training import learn_oracle
 from benchmarks.small_models.scene_pool import PoolConfig, ScenePool, fill_pool
 from benchmarks.small_models.small_sam import SPEC, learn_sam, measure_sam
