@@ -24,8 +24,6 @@ from .text_files import read_words
 
 log = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 2
-
 EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
 
 C = TypeVar("C", bound="Config")
