@@ -73,14 +73,6 @@ def test_wrong_shape_is_named(ldm_state, configs):
         load_base(broken, config=configs)
 
 
-@pytest.mark.parametrize(("width", "name"), [(768, "Stable Diffusion 1.x"), (2048, "Stable Diffusion XL")])
-def test_other_families_are_told_by_name(tmp_path: Path, width: int, name: str):
-    key = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
-    save_file({key: torch.zeros(8, width)}, tmp_path / "other.safetensors")
-    with pytest.raises(BaseModelError, match=name):
-        load_base(tmp_path / "other.safetensors")
-
-
 def test_a_lora_is_no_base(tmp_path: Path):
     save_file({"lora_unet_x.lora_up.weight": torch.zeros(2, 2)}, tmp_path / "lora.safetensors")
     with pytest.raises(BaseModelError, match="no Stable Diffusion UNet"):

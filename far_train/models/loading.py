@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+SHARED = CONFIGS / "shared"  # all families have CLIP's vocabulary, and the same noise schedule
 # The most that a component config may say: numbers, items of a list, layers of a block, layers of a text encoder.
 MAX_NUMBER, MAX_LIST, MAX_LAYERS, MAX_ENCODER_LAYERS = 2**17, 16, 12, 64
 
@@ -88,8 +89,8 @@ def packaged_configs(family: Family, prediction_type: str) -> dict[str, Any]:
     configs: dict[str, Any] = {p: _read_json(folder / p / "config.json") for p in family.parts}
     for part, changes in _read_json(folder / "variants.json")[prediction_type].items():
         configs[part] |= changes
-    configs["scheduler"] = _read_json(folder / "scheduler" / f"{prediction_type}.json")
-    configs["tokenizer"] = folder / "tokenizer"
+    configs["scheduler"] = _read_json(SHARED / "scheduler" / f"{prediction_type}.json")
+    configs["tokenizer"] = SHARED / "tokenizer"
     return configs
 
 
@@ -219,8 +220,8 @@ def _assemble(
 def _fill(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     """Put the weights in; a key that is missing or of another shape would otherwise stay random without a word."""
     expected = module.state_dict()
-    if any(k.startswith("text_model.") for k in expected):  # transformers before 5.6 nests the text model once more
-        state = {f"text_model.{k}": v for k, v in state.items()}
+    nested = {k.removeprefix("text_model."): k for k in expected}  # as transformers nests it, by class and release
+    state = {nested.get(k, k): v for k, v in state.items()}
     _report_unused([k for k in state if k not in expected and not k.endswith(IGNORED_TEXT_ENDS)], where)
     state = {k: v for k, v in state.items() if k in expected}
     check_floats(state, where)
