@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from far_train.data.fusion import ConceptFusion
 from far_train.data.settings import FusionConfig
 from far_train.mini.tiny import random_states, tiny_configs, write_folder
 from far_train.models.base import BaseModel
+from far_train.models.families import FAMILIES
 from far_train.models.loading import load_base
 
 from .host.tally import HostTally
@@ -36,6 +39,18 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def base(tiny_folder: Path) -> BaseModel:
     """The tiny base, loaded anew for each test."""
     return load_base(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def family_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The tiny base's folder by family; each predicts as its family does."""
+
+    @cache
+    def write(key: str) -> Path:
+        configs = tiny_configs(family=FAMILIES[key])
+        return write_folder(tmp_path_factory.mktemp(key), configs, random_states(configs, family=FAMILIES[key]))
+
+    return lambda key: tiny_folder if key == "sd21" else write(key)
 
 
 def disc(size: int, colour: tuple[float, float, float], centre: tuple[float, float], radius: float):
