@@ -11,10 +11,9 @@ from transformers import CLIPTokenizerFast
 
 from far_train.models.families import FAMILIES, SD15, SD21, SDXL, Family, detect
 from far_train.models.loading import CONFIGS as SHIPPED
-from far_train.models.loading import packaged_configs
+from far_train.models.loading import build_parts, packaged_configs
 from far_train.utils.errors import BaseModelError
 
-CONFIGS = SHIPPED / SD21.configs
 SHARED = SHIPPED / "shared"
 
 
@@ -85,18 +84,46 @@ def test_a_lora_of_a_transformer_is_called_no_model():
         detect({"transformer.single_transformer_blocks.0.attn.to_k.lora_A.weight": torch.zeros(8, 8)}, "file")
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_the_table_agrees_with_the_packaged_configs(family):
+def test_the_table_agrees_with_the_packaged_configs(family: Family):
     configs = packaged_configs(family, family.default_prediction)
     assert configs["unet"]["cross_attention_dim"] == family.context_width
     assert configs["unet"].get("use_linear_projection", False) == family.linear_projections
     widths = [configs[spec.part]["hidden_size"] for spec in family.text_encoders]
     assert sum(widths) == family.context_width
     assert configs["scheduler"]["prediction_type"] == family.default_prediction
+    for spec in family.text_encoders:
+        assert configs[spec.part]["architectures"] == [f"CLIPTextModel{'WithProjection' if spec.pooled else ''}"]
 
 
-def test_sd21_variants_and_schedules():
-    variants = json.loads((CONFIGS / "variants.json").read_text())
+# As published; the parameters of each part.
+SIZES_OF_PARTS = {
+    "sd15": {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480},
+    "sd21": {"unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840},
+    "sdxl": {
+        "unet": 2_567_463_684,
+        "vae": 83_653_863,
+        "text_encoder": 123_060_480,
+        "text_encoder_2": 694_659_840,
+    },
+}
+# Native side in pixels, what latents are scaled with, and the id that fills up each encoder's prompts.
+CONSTANTS = {"sd15": (512, 0.18215, [49407]), "sd21": (768, 0.18215, [0]), "sdxl": (1024, 0.13025, [49407, 0])}
+
+
+def test_published_sizes_and_constants(family: Family, tokenizer: CLIPTokenizerFast):
+    configs = packaged_configs(family, family.default_prediction)
+    parts = build_parts(family, configs)
+    counts = {part: sum(p.numel() for p in module.parameters()) for part, module in parts.items()}
+    assert counts == SIZES_OF_PARTS[family.key]
+    side, scale, pads = CONSTANTS[family.key]
+    assert configs["unet"]["sample_size"] * 8 == configs["vae"]["sample_size"] == side
+    assert configs["vae"]["scaling_factor"] == scale
+    assert [tokenizer.convert_tokens_to_ids(spec.pad_token) for spec in family.text_encoders] == pads
+
+
+def test_variants_and_schedules(family: Family):
+    folder = SHIPPED / family.configs
+    variants = json.loads((folder / "variants.json").read_text())
     assert set(variants) == {path.stem for path in (SHARED / "scheduler").iterdir()} == {"v_prediction", "epsilon"}
     for prediction, changes in variants.items():
         config = json.loads((SHARED / "scheduler" / f"{prediction}.json").read_text())
@@ -107,9 +134,9 @@ def test_sd21_variants_and_schedules():
         assert scheduler.alphas_cumprod[-1].item() == pytest.approx(0.00466, abs=1e-5)
         assert scheduler.final_alpha_cumprod == scheduler.alphas_cumprod[0]
         for part, fields in changes.items():
-            assert fields.keys() <= json.loads((CONFIGS / part / "config.json").read_text()).keys()
-    defaults = {part: json.loads((CONFIGS / part / "config.json").read_text()) for part in ("unet", "vae")}
-    for part, fields in variants["v_prediction"].items():
+            assert fields.keys() <= json.loads((folder / part / "config.json").read_text()).keys()
+    defaults = {part: json.loads((folder / part / "config.json").read_text()) for part in ("unet", "vae")}
+    for part, fields in variants[family.default_prediction].items():
         assert fields.items() <= defaults[part].items()
 
 

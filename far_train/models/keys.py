@@ -1,8 +1,8 @@
 """Weight names: diffusers and Hugging Face folders ↔ single files of the original latent diffusion code ("LDM").
 
-For the shapes of Stable Diffusion 1.x, 2.x and XL, by the tables of :mod:`.key_tables`. Four things are more than names,
-and stand in functions of their own: the VAE's attention (1×1 convolutions in LDM), OpenCLIP's fused q/k/v, its transposed
-text projection, and its last layer, which SD 2.x never runs.
+For the shapes of Stable Diffusion 1.x, 2.x and XL, by the tables of :mod:`.key_tables`. Four things are more than names
+and stand in functions of their own: the VAE's attention (1×1 convolutions in LDM), OpenCLIP's fused q/k/v, its
+transposed text projection, and its last layer, which SD 2.x never runs.
 """
 
 from __future__ import annotations

@@ -171,6 +171,7 @@ def prior_key(base: BaseModel, sampling: SampleConfig, size: int) -> str:
     """Hex key of everything that decides what regularization image i of a noun looks like; their number doesn't."""
     settings = sampling.replace(sample_batch=1).to_dict()
     about = [base.fingerprint, base.prediction_type, size, settings]
+    about += ["zero terminal SNR"] if base.zero_terminal_snr else []
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
 
