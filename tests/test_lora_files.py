@@ -154,7 +154,9 @@ def test_names_are_those_of_diffusers_modules(unet: Callable[[], nn.Module]):
     unet = unet()
     modules = {id(module): name for name, module in unet.named_modules()}
     found = attention_projections(unet)
-    assert kohya_names(found, SD21) == {layer: kohya_name(modules[id(getattr(*place))]) for layer, place in found.items()}
+    assert kohya_names(found, SD21) == {
+        layer: kohya_name(modules[id(getattr(*place))]) for layer, place in found.items()
+    }
 
 
 @pytest.mark.parametrize("layer", ["input_blocks.6.1.attn2.to_k", "time_embed.0", "input_blocks.2.0.attn2.to_k"])

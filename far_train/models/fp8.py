@@ -58,8 +58,8 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     rounds nothing, so a value's error is the 1/16 at most of rounding to fp8, or 2^-10 scales for the smallest ones.
     """
     largest = weight.float().abs().amax().clamp(min=1e-4)
-    _, exponent = torch.frexp(largest / torch.finfo(FP8).max)
-    scale = torch.ldexp(torch.ones_like(largest), exponent)
+    mantissa, exponent = torch.frexp(largest / torch.finfo(FP8).max)  # the mantissa from 0.5 on
+    scale = torch.ldexp(torch.ones_like(largest), exponent - (mantissa == 0.5).int())
     return (weight.float() / scale).to(FP8).view(torch.uint8), scale
 
 

@@ -33,7 +33,6 @@ from .settings import TrainConfig
 from .state import RunState
 from .step import accumulate_gradients, sample_batch
 
-
 log = logging.getLogger(__name__)
 
 MOST_PARAMETERS = 100_000_000  # that training all K and V may have; SD 1.5 and 2.1 have a quarter of it
