@@ -59,8 +59,8 @@ def as_markdown(
         "",
         "Median, with quartiles. The reference is Custom Diffusion's step, built from diffusers' own parts.",
         "",
-        "| px | batch | mode | ms per step | samples/s | vs. reference | of peak | peak memory | vs. reference | GPU ms | "
-        "launches |",
+        "| px | batch | mode | ms per step | samples/s | vs. reference | of peak | peak memory | vs. reference "
+        "| GPU ms | launches |",
         "| --- |" + " --- |" * 10,
     ]
     by_key = {(r.size, r.batch, r.mode): r for r in rows}

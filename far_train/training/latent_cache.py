@@ -238,7 +238,7 @@ def _encode(images: Sequence[Tensor], base: BaseModel, seeds: Sequence[int]) -> 
     vae = base.vae
 
     def encode(batch: range) -> list[tuple[Tensor, Tensor]]:
-        pixels = torch.stack([images[i] for i in batch]).permute(0, 3, 1, 2).to(vae.dtype) * 2 - 1
+        pixels = torch.cat([images[i].permute(2, 0, 1)[None].to(vae.dtype) * 2 - 1 for i in batch])
         posterior = vae.encode(pixels.to(vae.device)).latent_dist
         return list(zip(posterior.mean.cpu(), posterior.std.cpu()))
 
