@@ -175,7 +175,7 @@ class FarWeights:
         for encoder, table in zip(self.encoders, TextConditioner(base).tables, strict=True):
             widths = {embeddings[encoder].shape[1] for embeddings in self.embeddings.values()}
             if widths != {table.shape[1]}:
-                wrong.append(f"embeddings (width {max(widths)}, the base has {table.shape[1]})")
+                wrong.append(f"embeddings of {encoder} (width {max(widths)}, the base has {table.shape[1]})")
         if wrong:
             raise WeightsError(
                 f"weights: they don't fit this base: {wrong[0]} and {len(wrong) - 1} others differ; use their base"
