@@ -265,7 +265,12 @@ def _show_progress(progress: host_ui.Progress, folder: Path, done: int, total: i
 
 
 def drawn_folder(kind: str, base: BaseModel, config: SampleConfig, size: int) -> Path:
-    """Where what this base draws with these settings is kept. The number of pictures doesn't matter: it may grow."""
+    """Where what this base draws with these settings is kept. The number of pictures doesn't matter: it may grow.
+
+    A training keeps its own regularization images under another key (``class_images.prior_key``), although they may be
+    the same: that key is of the base in the precision in which it draws. Here the base isn't cast to it, nor moved to
+    the device, while all pictures are on disk.
+    """
     settings = {
         "base": base.fingerprint,
         "prediction_type": base.prediction_type,
