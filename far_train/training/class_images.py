@@ -18,7 +18,7 @@ from ..data.images import load_photo, save_picture
 from ..models.base import BaseModel
 from ..models.conditioning import plain_vocabulary
 from ..models.sampling import draw_pictures
-from ..models.settings import SampleConfig
+from ..models.settings import DrawConfig, SampleConfig
 from ..utils.devices import choose_device
 from ..utils.errors import ConfigError
 from ..utils.seeding import derive_seed
@@ -33,7 +33,7 @@ def draw_class_images(
     nouns: Sequence[str],
     count: int,
     folder: Path,
-    config: SampleConfig,
+    config: DrawConfig,
     *,
     size: int | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -105,7 +105,7 @@ def draw_empty_scenes(
     scenes: Sequence[EmptyScene],
     each: int,
     folder: Path,
-    config: SampleConfig,
+    config: DrawConfig,
     *,
     size: int | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -134,7 +134,7 @@ class _Wanted(NamedTuple):
 def _draw_missing(
     base: BaseModel,
     wanted: Sequence[_Wanted],
-    config: SampleConfig,
+    config: DrawConfig,
     size: int | None,
     on_progress: Callable[[int, int], None],
     on_step: Callable[[int, int], None],
