@@ -187,7 +187,7 @@ class ExtractSubject(io.ComfyNode):
         return schema(
             node_id="FaR_ExtractSubject",
             display_name="FaR Extract Subject",
-            description="Segment the subject of each photo with Segment Anything, from a box, points, or the centre of "
+            description="Segment the subject of each photo with Segment Anything, from a box, points, or the center of "
             "the photo. Photos without a usable subject are skipped and listed in the report.",
             search_aliases=["segment", "cut out", "remove background", "mask"],
             is_input_list=True,
@@ -228,7 +228,7 @@ class ExtractSubject(io.ComfyNode):
                     "points",
                     default="",
                     multiline=True,
-                    tooltip="JSON, in pixels. Empty: the centre of the photo. For all photos: [[x, y], [x, y, 0]], "
+                    tooltip="JSON, in pixels. Empty: the center of the photo. For all photos: [[x, y], [x, y, 0]], "
                     "where 0 marks background. For single photos, by number or name: "
                     '{"2": [[x, y]], "garden": {"box": [x0, y0, x1, y1]}}.',
                 ),

@@ -109,7 +109,7 @@ class Adapter(ABC):
         return {**rows, **self.unet_parameters()}
 
     def gradients(self) -> list[Tensor]:
-        """The gradient of each parameter; zeros where no sample used it: class images have no placeholder token."""
+        """The gradient of each parameter; zeros where no sample used it: regularization images have no token."""
         for parameter in self.named_parameters().values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
