@@ -89,7 +89,7 @@ class FuseConcepts(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "size",
-                    default=768,
+                    default=FusionConfig.size,
                     min=64,
                     max=2048,
                     step=64,
@@ -98,7 +98,7 @@ class FuseConcepts(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "count",
-                    default=400,
+                    default=FusionConfig.count,
                     min=1,
                     max=100_000,
                     tooltip="Number of training images. 200 per concept work well.",
@@ -115,7 +115,7 @@ class FuseConcepts(io.ComfyNode):
                 io.Float.Input(
                     "flip",
                     display_name="flip probability",
-                    default=0.5,
+                    default=FusionConfig.flip,
                     min=0.0,
                     max=1.0,
                     step=0.05,

@@ -50,7 +50,7 @@ class LoadPhotos(io.ComfyNode):
                 io.Int.Input(
                     "max_side",
                     display_name="longest side",
-                    default=1024,
+                    default=ExtractConfig.max_side,
                     min=0,
                     max=MAX_SIDE,
                     step=64,
@@ -235,7 +235,7 @@ class ExtractSubject(io.ComfyNode):
                 io.Float.Input(
                     "min_area",
                     display_name="minimum area",
-                    default=ExtractConfig().min_area,
+                    default=ExtractConfig.min_area,
                     min=0.0,
                     max=0.9,
                     step=0.01,

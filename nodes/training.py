@@ -59,7 +59,7 @@ class Train(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "batch_size",
-                    default=2,
+                    default=TrainConfig.batch_size,
                     min=1,
                     max=4096,
                     tooltip="Composites per step. Regularization images are added to them (see FaR Train Options).",
