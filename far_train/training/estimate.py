@@ -120,6 +120,7 @@ def measure_cost(
             _seconds(run.train_step, callbacks)  # warms up, and makes the optimizer's moments
         step_seconds = min(_seconds(run.train_step, callbacks) for _ in range(TRIAL_STEPS))
         memory = _bytes_of([*weights, *learned.values()]) + counted.peak  # afterwards in the base's own precision
+        run.state.release_graphs()
         overhead, each = _time_sampling(base, run.state.vocabulary, prompts[0], training_set.size, callbacks)
     steps = max(config.steps_for(len(training_set.names)) - steps_done, 0)
     rounds = steps // config.sample_every if config.sample_every else 0
