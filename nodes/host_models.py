@@ -37,6 +37,7 @@ class BaseId:
 
     fingerprint: str
     prediction_type: str
+    zero_terminal_snr: bool = False  # MODELs are trained on Stable Diffusion's own schedule, with a warning
 
 
 # By the module that a MODEL patches: the ids of all patches on MODEL, CLIP and VAE → fingerprint.

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..far_train.models.families import FAMILIES, FOREIGN, SUPPORTED, Family
+from ..far_train.models.families import FAMILIES, SUPPORTED, Family
+from ..far_train.models.foreign import WIDTHS
 from ..far_train.models.loading import packaged_configs
 from ..far_train.utils.errors import BaseModelError
 
@@ -75,14 +76,18 @@ def find_family(unet: Mapping[str, Any], kind: str, text_encoders: Sequence[str]
     attends = unet.get("transformer_depth")
     if width is None or not attends or "channel_mult" not in unet:
         raise BaseModelError(f"MODEL is {kind}; FaR trains {SUPPORTED}, load such a checkpoint")
-    if width in FOREIGN:
-        raise BaseModelError(f"MODEL is {FOREIGN[width]}; FaR trains {SUPPORTED}, load such a checkpoint")
+    if width in WIDTHS:
+        raise BaseModelError(f"MODEL is {WIDTHS[width]}; FaR trains {SUPPORTED}, load such a checkpoint")
     if unet.get("adm_in_channels") is not None or unet.get("in_channels") != 4:
         raise BaseModelError(
             f"MODEL is a variant of Stable Diffusion with inputs of its own ({kind}: unCLIP, inpainting, depth …); "
             "FaR trains the plain text-to-image model"
         )
-    return clip_family(text_encoders, "the same checkpoint as MODEL")
+    family = clip_family(text_encoders, "the same checkpoint as MODEL")
+    own = next((f for f in FAMILIES.values() if f.context_width == width), family)
+    if own is not family:
+        raise BaseModelError(f"MODEL is {own.title}, CLIP is {family.title}'s; connect both of one checkpoint")
+    return family
 
 
 def clip_family(text_encoders: Sequence[str], owner: str) -> Family:

@@ -1,4 +1,4 @@
-"""Fixtures that many tests share: a tiny base of SD 2.1's shape, two synthetic concepts, a small dataset."""
+"""Fixtures that many tests share: tiny bases of each family's shape, two synthetic concepts, a small dataset."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from far_train.data.fusion import ConceptFusion
 from far_train.data.settings import FusionConfig
 from far_train.mini.tiny import random_states, tiny_configs, write_folder
 from far_train.models.base import BaseModel
+from far_train.models.families import FAMILIES, Family
 from far_train.models.loading import load_base
 
 from .host.tally import HostTally
@@ -36,6 +37,25 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def base(tiny_folder: Path) -> BaseModel:
     """The tiny base, loaded anew for each test."""
     return load_base(tiny_folder)
+
+
+@pytest.fixture(scope="session", params=FAMILIES.values(), ids=FAMILIES)
+def family(request: pytest.FixtureRequest) -> Family:
+    """Each model family in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def family_folder(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random base of the family (128 px) in diffusers' layout."""
+    configs = tiny_configs(family=family)
+    return write_folder(tmp_path_factory.mktemp(family.key), configs, random_states(configs, family=family))
+
+
+@pytest.fixture
+def family_base(family_folder: Path) -> BaseModel:
+    """The family's tiny base, loaded anew for each test."""
+    return load_base(family_folder)
 
 
 def disc(size: int, colour: tuple[float, float, float], centre: tuple[float, float], radius: float):

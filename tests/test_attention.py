@@ -2,31 +2,75 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
 from far_train.models.attention_maps import AttentionRecorder, cross_attention_layers, layer_stride, supervised_layers
-from far_train.models.families import SD21
+from far_train.models.base import BaseModel
+from far_train.models.conditioning import Conditioning
+from far_train.models.families import SD15, SD21, SDXL, Family
 from far_train.models.loading import packaged_configs
 
 
-def full_unet():
+def full_unet(family: Family = SD21) -> UNet2DConditionModel:
+    """A UNet of the published size, without weights."""
     with torch.device("meta"):
-        return UNet2DConditionModel.from_config(packaged_configs(SD21, "v_prediction")["unet"])
+        return UNet2DConditionModel.from_config(packaged_configs(family, family.default_prediction)["unet"])
 
 
+@pytest.mark.parametrize("family", [SD15, SD21], ids=lambda f: f.key)
 @pytest.mark.parametrize("side", [64, 96])
-def test_sd21_supervises_its_five_stride_4_layers(side: int):
+def test_sd_supervises_its_five_stride_4_layers(family: Family, side: int):
     """16×16 maps at 512 px and 24×24 at 768 px."""
-    layers = supervised_layers(full_unet(), side, side)
+    layers = supervised_layers(full_unet(family), side, side, 16, family.supervised_modules)
     assert len(layers) == 5
     assert sum(n.startswith("down_blocks.2.") for n in layers) == 2
     assert sum(n.startswith("up_blocks.1.") for n in layers) == 3
 
 
-def test_sd21_has_16_cross_attention_layers():
-    assert len(cross_attention_layers(full_unet())) == 16
+@pytest.mark.parametrize("side", [64, 96, 128])
+def test_sdxl_supervises_eight_of_its_sixty_deepest_layers(side: int):
+    """32×32 maps at 1024 px, where no others are smaller; 16×16 at 512 px."""
+    unet = full_unet(SDXL)
+    everywhere = supervised_layers(unet, side, side)
+    layers = supervised_layers(unet, side, side, 16, SDXL.supervised_modules)
+    assert len(everywhere) == 60 and set(layers) < set(everywhere)
+    expected = [
+        f"up_blocks.0.attentions.{i}.transformer_blocks.{j}.attn2" for i, j in itertools.product((0, 1), (2, 3, 4, 5))
+    ]
+    assert layers == expected
+    assert {layer_stride(name, 3) for name in layers} == {4}
+
+
+def test_a_unet_without_these_modules_is_supervised_by_size_alone(base):
+    assert supervised_layers(base.unet, 16, 16, 16, ["up_blocks.9"]) == supervised_layers(base.unet, 16, 16)
+
+
+@pytest.mark.parametrize(("family", "count"), [(SD15, 16), (SD21, 16), (SDXL, 70)], ids=lambda x: getattr(x, "key", x))
+def test_numbers_of_cross_attention_layers(family: Family, count: int):
+    assert len(cross_attention_layers(full_unet(family))) == count
+
+
+@torch.no_grad()
+def test_maps_of_each_family_are_recorded(family_base: BaseModel):
+    """On the layers that training supervises; tokens that are all selected share all probability."""
+    modules, context = family_base.family.supervised_modules, family_base.unet.config.cross_attention_dim
+    layers = supervised_layers(family_base.unet, 16, 16, 4, modules)
+    assert len(layers) >= 2 and len(layers) < len(cross_attention_layers(family_base.unet))
+    assert all(any(name.startswith(f"{m}.") for m in modules) for name in layers) or not modules
+    generator = torch.Generator().manual_seed(0)
+    pooled = torch.randn(1, 48, generator=generator) if family_base.family.size_conditions else None
+    sizes = None if pooled is None else torch.tensor([[128.0, 128, 0, 0, 128, 128]])
+    conditioning = Conditioning(torch.randn(1, 77, context, generator=generator), pooled, sizes)
+    recorder = AttentionRecorder(family_base.unet, layers)
+    with recorder.recording(torch.ones(1, 1, 77)):
+        latents = torch.randn(1, 4, 16, 16, generator=generator)
+        family_base.unet(latents, 0, conditioning.context, **conditioning.unet_kwargs())
+        maps = recorder.maps(16, 16)
+    assert maps.shape == (1, 1, 4, 4) and torch.allclose(maps, torch.ones_like(maps), atol=1e-5)
 
 
 def test_a_small_model_supervises_its_own_16_by_16_maps(base):

@@ -93,7 +93,7 @@ def test_the_benchs_arms_are_known_by_the_first_names():
 
 
 class Base:
-    fingerprint, prediction_type = "ab", "v_prediction"
+    fingerprint, prediction_type, zero_terminal_snr = "ab", "v_prediction", False
 
 
 def test_a_run_from_before_the_names_is_found_and_resumed(fusion, tmp_path: Path):

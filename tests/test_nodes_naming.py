@@ -77,13 +77,13 @@ def test_text_layers_are_counted_as_the_host_counts_them(index: int | None, coun
 @pytest.mark.parametrize(
     ("unet", "text", "message"),
     [
-        ({"context_dim": 768}, ["clip_l"], "MODEL is Stable Diffusion 1.x"),
-        ({"context_dim": 2048}, ["clip_l", "clip_g"], "MODEL is Stable Diffusion XL"),
+        ({"context_dim": 1280}, ["clip_g"], "MODEL is the SDXL refiner"),
+        ({"context_dim": 768}, ["clip_h"], "MODEL is Stable Diffusion 1.5, CLIP is Stable Diffusion 2.1's"),
         ({"adm_in_channels": 2048}, ["clip_h"], "inputs of its own"),
         ({"in_channels": 9}, ["clip_h"], "inputs of its own"),
         ({"context_dim": None}, ["clip_h"], "MODEL is Kind"),
-        ({}, ["clip_l"], "CLIP is not Stable Diffusion 2.1's .it has clip_l, not clip_h"),
-        ({}, ["clip_l", "clip_h"], "it has clip_l and clip_h, not clip_h"),
+        ({}, ["clip_l"], "MODEL is Stable Diffusion 2.1, CLIP is Stable Diffusion 1.5's"),
+        ({}, ["clip_l", "clip_h"], "it has clip_l and clip_h, not clip_l or clip_h or clip_l and clip_g"),
         ({}, [], "no known text encoder"),
     ],
 )

@@ -24,7 +24,7 @@ PROGRAM = Program(
         comfy.QUEUE,
         demo.DEMO,
     ),
-    "Fuse-and-Refine: teach Stable Diffusion 2.1 several subjects at once.",
+    "Fuse-and-Refine: teach Stable Diffusion several subjects at once.",
     __version__,
 )
 

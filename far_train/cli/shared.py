@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 MAX_SHOWN = 96  # pictures on a contact sheet; JPEG ends at 65,535 pixels a side
 
 BASE = (
-    Argument("base", "base model: a .safetensors file of SD 2.1, or a folder in diffusers' layout", required=True),
-    Argument("base_config", "folder with the component configs, for single files of another size than SD 2.1"),
+    Argument(
+        "base", "base model, SD 1.5, 2.1 or XL: a .safetensors file, or a folder in diffusers' layout", required=True
+    ),
+    Argument("base_config", "folder with the component configs, for single files of another size than their family's"),
     Argument("prediction_type", "v_prediction or epsilon; default: detected from the weights"),
 )
 DEVICE = Argument("device", "auto, cpu, cuda, cuda:1, mps, xpu … (default: auto)")

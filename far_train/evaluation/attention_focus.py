@@ -44,7 +44,8 @@ def attention_maps(
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(noise_seed)).to(latents)
     conditioning = TextConditioner(base).encode([prompt], tuple(image.shape[:2]))
     context = conditioning.context
-    recorder = AttentionRecorder(base.unet, supervised_layers(base.unet, *latents.shape[-2:], cells))
+    layers = supervised_layers(base.unet, *latents.shape[-2:], cells, base.family.supervised_modules)
+    recorder = AttentionRecorder(base.unet, layers)
     maps = []
     try:
         for moment in [timestep] if isinstance(timestep, int) else timestep:

@@ -1,6 +1,6 @@
-"""A tiny base with the architecture of Stable Diffusion 2.1 and random weights, for tests.
+"""Tiny bases with the architecture of each model family and random weights, for tests.
 
-Its pictures are noise, but the full pipeline runs on it in seconds.
+Their pictures are noise, but the full pipeline runs on them in seconds.
 """
 
 from __future__ import annotations
@@ -13,41 +13,58 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ..models.families import SD21
+from ..models.families import FAMILIES, SD21, Family
 from ..models.keys import diffusers_to_ldm
 from ..models.loading import build_parts, packaged_configs
 
-WIDTH = 32
+WIDTH = 32  # of the text, in families with one encoder
+WIDTH_2 = 48  # of the second encoder's
+
+UNETS: dict[str, dict[str, Any]] = {
+    "sd15": {"block_out_channels": [32, 64, 64, 64], "attention_head_dim": 2},
+    "sd21": {"block_out_channels": [32, 64, 64, 64], "attention_head_dim": [2, 4, 4, 4]},
+    "sdxl": {
+        "block_out_channels": [32, 64, 64],
+        "attention_head_dim": [2, 4, 4],
+        # Deep enough for a block on which the family is supervised.
+        "transformer_layers_per_block": [1, 1, 3],
+        # The sizes' sinusoids stay as wide as they are, because ComfyUI has no other.
+        "projection_class_embeddings_input_dim": 6 * 256 + WIDTH_2,
+    },
+}
 
 
-def tiny_configs(prediction_type: str = "v_prediction", size: int = 128) -> dict[str, Any]:
-    """Component configs of SD 2.1 with everything made small; ``size`` is the native side in pixels."""
-    configs = packaged_configs(SD21, prediction_type)
-    blocks = (32, 64, 64, 64)
+def tiny_configs(prediction_type: str | None = None, size: int = 128, family: Family = SD21) -> dict[str, Any]:
+    """Component configs of a family with everything made small; ``size`` is the native side in pixels.
+
+    ``prediction_type``: default the family's.
+    """
+    configs = packaged_configs(family, prediction_type or family.default_prediction)
+    widths = dict(zip((spec.part for spec in family.text_encoders), (WIDTH, WIDTH_2)))
     configs["unet"] |= {
-        "block_out_channels": blocks,
+        **UNETS[family.key],
         "layers_per_block": 1,
-        "attention_head_dim": [2, 4, 4, 4],
-        "cross_attention_dim": WIDTH,
+        "cross_attention_dim": sum(widths.values()),
         "sample_size": size // 8,
     }
     configs["vae"] |= {"block_out_channels": [32, 32, 32, 32], "layers_per_block": 1, "sample_size": size}
-    configs["text_encoder"] |= {
-        "hidden_size": WIDTH,
-        "intermediate_size": 2 * WIDTH,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "projection_dim": WIDTH,
-    }
+    for part, width in widths.items():
+        configs[part] |= {
+            "hidden_size": width,
+            "intermediate_size": 2 * width,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "projection_dim": width,
+        }
     return configs
 
 
-def random_states(configs: dict[str, Any], seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
-    """State dicts of UNet, VAE and text encoder, drawn as the libraries initialise them."""
+def random_states(configs: dict[str, Any], seed: int = 0, family: Family = SD21) -> dict[str, dict[str, torch.Tensor]]:
+    """State dicts of UNet, VAE and text encoders, drawn as the libraries initialise them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         states = {}
-        for part, module in build_parts(SD21, configs, device="cpu").items():
+        for part, module in build_parts(family, configs, device="cpu").items():
             states[part] = {k: v.clone() for k, v in module.state_dict().items() if not k.endswith("position_ids")}
     return states
 
@@ -65,15 +82,18 @@ def write_folder(folder: Path, configs: dict[str, Any], states: dict[str, dict[s
     return folder
 
 
-def single_file_state(configs: dict[str, Any], states: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def single_file_state(
+    configs: dict[str, Any], states: dict[str, dict[str, torch.Tensor]], family: Family = SD21
+) -> dict[str, torch.Tensor]:
     """The same base as one state dict in the original (LDM) layout."""
-    return diffusers_to_ldm(states, configs, SD21)
+    return diffusers_to_ldm(states, configs, family)
 
 
 if __name__ == "__main__":
     import sys
 
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m far_train.mini.tiny FOLDER   (writes a tiny random base there)")
-    own = tiny_configs()
-    print(write_folder(Path(sys.argv[1]), own, random_states(own)))
+    if len(sys.argv) not in (2, 3):
+        sys.exit("usage: python -m far_train.mini.tiny FOLDER [FAMILY]   (writes a tiny random base there)")
+    kind = FAMILIES[sys.argv[2]] if len(sys.argv) == 3 else SD21
+    own = tiny_configs(family=kind)
+    print(write_folder(Path(sys.argv[1]), own, random_states(own, family=kind)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..utils.errors import BaseModelError
+from .families import SUPPORTED
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
@@ -34,26 +35,35 @@ def layer_stride(name: str, levels: int) -> int:
         return 2 ** (levels - 1)
     found = re.match(r"(down|up)_blocks\.(\d+)\.", name)
     if not found:
-        raise BaseModelError(f"base: the attention layer {name} is in no block that FaR knows; use an SD 2.1 model")
+        raise BaseModelError(f"base: the attention layer {name} is in no block that FaR knows; use a {SUPPORTED} model")
     level = int(found[2])
     return 2 ** (level if found[1] == "down" else levels - 1 - level)
 
 
-def supervised_layers(unet: nn.Module, latent_height: int, latent_width: int, cells: int = 16) -> list[str]:
+def supervised_layers(
+    unet: nn.Module, latent_height: int, latent_width: int, cells: int = 16, modules: Sequence[str] = ()
+) -> list[str]:
     """Names of the layers with the smallest maps that still have ``cells`` cells on the shorter side.
 
-    In SD 2.1 these are 16×16 maps at 512 px and 24×24 maps at 768 px, both at stride 4. A small model's 16×16 layers
-    follow from the same rule, whatever their stride. If no map is that large, the layers with the largest are taken.
-    Raises BaseModelError if the UNet has no cross-attention.
+    In SD 1.5 and 2.1 these are 16×16 maps at 512 px and 24×24 maps at 768 px, both at stride 4. A small model's 16×16
+    layers follow from the same rule, whatever their stride. If no map is that large, the layers with the largest are
+    taken. ``modules``: only layers in these are considered, if the UNet has any there
+    (:attr:`.families.Family.supervised_modules`). Raises BaseModelError if the UNet has no cross-attention.
     """
     levels = len(unet.config.block_out_channels)
-    strides = {name: layer_stride(name, levels) for name in cross_attention_layers(unet)}
+    strides = {name: layer_stride(name, levels) for name in among(cross_attention_layers(unet), modules)}
     if not strides:
-        raise BaseModelError("base: the UNet has no cross-attention layers; use an SD 2.1 model")
+        raise BaseModelError(f"base: the UNet has no cross-attention layers; use a {SUPPORTED} model")
     shorter = min(latent_height, latent_width)
     sides = {name: math.ceil(shorter / stride) for name, stride in strides.items()}
     chosen = supervised_side(sides.values(), cells)
     return [name for name, side in sides.items() if side == chosen]
+
+
+def among(layers: Iterable[str], modules: Sequence[str]) -> list[str]:
+    """Those of the layers that are in one of the modules, by name; all of them if none is."""
+    layers = list(layers)
+    return [name for name in layers if name.startswith(tuple(f"{m}." for m in modules))] or layers
 
 
 def supervised_side(sides: Iterable[int], cells: int = 16) -> int:
@@ -127,9 +137,9 @@ class AttentionRecorder:
 
 
 class SdpaProcessor:
-    """An attention processor for what SD 2.1 has: plain scaled-dot-product attention.
+    """An attention processor for what Stable Diffusion has: plain scaled-dot-product attention.
 
-    It leaves out the options of diffusers' ``AttnProcessor2_0`` that SD 2.1 does not use, and has a hook.
+    It leaves out the options of diffusers' ``AttnProcessor2_0`` that no family here uses, and has a hook.
     """
 
     def on_qk(self, query: Tensor, key: Tensor, scale: float) -> None:

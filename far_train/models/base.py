@@ -76,6 +76,11 @@ class BaseModel:
         return DDIMScheduler.from_config(self.scheduler).alphas_cumprod
 
     @property
+    def zero_terminal_snr(self) -> bool:
+        """Whether the noise schedule ends in pure noise; otherwise it is Stable Diffusion's own."""
+        return bool(self.scheduler.get("rescale_betas_zero_snr"))
+
+    @property
     def downscale(self) -> int:
         """Pixels per latent cell."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)

@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from ..utils.errors import BaseModelError
+from .foreign import edm_model, input_channels, transformer_name, unet_variant
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Family:
     default_prediction: str  # where neither a marker nor the weights tell
     measure_prediction: Callable[[Mapping[str, Tensor]], str | None]  # from the UNet's weights, in diffusers' names
     pipeline: str  # class of diffusers
+    # Modules among whose cross-attention layers the supervised ones are chosen, by diffusers' names; empty: all.
+    supervised_modules: tuple[str, ...] = ()
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -64,6 +67,35 @@ def prediction_by_norm(unet: Mapping[str, Tensor]) -> str | None:
         return None
     return "v_prediction" if float(bias.float().std(unbiased=False)) > V_THRESHOLD else "epsilon"
 
+
+def _not_measured(unet: Mapping[str, Tensor]) -> None:
+    """For families whose weights don't tell their prediction type: only a marker in the file does."""
+
+
+SD15 = Family(
+    key="sd15",
+    title="Stable Diffusion 1.5",
+    configs="sd15",
+    context_width=768,
+    linear_projections=False,
+    text_encoders=(
+        TextEncoderSpec(
+            part="text_encoder",
+            comfy_name="clip_l",
+            layer=-1,
+            unused_layers=0,
+            final_norm=True,
+            pooled=False,
+            pad_token="<|endoftext|>",
+            checkpoint_layout="hf",
+            prefixes=("cond_stage_model.transformer.",),
+        ),
+    ),
+    size_conditions=False,
+    default_prediction="epsilon",
+    measure_prediction=_not_measured,
+    pipeline="StableDiffusionPipeline",
+)
 
 SD21 = Family(
     key="sd21",
@@ -95,10 +127,51 @@ SD21 = Family(
     pipeline="StableDiffusionPipeline",
 )
 
-FAMILIES = {family.key: family for family in (SD21,)}
-SUPPORTED = " or ".join(family.title for family in FAMILIES.values())
-# Families that FaR doesn't train, by the width of their text.
-FOREIGN = {768: "Stable Diffusion 1.x", 2048: "Stable Diffusion XL", 1280: "the SDXL refiner"}
+SDXL = Family(
+    key="sdxl",
+    title="Stable Diffusion XL",
+    configs="sdxl",
+    context_width=2048,
+    linear_projections=True,
+    text_encoders=(
+        TextEncoderSpec(
+            part="text_encoder",
+            comfy_name="clip_l",
+            layer=-2,
+            unused_layers=0,
+            final_norm=False,
+            pooled=False,
+            pad_token="<|endoftext|>",
+            checkpoint_layout="hf",
+            prefixes=("conditioner.embedders.0.transformer.",),
+        ),
+        TextEncoderSpec(
+            part="text_encoder_2",
+            comfy_name="clip_g",
+            layer=-2,
+            unused_layers=0,  # the last one conditions nothing, but the pooled output comes from it
+            final_norm=False,
+            pooled=True,
+            pad_token="!",
+            checkpoint_layout="openclip",
+            prefixes=("conditioner.embedders.1.model.",),
+        ),
+    ),
+    size_conditions=True,
+    default_prediction="epsilon",
+    measure_prediction=_not_measured,
+    pipeline="StableDiffusionXLPipeline",
+    # 60 of its 70 layers have maps of one size. These eight, in the middle of the first two transformers behind the
+    # bottleneck, cost an eighth of their memory.
+    supervised_modules=tuple(
+        f"up_blocks.0.attentions.{attention}.transformer_blocks.{block}"
+        for attention in (0, 1)
+        for block in range(2, 6)
+    ),
+)
+
+FAMILIES = {family.key: family for family in (SD15, SD21, SDXL)}
+SUPPORTED = " or ".join(", ".join(family.title for family in FAMILIES.values()).rsplit(", ", 1))
 
 SIZE_CONDITIONS = ("add_embedding.linear_1.weight", "label_emb.0.0.weight")  # diffusers' name, LDM's
 
@@ -107,19 +180,28 @@ def detect(unet: Mapping[str, Tensor], where: str, context_width: int | None = N
     """The family of a UNet, by its weights in diffusers' or LDM's names.
 
     ``context_width``: what the base's own configs say, for bases of other sizes than their family's. Raises
-    BaseModelError, naming ``where`` the weights come from, for other families and for files without a UNet.
+    BaseModelError, naming ``where`` the weights come from and what they are, for other models and for files without a
+    UNet.
     """
     width = next((v.shape[-1] for k, v in unet.items() if k.endswith("attn2.to_k.weight") and v.ndim), None)
+    sized = any(k.endswith(SIZE_CONDITIONS) for k in unet)
+    channels = input_channels(unet)
+    other = edm_model(unet) or unet_variant(channels, width, sized)
+    if channels is None:
+        other = transformer_name(unet) or other
+    if other is not None:
+        raise BaseModelError(f"base: {where} is {other}; FaR needs a plain text-to-image model of {SUPPORTED}")
     if width is None:
         raise BaseModelError(
             f"base: {where} holds no Stable Diffusion UNet; give a whole {SUPPORTED} checkpoint, not a LoRA"
         )
-    sized = any(k.endswith(SIZE_CONDITIONS) for k in unet)
     linear = next((v.ndim == 2 for k, v in unet.items() if k.endswith(".proj_in.weight")), None)
     for family in FAMILIES.values():
-        same_kind = family.size_conditions == sized and linear in (None, family.linear_projections)
+        same_kind = (family.size_conditions, family.linear_projections) == (sized, linear)
         if same_kind and width == (context_width or family.context_width):
             return family
-    what = FOREIGN.get(width, f"a model of text width {width}")
     expected = context_width or ", ".join(str(family.context_width) for family in FAMILIES.values())
-    raise BaseModelError(f"base: {where} is {what}, FaR needs {SUPPORTED} (text width {expected})")
+    raise BaseModelError(
+        f"base: {where} is a model of text width {width}{' with size conditions' if sized else ''}; "
+        f"FaR needs {SUPPORTED} (text width {expected})"
+    )

@@ -1,10 +1,8 @@
 """Weight names: diffusers and Hugging Face folders ↔ single files of the original latent diffusion code ("LDM").
 
-For the shapes of Stable Diffusion 1.x and 2.x. Each component has a table {diffusers module: LDM module} that follows
-from its config.json. A name is translated by exchanging the longest leading part that stands in the table. So one table
-serves parameters (`….to_k.weight`) and modules (`….to_k`), and its inverse serves the way back. Three things are more
-than names, and stand in functions of their own: the VAE's attention (1×1 convolutions in LDM), OpenCLIP's fused q/k/v,
-and OpenCLIP's last layer, which SD 2.x never runs.
+For the shapes of Stable Diffusion 1.x, 2.x and XL, by the tables of :mod:`.key_tables`. Four things are more than names
+and stand in functions of their own: the VAE's attention (1×1 convolutions in LDM), OpenCLIP's fused q/k/v, its
+transposed text projection, and its last layer, which SD 2.x never runs.
 """
 
 from __future__ import annotations
@@ -16,6 +14,7 @@ import torch
 
 from ..utils.errors import BaseModelError
 from .families import Family, TextEncoderSpec
+from .key_tables import inverse, rename, text_table, unet_table, vae_table
 
 StateDict = dict[str, torch.Tensor]
 
@@ -37,7 +36,7 @@ IGNORED_PREFIXES = ("model_ema.", "first_stage_model.loss.", "first_stage_model.
 IGNORED_NAMES = frozenset(
     f"{prefix}{name}"
     for prefix, names in {
-        "": ("betas", "lvlb_weights", "logvar", "scale_factor", "v_pred", "ztsnr"),
+        "": ("betas", "lvlb_weights", "logvar", "scale_factor", "v_pred", "ztsnr", "denoiser.sigmas"),
         "alphas_": ("cumprod", "cumprod_prev"),
         "sqrt_": ("alphas_cumprod", "one_minus_alphas_cumprod", "recip_alphas_cumprod", "recipm1_alphas_cumprod"),
         "log_": ("one_minus_alphas_cumprod",),
@@ -46,146 +45,12 @@ IGNORED_NAMES = frozenset(
     for name in names
 )
 # What a text encoder in a file may hold and a CLIPTextModel doesn't.
-IGNORED_TEXT_ENDS = ("text_projection", "text_projection.weight", "logit_scale", "attn_mask", "position_ids")
+PROJECTION = ("text_projection", "text_projection.weight")  # OpenCLIP's name, Hugging Face's
+IGNORED_TEXT_ENDS = (*PROJECTION, "logit_scale", "attn_mask", "position_ids")  # the projection where it isn't used
 
-# diffusers module → LDM module
-UNET_ENDS = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
-UNET_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-VAE_ENDS = {"conv_in": "conv_in", "conv_norm_out": "norm_out", "conv_out": "conv_out"}
-VAE_RESNET = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "conv_shortcut": "nin_shortcut"}
-VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-TEXT_ENDS = {
-    "embeddings.token_embedding": "token_embedding",
-    "embeddings.position_embedding.weight": "positional_embedding",
-    "final_layer_norm": "ln_final",
-}
-TEXT_LAYER = {
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-    "self_attn.q_proj": "attn.q",  # q, k, v are names of our own for the thirds of in_proj: see _split_in_proj
-    "self_attn.k_proj": "attn.k",
-    "self_attn.v_proj": "attn.v",
-    "self_attn.out_proj": "attn.out_proj",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-}
-
-# UNet block type → has cross-attention
-UNET_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True, "UpBlock2D": False, "CrossAttnUpBlock2D": True}
-UNET_MID_BLOCK = "UNetMidBlock2DCrossAttn"
 IN_PROJ = re.compile(r"(transformer\.resblocks\.\d+\.attn\.)in_proj_(weight|bias)")
 TEXT_LAYER_INDEX = re.compile(r"(?:transformer\.resblocks|encoder\.layers)\.(\d+)\.")
 VAE_ATTENTION_WEIGHT = re.compile(r"(?:en|de)coder\.mid_block\.attentions\.0\.to_(?:q|k|v|out\.0)\.weight")
-
-
-def unet_table(config: Mapping) -> dict[str, str]:
-    """{diffusers module: LDM module} of a UNet2DConditionModel, LDM names without `model.diffusion_model.`.
-
-    `config` is the content of its config.json. Raises BaseModelError for blocks that LDM has no counterpart of.
-    """
-    down, up = _field(config, "unet", "down_block_types"), _field(config, "unet", "up_block_types")
-    layers = config.get("layers_per_block", 2)
-    layers = [layers] * len(down) if isinstance(layers, int) else list(layers)
-    if not len(down) == len(up) == len(layers):
-        raise BaseModelError(
-            f"unet config: {len(down)} down_block_types, {len(up)} up_block_types and {len(layers)} layers_per_block; "
-            "they must be equally many"
-        )
-    mid = config.get("mid_block_type", UNET_MID_BLOCK)
-    if mid != UNET_MID_BLOCK:
-        raise BaseModelError(f"unet config: mid_block_type {mid!r} is not supported; expected {UNET_MID_BLOCK}")
-
-    table = dict(UNET_ENDS)
-    index = 1  # input_blocks.0 is conv_in; every resnet and every downsampler is an input block of its own
-    for block, kind in enumerate(down):
-        for layer in range(layers[block]):
-            _add(table, UNET_RESNET, f"down_blocks.{block}.resnets.{layer}", f"input_blocks.{index}.0")
-            if _has_attention(kind):
-                table[f"down_blocks.{block}.attentions.{layer}"] = f"input_blocks.{index}.1"
-            index += 1
-        if block < len(down) - 1:
-            table[f"down_blocks.{block}.downsamplers.0.conv"] = f"input_blocks.{index}.0.op"
-            index += 1
-
-    _add(table, UNET_RESNET, "mid_block.resnets.0", "middle_block.0")
-    table["mid_block.attentions.0"] = "middle_block.1"
-    _add(table, UNET_RESNET, "mid_block.resnets.1", "middle_block.2")
-
-    index = 0  # an upsampler has no output block of its own: it stands last in that of the resnet before it
-    for block, kind in enumerate(up):
-        for layer in range(layers[-1 - block] + 1):
-            _add(table, UNET_RESNET, f"up_blocks.{block}.resnets.{layer}", f"output_blocks.{index}.0")
-            if _has_attention(kind):
-                table[f"up_blocks.{block}.attentions.{layer}"] = f"output_blocks.{index}.1"
-            index += 1
-        if block < len(up) - 1:
-            place = 2 if _has_attention(kind) else 1
-            table[f"up_blocks.{block}.upsamplers.0.conv"] = f"output_blocks.{index - 1}.{place}.conv"
-    return table
-
-
-def vae_table(config: Mapping) -> dict[str, str]:
-    """{diffusers module: LDM module} of an AutoencoderKL, LDM names without `first_stage_model.`."""
-    levels = len(_field(config, "vae", "block_out_channels"))
-    layers = config.get("layers_per_block", 1)
-    table = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
-    for half in ("encoder", "decoder"):
-        _add(table, VAE_ENDS, half, half)
-        _add(table, VAE_RESNET, f"{half}.mid_block.resnets.0", f"{half}.mid.block_1")
-        _add(table, VAE_ATTENTION, f"{half}.mid_block.attentions.0", f"{half}.mid.attn_1")
-        _add(table, VAE_RESNET, f"{half}.mid_block.resnets.1", f"{half}.mid.block_2")
-    for block in range(levels):
-        level = levels - 1 - block  # LDM counts the decoder's levels by resolution, diffusers by order of execution
-        for layer in range(layers):
-            _add(
-                table, VAE_RESNET, f"encoder.down_blocks.{block}.resnets.{layer}", f"encoder.down.{block}.block.{layer}"
-            )
-        for layer in range(layers + 1):
-            _add(table, VAE_RESNET, f"decoder.up_blocks.{block}.resnets.{layer}", f"decoder.up.{level}.block.{layer}")
-        if block < levels - 1:
-            table[f"encoder.down_blocks.{block}.downsamplers.0.conv"] = f"encoder.down.{block}.downsample.conv"
-            table[f"decoder.up_blocks.{block}.upsamplers.0.conv"] = f"decoder.up.{level}.upsample.conv"
-    return table
-
-
-def text_table(config: Mapping) -> dict[str, str]:
-    """{CLIPTextModel module without `text_model.`: OpenCLIP module without `cond_stage_model.model.`}.
-
-    OpenCLIP's `attn.in_proj_weight` appears as its thirds `attn.q.weight`, `attn.k.weight`, `attn.v.weight`.
-    """
-    table = dict(TEXT_ENDS)
-    for layer in range(_field(config, "text_encoder", "num_hidden_layers")):
-        _add(table, TEXT_LAYER, f"encoder.layers.{layer}", f"transformer.resblocks.{layer}")
-    return table
-
-
-def rename(name: str, table: Mapping[str, str]) -> str | None:
-    """`name` with its longest leading part that is a key of `table` exchanged; None if no part of it is."""
-    head, tail = name, ""
-    while head:
-        if head in table:
-            return table[head] + tail
-        head, _, last = head.rpartition(".")
-        tail = f".{last}{tail}"
-    return None
-
-
-def inverse(table: Mapping[str, str]) -> dict[str, str]:
-    """The table of the way back."""
-    return {theirs: ours for ours, theirs in table.items()}
 
 
 def unet_to_ldm(name: str, config: Mapping) -> str:
@@ -220,19 +85,21 @@ def ldm_to_diffusers(
     `configs` has the config.json of each of the family's parts. Returns ({part: state dict}, sorted names in the file
     that belong nowhere). Text names are without `text_model.`; both OpenCLIP's and Hugging Face's layout are read, and
     layers beyond `num_hidden_layers` are dropped. Known harmless extras (averaged
-    weights, schedules, losses, text_projection) are ignored. That every weight of the model is there, in its shape,
-    is for the caller to check. Raises BaseModelError if a weight is there twice or can't be split.
+    weights, schedules, losses, projections of encoders that aren't pooled) are ignored. That every weight of the model
+    is there, in its shape, is for the caller to check. Raises BaseModelError if a weight is there twice or can't be
+    split.
     """
     names = {"unet": inverse(unet_table(configs["unet"])), "vae": inverse(vae_table(configs["vae"]))}
+    specs = {spec.part: spec for spec in family.text_encoders}
     for spec in family.text_encoders:
-        text = text_table(configs[spec.part])
+        text = text_table(configs[spec.part], spec.pooled)
         # The Hugging Face layout needs no renaming, only the same check that each name is known.
         names[spec.part] = inverse(text) | {ours: ours for ours in text}
     prefixes = part_prefixes(family)
     parts: dict[str, StateDict] = {part: {} for part in names}
     unplaced = []
     for full_name, tensor in state_dict.items():
-        if full_name in IGNORED_NAMES or full_name.startswith(IGNORED_PREFIXES):
+        if full_name in IGNORED_NAMES or full_name.startswith(IGNORED_PREFIXES) or full_name.endswith(".logit_scale"):
             continue
         prefix = next((prefix for prefix in prefixes if full_name.startswith(prefix)), None)
         if prefix is None:
@@ -240,11 +107,11 @@ def ldm_to_diffusers(
             continue
         part, name = prefixes[prefix], full_name[len(prefix) :]
         pieces = {name: tensor}
-        if part not in ("unet", "vae"):
+        if part in specs:
             name = name.removeprefix("text_model.")
-            if _is_unused_text(name, configs[part]):
+            if _is_extra_text(name, specs[part]) or _is_unused_layer(name, configs[part]):
                 continue
-            pieces = _split_in_proj(name, tensor)
+            pieces = {name: tensor.t().contiguous()} if name == PROJECTION[0] else _split_in_proj(name, tensor)
         for piece, value in pieces.items():
             target = rename(piece, names[part])
             if target is None:
@@ -294,11 +161,11 @@ def diffusers_to_ldm(
 def _text_to_ldm(
     spec: TextEncoderSpec, state_dict: Mapping[str, torch.Tensor], config: Mapping, unused_layers: bool
 ) -> StateDict:
-    plain = {n: t for n, t in strip_text_model(state_dict).items() if not n.endswith(IGNORED_TEXT_ENDS)}
-    renamed = _rename_all(plain, text_table(config), spec.part)
+    plain = {n: t for n, t in strip_text_model(state_dict).items() if not _is_extra_text(n, spec)}
+    renamed = _rename_all(plain, text_table(config, spec.pooled), spec.part)
     if spec.checkpoint_layout == "hf":
         return _prefixed("text_model.", plain)
-    text = _fuse_in_proj(renamed, spec.part)
+    text = {n: t.t().contiguous() if n == PROJECTION[0] else t for n, t in _fuse_in_proj(renamed, spec.part).items()}
     count = config["num_hidden_layers"]
     last = f"transformer.resblocks.{count - 1}."
     for layer in range(count, count + spec.unused_layers if unused_layers else count):
@@ -306,23 +173,6 @@ def _text_to_ldm(
         # Cloned, because safetensors refuses two names for one storage.
         text |= {extra + n.removeprefix(last): t.clone() for n, t in text.items() if n.startswith(last)}
     return text
-
-
-def _field(config: Mapping, part: str, field: str):
-    if field not in config:
-        raise BaseModelError(f"{part} config: {field} is missing")
-    return config[field]
-
-
-def _has_attention(kind: str) -> bool:
-    if kind not in UNET_BLOCKS:
-        raise BaseModelError(f"unet config: block type {kind!r} is not supported; expected {', '.join(UNET_BLOCKS)}")
-    return UNET_BLOCKS[kind]
-
-
-def _add(table: dict[str, str], leaves: Mapping[str, str], ours: str, theirs: str) -> None:
-    for leaf, their_leaf in leaves.items():
-        table[f"{ours}.{leaf}"] = f"{theirs}.{their_leaf}"
 
 
 def _rename_one(name: str, table: Mapping[str, str]) -> str:
@@ -348,9 +198,11 @@ def _prefixed(prefix: str, state_dict: StateDict) -> StateDict:
     return {prefix + name: tensor for name, tensor in state_dict.items()}
 
 
-def _is_unused_text(name: str, config: Mapping) -> bool:
-    if name.endswith(IGNORED_TEXT_ENDS):
-        return True
+def _is_extra_text(name: str, spec: TextEncoderSpec) -> bool:
+    return name.endswith(IGNORED_TEXT_ENDS) and not (spec.pooled and name in PROJECTION)
+
+
+def _is_unused_layer(name: str, config: Mapping) -> bool:
     layer = TEXT_LAYER_INDEX.match(name)
     return layer is not None and int(layer[1]) >= config["num_hidden_layers"]
 

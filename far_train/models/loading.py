@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from ..utils.errors import BaseModelError, FarError, UnreadableFile
 from ..utils.files import parse_json, read_tensors
 from .base import BaseModel
-from .families import FAMILIES, Family, detect
+from .families import FAMILIES, SUPPORTED, Family, detect
 from .fingerprint import kv_digest
 from .keys import IGNORED_TEXT_ENDS, check_whole, ldm_to_diffusers, strip_text_model
 from .layers import kv_weights
+from .part_files import weight_files
 from .quantised import check_floats, unscale
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+SHARED = CONFIGS / "shared"  # all families have CLIP's vocabulary, and the same noise schedule
+# Lin et al. 2024 (arXiv 2305.08891), sections 3.1 and 3.3: the schedule ends in pure noise, and sampling begins there.
+ZERO_TERMINAL_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 # The most that a component config may say: numbers, items of a list, layers of a block, layers of a text encoder.
 MAX_NUMBER, MAX_LIST, MAX_LAYERS, MAX_ENCODER_LAYERS = 2**17, 16, 12, 64
 
@@ -88,8 +92,8 @@ def packaged_configs(family: Family, prediction_type: str) -> dict[str, Any]:
     configs: dict[str, Any] = {p: _read_json(folder / p / "config.json") for p in family.parts}
     for part, changes in _read_json(folder / "variants.json")[prediction_type].items():
         configs[part] |= changes
-    configs["scheduler"] = _read_json(folder / "scheduler" / f"{prediction_type}.json")
-    configs["tokenizer"] = folder / "tokenizer"
+    configs["scheduler"] = _read_json(SHARED / "scheduler" / f"{prediction_type}.json")
+    configs["tokenizer"] = SHARED / "tokenizer"
     return configs
 
 
@@ -137,19 +141,25 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _read_part(folder: Path, part: str) -> dict[str, Tensor]:
-    files = sorted((folder / part).glob("*.safetensors"))
-    exact = [f for f in files if f.name in ("diffusion_pytorch_model.safetensors", "model.safetensors")]
-    shards = [f for f in files if "-of-" in f.name]
-    chosen = exact or shards or files[:1]
-    if not chosen:
-        raise BaseModelError(f"base: {folder / part} holds no .safetensors weights; FaR never unpickles .bin files")
-    return unscale({k: v for f in chosen for k, v in _read(f).items()}, f"{folder.name}, {part}")
+    files = weight_files(folder / part)
+    return unscale({k: v for f in files for k, v in _read(f).items()}, f"{folder.name}, {part}")
+
+
+def _check_pipeline(folder: Path) -> None:
+    """Refuse folders of models that have no UNet, by the name of their pipeline. Raises BaseModelError."""
+    if (folder / "transformer").is_dir() and not (folder / "unet").is_dir():
+        index = folder / "model_index.json"
+        kind = _read_json(index).get("_class_name") if index.exists() else None
+        about = f" ({kind})" if isinstance(kind, str) else ""
+        raise BaseModelError(f"base: {folder.name} is a diffusion transformer{about}; FaR needs {SUPPORTED}")
 
 
 def _from_folder(folder: Path, prediction_type: str | None) -> BaseModel:
-    configs = read_configs(folder)
+    _check_pipeline(folder)
+    unet = _read_json(folder / "unet" / "config.json")
     states = {"unet": _read_part(folder, "unet")}
-    family = detect(states["unet"], folder.name, configs["unet"]["cross_attention_dim"])
+    family = detect(states["unet"], folder.name, unet["cross_attention_dim"])
+    configs = read_configs(folder)
     states |= {part: _read_part(folder, part) for part in family.parts if part not in states}
     for spec in family.text_encoders:
         states[spec.part] = strip_text_model(states[spec.part])
@@ -173,15 +183,18 @@ def _from_state_dict(
     check_whole(state, where, family)
     states, unknown = ldm_to_diffusers(unscale(state, where), shapes, family)
     _report_unused(unknown, where)
-    # Trainers of merges leave these names in the file, as ComfyUI reads them.
+    if averaged := sum(name.startswith("model_ema.") for name in state):
+        log.info("%s also holds %d averaged (EMA) weights; FaR trains on the others.", where, averaged)
+    # Trainers of merges leave the names v_pred and ztsnr in the file, as ComfyUI reads them.
     measured = "v_prediction" if "v_pred" in state else family.measure_prediction(states["unet"])
-    if "ztsnr" in state:
-        log.warning(
-            "%s was trained with zero terminal SNR; FaR trains on Stable Diffusion's own noise schedule.", where
-        )
     check_prediction_type(prediction_type, measured, where)
     chosen = prediction_type or measured or shapes["scheduler"].get("prediction_type", "epsilon")
-    return _assemble(family, config or packaged_configs(family, chosen), states, where, chosen)
+    configs = config or packaged_configs(family, chosen)
+    if "ztsnr" in state and chosen == "v_prediction":
+        configs = {**configs, "scheduler": configs["scheduler"] | ZERO_TERMINAL_SNR}
+    elif "ztsnr" in state:
+        log.warning("%s is marked ztsnr but predicts noise, which zero terminal SNR can't: ignored.", where)
+    return _assemble(family, configs, states, where, chosen)
 
 
 def check_prediction_type(stated: str | None, measured: str | None, where: str) -> None:
@@ -199,6 +212,11 @@ def _assemble(
     where: str,
     prediction_type: str,
 ) -> BaseModel:
+    if configs["scheduler"].get("rescale_betas_zero_snr") and prediction_type != "v_prediction":
+        raise BaseModelError(
+            f"base: {where}: its schedule has zero terminal SNR (rescale_betas_zero_snr), where noise can't be "
+            "predicted; use a v_prediction model, or correct its scheduler_config.json"
+        )
     parts = build_parts(family, configs)
     for part, module in parts.items():
         _fill(module, states[part], f"{where}, {part}")
@@ -219,8 +237,8 @@ def _assemble(
 def _fill(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     """Put the weights in; a key that is missing or of another shape would otherwise stay random without a word."""
     expected = module.state_dict()
-    if any(k.startswith("text_model.") for k in expected):  # transformers before 5.6 nests the text model once more
-        state = {f"text_model.{k}": v for k, v in state.items()}
+    nested = {k.removeprefix("text_model."): k for k in expected}  # as transformers nests it, by class and release
+    state = {nested.get(k, k): v for k, v in state.items()}
     _report_unused([k for k in state if k not in expected and not k.endswith(IGNORED_TEXT_ENDS)], where)
     state = {k: v for k, v in state.items() if k in expected}
     check_floats(state, where)

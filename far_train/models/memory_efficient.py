@@ -22,7 +22,8 @@ from .attention_maps import SdpaProcessor
 class MemoryEfficientLayers:
     """Replaces a UNet's convolutions, GEGLUs and attention processors by ones that save less for the backward pass.
 
-    The results are the same. Layers with trainable weights stay as they are, and so does attention unlike SD 2.1's.
+    The results are the same. Layers with trainable weights stay as they are, and so does attention with options of
+    its own.
     """
 
     def __init__(self, unet: nn.Module):

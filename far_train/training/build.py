@@ -83,7 +83,7 @@ def build_run(
         report = callbacks.progress_of("regularization images")
         training_set = with_class_images(training_set, base, config, folder / "priors", report)
     side = training_set.size // base.downscale
-    layers = supervised_layers(base.unet, side, side, config.attention_cells)
+    layers = supervised_layers(base.unet, side, side, config.attention_cells, base.family.supervised_modules)
     stride = layer_stride(layers[0], len(base.unet.config.block_out_channels))
     report = callbacks.progress_of("encoding")
     latent_cache = cache_latents(training_set, base, vocabulary, stride, seed=config.train_seed, on_progress=report)

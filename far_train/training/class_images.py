@@ -175,6 +175,7 @@ def prior_key(base: BaseModel, sampling: SampleConfig, size: int) -> str:
     """
     settings = sampling.replace(sample_batch=1).to_dict()
     about = [base.fingerprint, base.prediction_type, size, settings]
+    about += ["zero terminal SNR"] if base.zero_terminal_snr else []
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
 

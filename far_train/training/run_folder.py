@@ -32,6 +32,9 @@ class IdentifiedBase(Protocol):
     @property
     def prediction_type(self) -> str: ...
 
+    @property
+    def zero_terminal_snr(self) -> bool: ...
+
 
 def run_identity(
     base: IdentifiedBase, training_set: TrainingSet, config: TrainConfig, start: FarWeights | None = None
@@ -40,13 +43,15 @@ def run_identity(
 
     ``start``: the weights that the run continues from, if any.
     """
-    identity = {
+    identity: dict[str, Any] = {
         "schema": SCHEMA_VERSION,
         "config": config.result_shaping(),
         "base": {"fingerprint": base.fingerprint, "prediction_type": base.prediction_type},
         "dataset": training_set.digest(),
         "concepts": [{"token": n.token, "noun": n.noun} for n in training_set.names],
     }
+    if base.zero_terminal_snr:
+        identity["base"]["zero_terminal_snr"] = True
     if start is not None:
         identity["continue_from"] = start.digest()
     return json.loads(json.dumps(identity))

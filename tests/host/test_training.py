@@ -365,8 +365,8 @@ def test_a_lora_on_clip_alone_is_another_base(comfy: ComfyServer):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"20": node("FaRTest_ForeignModel", context_width=768)}, "MODEL is Stable Diffusion 1.x; FaR trains"),
-        ({"20": node("FaRTest_ForeignModel", context_width=2048)}, "MODEL is Stable Diffusion XL; FaR trains"),
+        ({"20": node("FaRTest_ForeignModel", context_width=768)}, "MODEL is Stable Diffusion 1.5, CLIP is"),
+        ({"20": node("FaRTest_ForeignModel", context_width=2048)}, "MODEL is Stable Diffusion XL, CLIP is"),
         ({"20": node("ModelSamplingDiscrete", model=["1", 0], sampling="lcm", zsnr=False)}, "neither v nor ε"),
     ],
 )
