@@ -46,10 +46,10 @@ def losses_on_one_batch(
         batch = run.state.latent_cache.sample_batch((1, 0), 1000, seed=0, step=0)
         batch.timesteps.fill_(600)
         monkeypatch.setattr(step, "sample_batch", lambda _: batch)
-        before = step.forward_backward(run.state, batch, 1.0)[1:3]
+        before = step.run_eagerly(run.state, batch, 1.0)[1:3]
         for _ in range(run.state.steps):
             run.train_step()
-        return before, step.forward_backward(run.state, batch, 1.0)[1:3]
+        return before, step.run_eagerly(run.state, batch, 1.0)[1:3]
 
 
 def test_both_losses_fall_by_half(family: Family, family_base: BaseModel, concepts, tmp_path: Path, monkeypatch):

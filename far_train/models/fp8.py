@@ -1,7 +1,8 @@
 """A frozen UNet in 8 bits (float8_e4m3fn), half of what its weights take in bf16.
 
-kohya's ``fp8_base`` casts the weights as they are. Here every matrix has a scale of its own, and is multiplied out where it is used, in the forward pass and again in the
-backward pass, so that no copy of it is kept. Sums, biases, norms and what is trained stay in the precision of the pass.
+kohya's ``fp8_base`` casts the weights as they are. Here every matrix has a scale of its own. It is multiplied out where
+it is used, in the forward pass and again in the backward pass, so that no copy of it is kept. Sums, biases, norms and
+what is trained stay in the precision of the pass.
 """
 
 from __future__ import annotations
