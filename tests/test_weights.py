@@ -97,7 +97,7 @@ def test_round_trip_of_each_family(family: Family, family_base, tmp_path: Path):
         first, second = family.comfy_names
         swapped = {t: {first: rows[second], second: rows[first]} for t, rows in weights.embeddings.items()}
         assert replace(weights, embeddings=swapped).digest() != weights.digest()
-        with pytest.raises(WeightsError, match=r"embeddings of clip_l \(width 48, the base has 32\) and 1 others"):
+        with pytest.raises(WeightsError, match=r"embeddings of clip_l \(width 48, the base has 32\) and 1 more"):
             replace(weights, embeddings=swapped).check_fits(family_base)
 
 
