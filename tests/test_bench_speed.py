@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks.speed import measure
 from benchmarks.speed.__main__ import PROGRAM
+from benchmarks.speed.launches import Launches, read_events
 from benchmarks.speed.work import CONCEPTS, RandomPictures, our_run, random_base, reference_run, work_config
 from far_train.mini.tiny import tiny_configs
 from far_train.models.loading import load_base, read_configs
@@ -90,3 +92,15 @@ def test_both_get_the_same_work():
         with our_run(base, 128, work_config(batch, device="cpu")) as run:
             drawn = sample_batch(run.state)
             assert (len(drawn.latents), int((~drawn.is_instance).sum())) == (batch, priors)
+
+
+def test_launches_and_gpu_time_are_read_from_a_profile():
+    events = [
+        SimpleNamespace(key="aten::mm", count=7, self_device_time_total=0.0),
+        SimpleNamespace(key="gemm_kernel", count=7, self_device_time_total=1500.0),
+        SimpleNamespace(key="Memcpy HtoD", count=2, self_device_time_total=500.0),
+        SimpleNamespace(key="cudaLaunchKernel", count=7, self_device_time_total=0.0),
+        SimpleNamespace(key="cuLaunchKernelEx", count=3, self_device_time_total=0.0),
+        SimpleNamespace(key="cudaGraphLaunch", count=1, self_device_time_total=0.0),
+    ]
+    assert read_events(events) == Launches(gpu_seconds=0.002, count=11)

@@ -108,3 +108,56 @@ def test_a_learned_word_is_drawn_in_fp16(tiny_folder: Path, fusion, tmp_path: Pa
     with applied_weights(weights, base) as vocabulary, base.placed("cuda", torch.float16):
         picture = draw_pictures(base, vocabulary, ["a <red-ball> ball"], SampleConfig(sampling_steps=2))
     assert bool(picture.isfinite().all())
+
+
+GRAPHED = {
+    "defaults": {},
+    "kv": {"trainable": "kv"},
+    "micro-batches": {"micro_batch": 3},
+    "lean": {"memory": "lean"},
+    "fp16": {"precision": "fp16"},
+    "compiled": {"compile": True},
+}
+
+
+@pytest.mark.parametrize("settings", GRAPHED.values(), ids=GRAPHED)
+def test_a_hundred_captured_steps_are_the_eager_ones(tiny_folder: Path, fusion, tmp_path: Path, settings, caplog):
+    losses = {}
+    for mode in ("on", "off"):
+        run = open_run(tiny_folder, fusion, tmp_path / mode, **{"precision": "fp32", "cuda_graph": mode, **settings})
+        losses[mode] = [run.train_step()["loss"] for _ in range(100)]
+        run.close()
+    tolerance = 2e-2 if settings.get("precision") == "fp16" else 1e-3
+    assert losses["on"] == pytest.approx(losses["off"], rel=tolerance)
+    assert "can't be captured" not in caplog.text
+
+
+def test_a_captured_run_samples_saves_and_resumes(tiny_folder: Path, fusion, tmp_path: Path, caplog):
+    settings = {"cuda_graph": "on", "sample_every": 2, "sample_steps": 1, "save_every": 1, "steps": 6}
+    whole = train(load_base(tiny_folder), fusion, QUICK.replace(**settings), tmp_path / "whole")
+    short = open_run(tiny_folder, fusion, tmp_path / "run", **settings)
+    for _ in range(3):
+        short.train_step()
+    short.save_checkpoint()
+    short.close()
+    resumed = train(load_base(tiny_folder), fusion, QUICK.replace(**settings), tmp_path / "run", resume=True)
+    for name in whole.shapes():
+        assert torch.allclose(whole.delta(name).float(), resumed.delta(name).float(), atol=1e-4), name
+    assert "can't be captured" not in caplog.text and len(list((tmp_path / "whole" / "samples").iterdir())) > 2
+
+
+def test_a_captured_step_that_runs_out_of_memory_is_captured_anew(tiny_folder: Path, fusion, tmp_path: Path):
+    run = open_run(tiny_folder, fusion, tmp_path, memory="fast", cuda_graph="on")
+    passes = run.state.graphed_passes
+    calls, capture = [], passes._capture
+
+    def once_full(compute, inputs):
+        calls.append(len(inputs["latents"]))
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return capture(compute, inputs)
+
+    passes._capture = once_full
+    assert run.train_step()["finite"] and run.train_step()["finite"]
+    assert calls == [4, 4] and run.state.oom_fallback.plan.checkpointing
+    run.close()

@@ -178,9 +178,9 @@ def test_out_of_memory_is_tried_again_with_less_at_once(small, balls, tmp_path: 
     sizes = []
 
     class Spy(Failing):
-        def __call__(self, state, batch, ramp):
+        def __call__(self, state, batch, conditioning, ramp):
             sizes.append(len(batch))
-            return super().__call__(state, batch, ramp)
+            return super().__call__(state, batch, conditioning, ramp)
 
     monkeypatch.setattr(step, "forward_backward", Spy(step.forward_backward, error, 3, 4))
     weights = train(small, balls, CONFIG.replace(steps=3), tmp_path / "run")

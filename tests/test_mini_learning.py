@@ -270,7 +270,7 @@ def test_the_oracle_returns_structures(runs):
     for found in reading.subjects:
         assert isinstance(found.identity, Identity) and 0 <= found.confidence <= 1
         assert found.mask.shape == (64, 64) and found.mask.any()
-    with pytest.raises(BaseModelError, match="no oracle"):
+    with pytest.raises(BaseModelError, match="is not an oracle"):
         load_oracle(runs / "sam" / "sam.safetensors")
 
 

@@ -105,10 +105,10 @@ def train_on_one_batch(base, fusion, folder: Path, monkeypatch, refinement_weigh
     monkeypatch.setattr(step, "sample_batch", lambda _: batch)
     if run.state.recorder is None:  # λ = 0 measures nothing by itself
         run.state.recorder = AttentionRecorder(base.unet, supervised_layers(base.unet, 16, 16))
-    before = step.forward_backward(run.state, batch, 1.0)[1:3]
+    before = step.run_eagerly(run.state, batch, 1.0)[1:3]
     for _ in range(100):
         run.train_step()
-    after = step.forward_backward(run.state, batch, 1.0)[1:3]
+    after = step.run_eagerly(run.state, batch, 1.0)[1:3]
     run.close()
     monkeypatch.undo()
     return before, after
@@ -148,8 +148,8 @@ def test_prior_rows_carry_no_refinement(base, fusion, tmp_path: Path):
     run = open_run(base, fusion, tmp_path)
     batch = run.state.latent_cache.sample_batch((2, 2), 1000, seed=0, step=0)
     assert batch.is_instance.tolist() == [True, True, False, False]
-    whole = step.forward_backward(run.state, batch, 1.0)
-    prior_part = step.forward_backward(run.state, batch[2:4], 1.0)
+    whole = step.run_eagerly(run.state, batch, 1.0)
+    prior_part = step.run_eagerly(run.state, batch[2:4], 1.0)
     run.close()
     assert whole[2] > 0 and prior_part[2] == 0 and prior_part[1] == 0
     assert torch.isclose(prior_part[3], whole[3])

@@ -11,7 +11,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from far_train.utils.devices import choose_device
 from far_train.utils.files import write_json, write_text
 
 from .counting import Counts
+from .launches import profile_step
 from .phases import Phase, measure_phases
 from .settings import SpeedConfig
 from .tables import Row, Swept, as_markdown, milliseconds
@@ -38,6 +39,14 @@ log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 
+# Settings of each of our modes; where there is no CUDA device, every step is eager.
+MODES: dict[str, dict[str, Any]] = {
+    "fast": {"memory": "fast"},
+    "fast eager": {"memory": "fast", "cuda_graph": "off"},
+    "lean": {"memory": "lean"},
+    "lean eager": {"memory": "lean", "cuda_graph": "off"},
+    "compiled": {"memory": "fast", "compile": True},
+}
 SWEEP = ((2, 2), (8, 2), (32, 2), (2, 1), (2, 4))  # composites in the latent cache, concepts
 
 
@@ -55,7 +64,11 @@ def measure_speed(out: Path, config: SpeedConfig, on_progress: Progress = lambda
     loading = time.perf_counter() - started
     for size in sizes:
         check_size(base, size, size)
-    modes = ("reference", "fast", "lean", *(("compiled",) if config.compile else ()))
+    modes = ("reference", "fast", "lean")
+    if device.type == "cuda":
+        modes = ("reference", "fast", "fast eager", "lean", "lean eager")
+    if config.compile:
+        modes = (*modes, "compiled")
 
     peak = matmul_peak(device, dtype)
     rows: list[Row] = []
@@ -111,7 +124,7 @@ def measure_step(
     if mode == "reference":
         prepared = reference_run(base, size, batch)
     else:
-        settings |= {"memory": "lean" if mode == "lean" else "fast", "compile": mode == "compiled"}
+        settings |= MODES[mode]
         prepared = our_run(base, size, work_config(batch, **settings), pictures)
     block = 1 if device.type == "cpu" else 5
     seconds = []
@@ -130,6 +143,7 @@ def measure_step(
             for _ in range(config.repeats):
                 seconds.append(seconds_of(steps, device) / block)
             peak = memory.peak()
+            launches = profile_step(run.take_step) if device.type == "cuda" else None
     except torch.OutOfMemoryError:
         return Row(size, batch, mode)
     finally:
@@ -137,7 +151,8 @@ def measure_step(
         if device.type == "cuda":
             torch.cuda.empty_cache()
     spread = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [seconds[0]] * 3
-    return Row(size, batch, mode, statistics.median(seconds), (spread[0], spread[2]), peak_bytes=peak)
+    row = Row(size, batch, mode, statistics.median(seconds), (spread[0], spread[2]), peak_bytes=peak)
+    return replace(row, gpu_seconds=launches.gpu_seconds, launches=launches.count) if launches else row
 
 
 def _rated(row: Row, sample_flops: float, peak: float) -> Row:

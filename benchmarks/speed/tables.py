@@ -14,7 +14,8 @@ class Row:
     """One measured step: seconds as median and quartiles, ``peak_bytes`` if the device reports it.
 
     ``share_of_peak``: FLOP/s of the UNet's and text encoder's forward and backward pass (the FLOPs are the same for all
-    modes), relative to the measured matrix product. A row without ``seconds`` ran out of memory.
+    modes), relative to the measured matrix product. A row without ``seconds`` ran out of memory. ``gpu_seconds`` that
+    kernels ran and ``launches`` from the host are of one step on a CUDA device.
     """
 
     size: int
@@ -25,6 +26,8 @@ class Row:
     samples_per_second: float | None = None
     share_of_peak: float | None = None
     peak_bytes: int | None = None
+    gpu_seconds: float | None = None
+    launches: int | None = None
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,9 @@ def as_markdown(
         "",
         "Median, with quartiles. The reference is Custom Diffusion's step, built from diffusers' own parts.",
         "",
-        "| px | batch | mode | ms per step | samples/s | vs. reference | of peak | peak memory | vs. reference |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| px | batch | mode | ms per step | samples/s | vs. reference | of peak | peak memory | vs. reference "
+        "| GPU ms | launches |",
+        "| --- |" + " --- |" * 10,
     ]
     by_key = {(r.size, r.batch, r.mode): r for r in rows}
     lines += [_step_line(row, by_key[row.size, row.batch, "reference"]) for row in rows]
@@ -86,7 +90,7 @@ def as_markdown(
 def _step_line(row: Row, reference: Row) -> str:
     cells = [str(row.size), str(row.batch), row.mode]
     if row.seconds is None:
-        return "| " + " | ".join([*cells, "does not fit", *[""] * 5]) + " |"
+        return "| " + " | ".join([*cells, "does not fit", *[""] * 7]) + " |"
     cells += [
         milliseconds(row.seconds, row.quartiles),
         f"{row.samples_per_second:.3g}",
@@ -94,6 +98,8 @@ def _step_line(row: Row, reference: Row) -> str:
         f"{row.share_of_peak:.0%}" if row.share_of_peak is not None else "",
         f"{row.peak_bytes / 2**30:.2f} GB" if row.peak_bytes else "",
         f"{row.peak_bytes / reference.peak_bytes:.2f}×" if row.peak_bytes and reference.peak_bytes else "",
+        f"{1000 * row.gpu_seconds:.4g}" if row.gpu_seconds else "",
+        str(row.launches) if row.launches else "",
     ]
     return "| " + " | ".join(cells) + " |"
 

@@ -59,6 +59,7 @@ class TextConditioner:
         self.table_size = base.tokenizer_size
         self._ids: dict[tuple[int, ...], list[Tensor]] = {}
         self._plain: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
+        self._time_ids: dict[tuple[int, int], Tensor] = {}
         for ids in dict.fromkeys(p.ids for p in prompts):
             prepare = self._encoder_ids if self._is_learned(ids) else self._encode_plain
             prepare(ids)
@@ -103,11 +104,29 @@ class TextConditioner:
         if learned:
             encoded |= dict(zip(learned, self._encode(learned)))
         contexts, pools = zip(*(encoded[p.ids] for p in prompts))
-        context = torch.stack(contexts)
-        time_ids = None
-        if self.family.size_conditions:
-            time_ids = torch.tensor([[*size, 0, 0, *size]] * len(prompts), dtype=torch.float32, device=context.device)
-        return Conditioning(context, None if pools[0] is None else torch.stack(pools), time_ids)
+        pooled = None if pools[0] is None else torch.stack(pools)
+        return Conditioning(torch.stack(contexts), pooled, self._size_condition(size, len(prompts)))
+
+    def ids(self, prompts: Sequence[TokenizedPrompt]) -> tuple[Tensor, ...]:
+        """Token ids [B, length] of prompts for each text encoder, on the CPU, for :meth:`encode_ids`."""
+        return tuple(torch.tensor(ids) for ids in zip(*(self._own_ids(p.ids) for p in prompts)))
+
+    def encode_ids(self, ids: Sequence[Tensor], size: tuple[int, int]) -> Conditioning:
+        """As :meth:`encode`, of token ids that are on the device: every row is encoded, with gradients.
+
+        It never asks the host, so that it can be captured in a CUDA graph.
+        """
+        context, pooled = self._run(ids)
+        return Conditioning(context, pooled, self._size_condition(size, len(context)))
+
+    def _size_condition(self, size: tuple[int, int], count: int) -> Tensor | None:
+        """``time_ids`` [count, 6] of pictures of this size, if the family has them."""
+        if not self.family.size_conditions:
+            return None
+        if size not in self._time_ids:
+            row = torch.tensor([*size, 0, 0, *size], dtype=torch.float32)
+            self._time_ids[size] = row.to(self.encoders[0].device)
+        return self._time_ids[size].expand(count, -1)
 
     def _is_learned(self, ids: tuple[int, ...]) -> bool:
         """Whether a placeholder token stands in a prompt."""
@@ -116,14 +135,19 @@ class TextConditioner:
     def _encoder_ids(self, ids: tuple[int, ...]) -> list[Tensor]:
         """Token ids [length] on the device for each text encoder, which share words but not what fills prompts up."""
         if ids not in self._ids:
-            self._ids[ids] = []
-            for spec, encoder in zip(self.family.text_encoders, self.encoders):
-                pad, own = self.tokenizer.convert_tokens_to_ids(spec.pad_token), ids
-                if pad != self.tokenizer.pad_token_id:
-                    end = ids.index(self.tokenizer.eos_token_id) + 1
-                    own = (*ids[:end], *[pad] * (len(ids) - end))
-                self._ids[ids].append(torch.tensor(own, device=encoder.device))
+            own = zip(self._own_ids(ids), self.encoders)
+            self._ids[ids] = [torch.tensor(i, device=encoder.device) for i, encoder in own]
         return self._ids[ids]
+
+    def _own_ids(self, ids: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """A prompt's ids with each text encoder's own padding."""
+        padded = []
+        for spec in self.family.text_encoders:
+            pad = self.tokenizer.convert_tokens_to_ids(spec.pad_token)
+            end = ids.index(self.tokenizer.eos_token_id) + 1
+            own = ids if pad == self.tokenizer.pad_token_id else (*ids[:end], *[pad] * (len(ids) - end))
+            padded.append(own)
+        return padded
 
     @torch.no_grad()
     def _encode_plain(self, ids: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
@@ -134,14 +158,17 @@ class TextConditioner:
 
     def _encode(self, prompts: Sequence[tuple[int, ...]]) -> list[tuple[Tensor, Tensor | None]]:
         """For each prompt the context [length, width] of all text encoders side by side, and one's pooled output."""
+        context, pooled = self._run([torch.stack(ids) for ids in zip(*(self._encoder_ids(ids) for ids in prompts))])
+        return list(zip(context, repeat(None) if pooled is None else pooled))
+
+    def _run(self, ids: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Context [B, length, width] of ids [B, length] for each text encoder, and one's pooled output."""
         contexts, pooled = [], None
-        own_ids = zip(*(self._encoder_ids(ids) for ids in prompts))
-        for spec, encoder, ids in zip(self.family.text_encoders, self.encoders, own_ids):
-            context, projected = _run_encoder(spec, encoder, torch.stack(ids), self.tokenizer.eos_token_id)
+        for spec, encoder, own in zip(self.family.text_encoders, self.encoders, ids):
+            context, projected = _run_encoder(spec, encoder, own, self.tokenizer.eos_token_id)
             contexts.append(context)
             pooled = pooled if projected is None else projected
-        context = torch.cat(contexts, -1) if len(contexts) > 1 else contexts[0]
-        return list(zip(context, repeat(None) if pooled is None else pooled))
+        return torch.cat(contexts, -1) if len(contexts) > 1 else contexts[0], pooled
 
 
 def plain_vocabulary(base: BaseModel) -> Vocabulary:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .keys import unet_to_ldm
 
@@ -15,7 +17,8 @@ from .keys import unet_to_ldm
 def set_checkpointing(unet: nn.Module, on: bool) -> None:
     """Switch gradient checkpointing, which trades time for memory."""
     if on:
-        unet.enable_gradient_checkpointing()
+        # The UNet draws nothing at random; a CUDA graph can't be captured where the generator's state is read.
+        unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
     else:
         unet.disable_gradient_checkpointing()
     unet.train(on)  # diffusers checkpoints in training mode only; the UNet has no dropout

@@ -28,7 +28,8 @@ from .oom_fallback import OomFallback
 from .run_folder import METRICS_FILE, cut_metrics, open_run, run_identity
 from .settings import TrainConfig
 from .state import RunState
-from .step import accumulate_gradients, sample_batch
+from .step import accumulate_gradients, graph_passes, sample_batch
+from .step_graph import uses_cuda_graph
 
 
 def check_inputs(base: BaseModel, training_set: TrainingSet, start: FarWeights | None) -> None:
@@ -66,6 +67,7 @@ def build_run(
     vocabulary = Vocabulary(base.tokenizer, training_set.names, base.tokenizer_size, config.vectors_per_token)
     device, dtype = choose_device(config.device, config.precision)
     world = World.current()
+    uses_cuda_graph(config, device)  # raises where it can't
     if config.batch_size < world.size:
         raise ConfigError(f"batch_size: {config.batch_size} composites are too few for {world.size} processes")
     if world.is_main_process:
@@ -122,6 +124,10 @@ def build_run(
     check_space(folder, checkpoint_bytes(adapter.named_parameters()))
     restore(state)
     fit_memory(state, -(-samples_per_step // world.size))
+    if uses_cuda_graph(config, device):
+        state.graphed_passes = graph_passes(state)
+        state.oom_fallback.on_change = state.graphed_passes.release
+        undo.callback(state.graphed_passes.release)
     if config.compile:  # after the trial of the memory plan, whose single sample would be compiled for, too
         undo.enter_context(compiled(base.unet))
     return state

@@ -112,6 +112,7 @@ def measure_cost(
         with LiveBytes() as counted:
             run.train_step()  # warms up, and makes the optimizer's moments
         step_seconds = min(_seconds(run.train_step) for _ in range(TRIAL_STEPS))
+        run.state.release_graphs()
         overhead, each = _time_sampling(base, run.state.vocabulary, prompts[0], training_set.size)
     steps = max(config.steps_for(len(training_set.names)) - steps_done, 0)
     nouns = {name.noun for name in training_set.names}

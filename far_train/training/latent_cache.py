@@ -1,4 +1,4 @@
-"""The latent cache: every training image as latents, its caption as token ids, its masks at both resolutions.
+"""The latent cache: each training image as latents, its caption as token ids, its masks at latent and at map size.
 
 An image is encoded once and trained on many times. The batch of a step depends on the seed and the step's number alone,
 so that a resumed run and a run on several GPUs see the same samples.
@@ -6,7 +6,7 @@ so that a resumed run and a run on several GPUs see the same samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,9 +20,11 @@ from ..data.dataset import DatasetFolder
 from ..models.base import BaseModel
 from ..models.tokens import TokenizedPrompt, Vocabulary
 from ..utils.errors import CaptionError
-from ..utils.out_of_memory import with_less_memory
+from ..utils.out_of_memory import in_batches, with_less_memory
 from ..utils.seeding import derive_seed
 from .distributed import World
+
+ENCODE_BATCH = 8  # images that a GPU encodes at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +48,8 @@ class Sample:
 class Batch:
     """Samples side by side, with noise [B, C, h, w] and timesteps [B]. Every field has one entry per sample.
 
-    Mentions are padded to the largest count N; ``is_instance`` [B] is False for regularization images.
+    Mentions are padded to the same count N; ``is_instance`` [B] is False for regularization images. ``prompts`` are
+    empty in a captured step, which gets the token ids as a tensor.
     """
 
     latents: Tensor
@@ -61,6 +64,10 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All fields but the prompts, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def __getitem__(self, samples: slice) -> Batch:
         """Some of the samples, as a batch."""
@@ -116,10 +123,18 @@ class LatentCache:
         """The caption of every image, composites first."""
         return [sample.prompt for sample in (*self.composites, *self.class_images)]
 
-    def sample_batch(self, counts: tuple[int, int], timesteps: int, *, seed: int, step: int) -> Batch:
+    @property
+    def max_mentions(self) -> int:
+        """The largest number of mentions in a caption."""
+        return max((len(sample.cell_masks) for sample in (*self.composites, *self.class_images)), default=0)
+
+    def sample_batch(
+        self, counts: tuple[int, int], timesteps: int, *, seed: int, step: int, mentions: int | None = None
+    ) -> Batch:
         """The batch of ``step``: ``counts`` composites and regularization images, each with its own noise and timestep.
 
-        ``timesteps``: how many the noise schedule has. Each image comes up once before any comes up again.
+        ``timesteps``: how many the noise schedule has. ``mentions``: how many every sample is padded to; default: as
+        many as one of them has. Each image comes up once before any comes up again.
         """
         samples, noises, times, is_instance = [], [], [], []
         for stream, cached, count in zip(("composite", "prior"), (self.composites, self.class_images), counts):
@@ -130,7 +145,8 @@ class LatentCache:
                 times.append(torch.randint(timesteps, (), generator=generator))
                 noises.append(torch.randn(samples[-1].latents.shape, generator=generator))
                 is_instance.append(stream == "composite")
-        mentions = max((len(s.cell_masks) for s in samples), default=0)
+        if mentions is None:
+            mentions = max((len(s.cell_masks) for s in samples), default=0)
 
         def padded(field: str) -> Tensor:
             rows = [getattr(s, field) for s in samples]
@@ -166,7 +182,17 @@ def cache_latents(
     world = World.current()
     composites = training_set.composite_count()
     total = composites + training_set.prior_count()
+    at_once = ENCODE_BATCH if base.device.type == "cuda" else 1
     samples: list[Sample] = []
+    waiting: list[tuple[Sample, Tensor, int]] = []  # this process's, with their images and numbers
+
+    def encode_waiting() -> None:
+        seeds = [derive_seed(seed, "latents", number) for _, _, number in waiting]
+        latents = _encode([image for _, image, _ in waiting], base, seeds)
+        for (sample, _, _), encoded in zip(waiting, latents):
+            sample.latents.copy_(encoded)
+        waiting.clear()
+
     for i in range(total):
         on_progress(i, total)
         picture = training_set.composite(i) if i < composites else training_set.prior(i - composites)
@@ -175,14 +201,16 @@ def cache_latents(
         except CaptionError as e:
             which = f"composite {i}" if i < composites else f"regularization image {i - composites}"
             raise CaptionError(f"{which} of the dataset: {e}") from e  # of one in memory; files were checked before
+        sides = (s // base.downscale for s in picture.image.shape[:2])
+        samples.append(_sample(picture, prompt, torch.zeros(base.vae.config.latent_channels, *sides), map_stride))
         if i % world.size == world.rank:
-            generator = torch.Generator().manual_seed(derive_seed(seed, "latents", i))
-            latents = _encode(picture, base, generator)
-        else:
-            latents = torch.zeros(
-                base.vae.config.latent_channels, *(s // base.downscale for s in picture.image.shape[:2])
-            )
-        samples.append(_sample(picture, prompt, latents, map_stride))
+            if waiting and waiting[0][1].shape != picture.image.shape:
+                encode_waiting()
+            waiting.append((samples[-1], picture.image, i))
+            if len(waiting) == at_once:
+                encode_waiting()
+    if waiting:
+        encode_waiting()
     world.barrier()
     world.all_reduce_sum([s.latents for s in samples])  # those encoded elsewhere are zeros here
     on_progress(total, total)
@@ -205,12 +233,24 @@ def check_captions(training_set: TrainingSet, base: BaseModel, vectors: int) -> 
 
 
 @torch.no_grad()
-def _encode(picture: Composite, base: BaseModel, generator: torch.Generator) -> Tensor:
+def _encode(images: Sequence[Tensor], base: BaseModel, seeds: Sequence[int]) -> list[Tensor]:
+    """Latents [C, h, w] on the CPU of images [H, W, 3] of one size, each drawn by a seed of its own."""
     vae = base.vae
-    pixels = picture.image.permute(2, 0, 1)[None].to(vae.dtype) * 2 - 1
-    posterior = with_less_memory(vae, lambda: vae.encode(pixels.to(vae.device)).latent_dist)
-    drawn = posterior.mean.cpu() + posterior.std.cpu() * torch.randn(posterior.mean.shape, generator=generator)
-    return (drawn * vae.config.scaling_factor)[0].float()
+
+    def encode(batch: range) -> list[tuple[Tensor, Tensor]]:
+        pixels = torch.cat([images[i].permute(2, 0, 1)[None].to(vae.dtype) * 2 - 1 for i in batch])
+        posterior = vae.encode(pixels.to(vae.device)).latent_dist
+        return list(zip(posterior.mean.cpu(), posterior.std.cpu()))
+
+    def encode_or_move(batch: range) -> list[tuple[Tensor, Tensor]]:
+        return encode(batch) if len(batch) > 1 else with_less_memory(vae, lambda: encode(batch))
+
+    latents = []
+    for seed, (mean, std) in zip(seeds, in_batches(encode_or_move, len(images), len(images), "images to encode")):
+        generator = torch.Generator().manual_seed(seed)
+        drawn = mean + std * torch.randn((1, *mean.shape), generator=generator)[0]
+        latents.append((drawn * vae.config.scaling_factor).float())
+    return latents
 
 
 def _sample(picture: Composite, prompt: TokenizedPrompt, latents: Tensor, map_stride: int) -> Sample:

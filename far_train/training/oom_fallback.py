@@ -27,10 +27,12 @@ class OomFallback:
 
     def __init__(self, unet: nn.Module, plan: MemoryPlan):
         self._unet = unet
+        self.on_change: Callable[[], None] = lambda: None  # called before another plan is followed
         self.use(plan)
 
     def use(self, plan: MemoryPlan) -> None:
         """Follow ``plan`` from now on."""
+        self.on_change()
         self.plan = plan
         set_checkpointing(self._unet, plan.checkpointing)
 

@@ -32,6 +32,7 @@ from .run_folder import METRICS_FILE, WEIGHTS_FILE, MetricsLog
 from .settings import TrainConfig
 from .step import take_step
 
+SAMPLE_BATCH = 4  # sample images drawn at once on a GPU
 MAX_NON_FINITE_STEPS = 3  # in a row, after which a run ends
 
 
@@ -160,7 +161,10 @@ class TrainingRun:
     def _draw_samples(self) -> None:
         state = self.state
         prompts = state.config.sample_prompts or default_prompts(state.training_set.names)
-        settings = SampleConfig(sampling_steps=state.config.sample_steps, sample_batch=1)
+        settings = SampleConfig(
+            sampling_steps=state.config.sample_steps, sample_batch=SAMPLE_BATCH if state.device.type == "cuda" else 1
+        )
+        state.release_graphs()
         with uncompiled(state.base.unet):
             pictures = draw_pictures(
                 state.base,

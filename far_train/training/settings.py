@@ -114,6 +114,12 @@ class TrainConfig(Config):
         choices=("auto", "fast", "lean"),
         shapes_result=False,
     )
+    cuda_graph: str = setting(
+        "auto",
+        "run a step's forward and backward passes from a CUDA graph: faster on fast GPUs; auto: on a CUDA device",
+        choices=("auto", "on", "off"),
+        shapes_result=False,
+    )
     compile: bool = setting(
         False,
         "compile the UNet's blocks with torch.compile: minutes at the start, faster steps afterwards",

@@ -19,6 +19,7 @@ from .latent_cache import LatentCache
 from .loss_scaler import LossScaler
 from .oom_fallback import OomFallback
 from .settings import TrainConfig
+from .step_graph import GraphedPasses
 
 
 @dataclass(eq=False)
@@ -27,7 +28,7 @@ class RunState:
 
     ``step`` of ``steps`` are taken. ``training_set`` includes regularization images that the run has drawn.
     ``alphas_cumprod`` [timesteps] is ᾱ of the noise schedule, on the device. ``recorder`` is None for a run without
-    refinement loss.
+    refinement loss. ``graphed_passes`` runs the step's passes from a CUDA graph; None: they run eagerly.
     """
 
     base: BaseModel
@@ -48,6 +49,12 @@ class RunState:
     optimizer: torch.optim.Optimizer
     scaler: LossScaler
     oom_fallback: OomFallback
+    graphed_passes: GraphedPasses | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the training images in pixels."""
+        return self.training_set.size, self.training_set.size
 
     @property
     def checkpoints(self) -> Path:
@@ -57,3 +64,8 @@ class RunState:
     def saved(self) -> dict[str, nn.Parameter]:
         """What a checkpoint holds besides the optimizer's moments: the learned parameters and fp16's loss scale."""
         return {**self.adapter.named_parameters(), **self.scaler.saved()}
+
+    def release_graphs(self) -> None:
+        """Give the memory of captured graphs back, for other work between steps; the next step captures anew."""
+        if self.graphed_passes is not None:
+            self.graphed_passes.release()

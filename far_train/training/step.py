@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from ..models.adapters import set_learning_rates
+from ..models.conditioning import Conditioning
 from . import losses
 from .latent_cache import Batch
 from .state import RunState
+from .step_graph import Capture, GraphedPasses, Inputs, capture_cuda_graph
 
 
 def take_step(state: RunState) -> Tensor:
@@ -37,8 +39,13 @@ def sample_batch(state: RunState) -> Batch:
     """The batch of the next step on the CPU, the same in every process."""
     config = state.config
     counts = (config.batch_size, config.prior_batch_size)
-    timesteps = len(state.alphas_cumprod)
-    return state.latent_cache.sample_batch(counts, timesteps, seed=config.train_seed, step=state.step)
+    return state.latent_cache.sample_batch(
+        counts,
+        len(state.alphas_cumprod),
+        seed=config.train_seed,
+        step=state.step,
+        mentions=state.latent_cache.max_mentions if state.graphed_passes else None,  # a graph's shapes are fixed
+    )
 
 
 def accumulate_gradients(state: RunState, batch: Batch, micro_batch: int) -> Tensor:
@@ -46,30 +53,58 @@ def accumulate_gradients(state: RunState, batch: Batch, micro_batch: int) -> Ten
 
     It begins by clearing the gradients, so that a call that ran out of memory can be repeated.
     """
-    state.optimizer.zero_grad(set_to_none=True)
+    graphed = state.graphed_passes
+    state.optimizer.zero_grad(set_to_none=graphed is None)  # a graph adds to gradients at fixed addresses
     ramp = losses.refinement_ramp(state.step, state.steps, state.config.refinement_ramp)
-    terms = [
-        forward_backward(state, batch[start : start + micro_batch].to(state.device), ramp)
-        for start in range(0, len(batch), micro_batch)
-    ]
+    parts = [batch[start : start + micro_batch] for start in range(0, len(batch), micro_batch)]
+    if graphed is None:
+        terms = [run_eagerly(state, part, ramp) for part in parts]
+    else:
+        terms = [graphed(graph_inputs(state, part, ramp)) for part in parts]
     return torch.stack(terms).sum(0)
 
 
-def forward_backward(state: RunState, batch: Batch, ramp: float) -> Tensor:
+def run_eagerly(state: RunState, batch: Batch, ramp: float) -> Tensor:
+    """:func:`forward_backward` of a batch on the CPU; equal prompts are encoded once."""
+    conditioning = state.conditioner.encode(batch.prompts, state.size)
+    return forward_backward(state, batch.to(state.device), conditioning, ramp)
+
+
+def graph_passes(state: RunState, capture: Capture = capture_cuda_graph) -> GraphedPasses:
+    """:func:`forward_backward` behind a CUDA graph, called with :func:`graph_inputs`."""
+    names = tuple(f"ids.{spec.part}" for spec in state.base.family.text_encoders)
+
+    def compute(inputs: Inputs) -> Tensor:
+        tensors = dict(inputs)
+        ramp, ids = tensors.pop("ramp"), [tensors.pop(name) for name in names]
+        conditioning = state.conditioner.encode_ids(ids, state.size)
+        return forward_backward(state, Batch(**tensors, prompts=()), conditioning, ramp)
+
+    return GraphedPasses(compute, list(state.adapter.named_parameters().values()), state.device, capture)
+
+
+def graph_inputs(state: RunState, batch: Batch, ramp: float) -> dict[str, Tensor]:
+    """Everything that changes from step to step, as tensors on the CPU."""
+    parts = [spec.part for spec in state.base.family.text_encoders]
+    ids = {f"ids.{part}": rows for part, rows in zip(parts, state.conditioner.ids(batch.prompts))}
+    return {**batch.tensors(), **ids, "ramp": torch.tensor(ramp)}
+
+
+def forward_backward(state: RunState, batch: Batch, conditioning: Conditioning, ramp: float | Tensor) -> Tensor:
     """Add the gradient of a part of the step's batch (docs/explanation/method.md, The loss) to the parameters.
 
     ``batch`` is on the device; ``ramp`` is the refinement loss's weight in this step. Returns the loss and its
-    denoising, refinement and prior-preservation terms, [4] on the device. All are scaled for the whole step's batch:
-    those of its parts add up to those of the step, however it is divided.
+    denoising, refinement and prior-preservation terms, [4] on the device; the last three without their weights in the
+    loss. All are scaled for the whole step's batch: those of its parts add up to those of the step, however it is
+    divided. It reads nothing back to the host.
     """
     config, prediction_type = state.config, state.base.prediction_type
     alphas = state.alphas_cumprod[batch.timesteps]
     noisy, target = losses.add_noise(batch.latents, batch.noise, alphas, prediction_type)
     # Of each sample in the means over composites and over regularization images.
-    composite_weight = batch.is_instance / config.batch_size
-    prior_loss_weight = ~batch.is_instance / max(config.prior_batch_size, 1)
+    composite_share = batch.is_instance / config.batch_size
+    prior_share = ~batch.is_instance / max(config.prior_batch_size, 1)
     select = torch.cat([batch.token_select, batch.noun_select], 1)
-    conditioning = state.conditioner.encode(batch.prompts, (state.training_set.size,) * 2)
     context, more = conditioning.context, conditioning.unet_kwargs()
     recording = state.recorder.recording(select) if state.recorder else nullcontext()
     with recording, state.adapter.prepared_for(context):
@@ -80,11 +115,11 @@ def forward_backward(state: RunState, batch: Batch, ramp: float) -> Tensor:
         error = snr_weight * losses.denoising_loss(prediction, target, cell_weight)
         refinement = refinement_loss(state, batch) if state.recorder else torch.zeros_like(error)
         schedule = ramp * losses.refinement_timestep_weight(alphas)
-        denoising, prior = (composite_weight * error).sum(), (prior_loss_weight * error).sum()
+        denoising, prior = (composite_share * error).sum(), (prior_share * error).sum()
         loss = denoising + config.prior_loss_weight * prior
-        loss = loss + config.refinement_weight * (composite_weight * schedule * refinement).sum()
+        loss = loss + config.refinement_weight * (composite_share * schedule * refinement).sum()
         state.scaler.scale(loss).backward()  # in this context, since checkpointed layers run forward again
-    return torch.stack([loss, denoising, (composite_weight * refinement).sum(), prior]).detach()
+    return torch.stack([loss, denoising, (composite_share * refinement).sum(), prior]).detach()
 
 
 def refinement_loss(state: RunState, batch: Batch) -> Tensor:

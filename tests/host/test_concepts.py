@@ -98,7 +98,7 @@ def test_bad_names_are_refused_with_a_suggestion(comfy: ComfyServer, loaded: Non
         comfy.queue(prompt)
     prompt["2"] = concept(["1", 0], ["1", 1], noun="<disc>", invert_mask=True)
     node_id, words = refusal(comfy, prompt)
-    assert node_id == "2" and "no class noun" in words
+    assert node_id == "2" and "is not a class noun" in words
     prompt["2"] = concept(["1", 0], ["1", 1], invert_mask=True)
     prompt["4"] = concept(["1", 0], ["1", 1], invert_mask=True, concepts=["2", 0])
     prompt["5"] = preview_of("4")
