@@ -18,6 +18,7 @@ from ..far_train.evaluation.sheets import loss_curves
 from ..far_train.models.base import BaseModel
 from ..far_train.models.tokens import unknown_tokens
 from ..far_train.models.weights import FarWeights
+from ..far_train.training.build import check_trainable
 from ..far_train.training.estimate import measure_cost
 from ..far_train.training.latent_cache import check_captions
 from ..far_train.training.recipe import Callbacks, train
@@ -154,6 +155,7 @@ class Train(io.ComfyNode):
         with host_memory.no_inference_mode():
             if continue_from is not None:
                 sockets.check_sockets(continue_from=(continue_from, FarWeights, "FAR_WEIGHTS"))
+            check_trainable(host_models.check_family(model, clip), config)
             identity = run_identity(host_models.identify_base(model, clip, vae), dataset, config, continue_from)
             name = file_name(name, "run")
             folder, finished = find_run(host_folders.output_folder() / "far", name, identity)

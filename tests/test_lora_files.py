@@ -114,7 +114,7 @@ def test_exact_files_hold_the_very_numbers(base, tmp_path: Path):
     weights = make_weights(base)
     for rank in (None, 10_000):
         export_lora(weights, tmp_path / "lora.safetensors", rank)
-        file, names = load_file(tmp_path / "lora.safetensors"), kohya_names(weights.deltas)
+        file, names = load_file(tmp_path / "lora.safetensors"), kohya_names(weights.deltas, SD21)
         assert len(file) == 3 * len(weights.deltas)
         for layer, delta in weights.deltas.items():
             up, down = (file[f"{names[layer]}.lora_{half}.weight"] for half in ("up", "down"))
@@ -126,7 +126,7 @@ def test_a_chosen_rank_is_the_best_of_that_rank(base, tmp_path: Path):
     for make, rank in ((make_weights, 4), (make_low_rank, 1)):
         weights = make(base)
         export_lora(weights, tmp_path / "lora.safetensors", rank)
-        file, names = load_file(tmp_path / "lora.safetensors"), kohya_names(weights.shapes())
+        file, names = load_file(tmp_path / "lora.safetensors"), kohya_names(weights.shapes(), SD21)
         for layer in weights.shapes():
             change = weights.delta(layer).float()
             up, down = (file[f"{names[layer]}.lora_{half}.weight"].float() for half in ("up", "down"))
@@ -139,7 +139,7 @@ def test_low_rank_deltas_stay_as_they_were_learned(base, tmp_path: Path):
     weights = make_low_rank(base)
     for rank in (None, 5):
         export_lora(weights, tmp_path / "lora.safetensors", rank)
-        file, names = load_file(tmp_path / "lora.safetensors"), kohya_names(weights.low_rank_deltas)
+        file, names = load_file(tmp_path / "lora.safetensors"), kohya_names(weights.low_rank_deltas, SD21)
         for layer, delta in weights.low_rank_deltas.items():
             assert torch.equal(file[f"{names[layer]}.lora_up.weight"], delta.up)
             assert torch.equal(file[f"{names[layer]}.lora_down.weight"], delta.down)
@@ -154,11 +154,11 @@ def test_names_are_those_of_diffusers_modules(unet: Callable[[], nn.Module]):
     unet = unet()
     modules = {id(module): name for name, module in unet.named_modules()}
     found = attention_projections(unet)
-    assert kohya_names(found) == {layer: kohya_name(modules[id(getattr(*place))]) for layer, place in found.items()}
+    assert kohya_names(found, SD21) == {layer: kohya_name(modules[id(getattr(*place))]) for layer, place in found.items()}
 
 
 @pytest.mark.parametrize("layer", ["input_blocks.6.1.attn2.to_k", "time_embed.0", "input_blocks.2.0.attn2.to_k"])
 def test_layers_without_a_place_are_refused(layer: str):
     levels = [f"input_blocks.{i}.1.attn2.to_k" for i in (1, 2, 4, 5)]
     with pytest.raises(WeightsError, match=f"weights: {layer}"):
-        kohya_names([*levels, layer])
+        kohya_names([*levels, layer], SD21)

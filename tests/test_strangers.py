@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from far_train.data.sam import load_sam
 from far_train.models.loading import load_base
@@ -64,10 +65,10 @@ def test_a_thousand_mutated_files(tmp_path: Path):
 def with_metadata(base, path: Path, **change) -> Path:
     """A FaR file whose metadata has these fields; a str that isn't JSON takes the place of all of it."""
     weights = make_weights(base)
-    tensors = {f"embedding.{t}": e["clip_h"] for t, e in weights.embeddings.items()}
-    tensors |= {f"delta.{k}": d for k, d in weights.deltas.items()}
-    about = {**vars(weights.provenance), **change}
-    save_file(tensors, path, {"far": about.get("all") or json.dumps(about)})
+    weights.save(path)
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["far"]) | change
+    save_file(load_file(path), path, {"far": about.get("all") or json.dumps(about)})
     return path
 
 

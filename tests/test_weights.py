@@ -79,6 +79,29 @@ def test_round_trip_of_low_rank_deltas(lora: FarWeights, tmp_path: Path):
     assert (about["low_rank_deltas"], about["rank"], about["kv_deltas"]) == (len(lora.low_rank_deltas), 2, 0)
 
 
+def as_schema_2(weights: FarWeights, path: Path) -> Path:
+    """The file of these weights as the last version wrote it, which knew one text encoder alone."""
+    weights.save(path)
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["far"])
+    assert about["schema"] == 3
+    tensors = {k.replace("embedding.clip_h.", "embedding."): v for k, v in load_file(path).items()}
+    assert sum(k.startswith("embedding.<") for k in tensors) == len(weights.embeddings)
+    save_file(tensors, path, {"far": json.dumps(about | {"schema": 2})})
+    return path
+
+
+def test_files_of_the_last_schema_are_read_and_written_anew(weights: FarWeights, tmp_path: Path):
+    old = FarWeights.load(as_schema_2(weights, tmp_path / "old.safetensors"))
+    assert old.provenance == weights.provenance and old.digest() == weights.digest()
+    for token, rows in weights.embeddings.items():
+        assert old.embeddings[token].keys() == {"clip_h"}
+        assert torch.equal(old.embeddings[token]["clip_h"], rows["clip_h"])
+    old.save(tmp_path / "new.safetensors")
+    weights.save(tmp_path / "w.safetensors")
+    assert (tmp_path / "new.safetensors").read_bytes() == (tmp_path / "w.safetensors").read_bytes()
+
+
 def test_weights_are_compared_and_hashed_by_identity(lora: FarWeights):
     twin = replace(lora)
     first, second = (delta for delta, _ in zip(lora.low_rank_deltas.values(), range(2)))

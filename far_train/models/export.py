@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..utils.files import RESERVED_NAMES, write_tensors
+from .families import FAMILIES
 from .lora_files import exact_factorization, lora_tensors, truncated_svd
 from .weights import FarWeights, LowRankDelta
 
@@ -16,7 +17,7 @@ def export_lora(weights: FarWeights, path: Path, rank: int | None = None) -> Non
     are exact, which makes a large file of dense changes: its rank is that of the matrices. Raises OutputError.
     """
     deltas = {name: _factors(weights, name, rank) for name in weights.shapes()}
-    write_tensors(path, lora_tensors(deltas), {"format": "pt"})
+    write_tensors(path, lora_tensors(deltas, FAMILIES[weights.provenance.family]), {"format": "pt"})
 
 
 def _factors(weights: FarWeights, name: str, rank: int | None) -> LowRankDelta:
@@ -30,6 +31,9 @@ def _factors(weights: FarWeights, name: str, rank: int | None) -> LowRankDelta:
 
 def export_embeddings(weights: FarWeights, folder: Path) -> list[Path]:
     """Write one embedding file per concept, ``corgi-dog.safetensors``, which prompts call ``embedding:corgi-dog``.
+
+    It holds the rows of every text encoder by its name, ``clip_l`` and ``clip_g`` for SDXL, as ComfyUI, kohya's tools
+    and diffusers expect them.
 
     Returns their paths in the order of the concepts. Raises OutputError.
     """

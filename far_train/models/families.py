@@ -41,6 +41,8 @@ class Family:
     default_prediction: str  # where neither a marker nor the weights tell
     measure_prediction: Callable[[Mapping[str, Tensor]], str | None]  # from the UNet's weights, in diffusers' names
     pipeline: str  # class of diffusers
+    lora_names: Literal["diffusers", "ldm"]  # of layers, in kohya's LoRA files
+    kv_parameters: int  # of all cross-attention K and V
     # Modules among whose cross-attention layers the supervised ones are chosen, by diffusers' names; empty: all.
     supervised_modules: tuple[str, ...] = ()
 
@@ -95,6 +97,8 @@ SD15 = Family(
     default_prediction="epsilon",
     measure_prediction=_not_measured,
     pipeline="StableDiffusionPipeline",
+    lora_names="diffusers",
+    kv_parameters=19_169_280,
 )
 
 SD21 = Family(
@@ -125,6 +129,8 @@ SD21 = Family(
     default_prediction="v_prediction",
     measure_prediction=prediction_by_norm,
     pipeline="StableDiffusionPipeline",
+    lora_names="diffusers",
+    kv_parameters=25_559_040,
 )
 
 SDXL = Family(
@@ -161,6 +167,8 @@ SDXL = Family(
     default_prediction="epsilon",
     measure_prediction=_not_measured,
     pipeline="StableDiffusionXLPipeline",
+    lora_names="ldm",
+    kv_parameters=340_787_200,
     # 60 of its 70 layers have maps of one size. These eight, in the middle of the first two transformers behind the
     # bottleneck, cost an eighth of their memory.
     supervised_modules=tuple(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,17 +18,17 @@ from torch import Tensor
 
 from .. import __version__
 from ..data.captions import Name, check_noun, check_token
-from ..utils.config import SCHEMA_VERSION
 from ..utils.errors import FarError, UnreadableFile, WeightsError
 from ..utils.files import parse_json, read_tensors, write_tensors
 from .base import BaseModel
 from .conditioning import TextConditioner
-from .families import FAMILIES
+from .families import FAMILIES, Family
 from .fingerprint import fingerprint
 from .layers import attention_projections, kv_layers
 
 log = logging.getLogger(__name__)
 
+SCHEMA = 3  # of the file; 2 had embeddings of one text encoder, SD 2.1's, by the token alone
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DELTA_PREFIXES = ("delta.", "up.", "down.")  # of tensor names in the file
 MAX_METADATA = 1_000_000  # characters; a file of ten concepts has about two thousand
@@ -48,7 +49,6 @@ class Provenance:
     size: int
     config: dict[str, Any] = field(default_factory=dict)
     far_version: str = __version__
-    schema: int = SCHEMA_VERSION
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity: tensors have no single truth value
@@ -77,9 +77,9 @@ class FarWeights:
     """Everything that a training learned.
 
     ``embeddings`` holds rows [vectors, width] by placeholder token and by text encoder, the latter by its name in
-    ComfyUI, ``clip_h``. The UNet's changes are stored by the layer's
-    original (LDM) name, such as ``input_blocks.1.1.transformer_blocks.0.attn2.to_k``: either ``deltas``, dense
-    matrices [out, in] of all cross-attention K and V, or ``low_rank_deltas`` of all attention projections.
+    ComfyUI: ``clip_l``, ``clip_g`` or ``clip_h``. The UNet's changes are stored by the layer's original (LDM) name,
+    such as ``input_blocks.1.1.transformer_blocks.0.attn2.to_k``: either ``deltas``, dense matrices [out, in] of all
+    cross-attention K and V, or ``low_rank_deltas`` of all attention projections.
     """
 
     embeddings: dict[str, dict[str, Tensor]]
@@ -103,14 +103,13 @@ class FarWeights:
 
     def save(self, path: Path) -> None:
         """Write one ``.safetensors`` file. Raises OutputError."""
-        tensors = {f"embedding.{t}": e for t, e in self._token_tensors().items()}
-        tensors |= self._delta_tensors()
-        write_tensors(path, tensors, {"format": "pt", "far": json.dumps(asdict(self.provenance))})
+        embeddings = {f"embedding.{encoder}.{token}": rows for encoder, token, rows in self._rows()}
+        about = {**asdict(self.provenance), "schema": SCHEMA}
+        write_tensors(path, embeddings | self._delta_tensors(), {"format": "pt", "far": json.dumps(about)})
 
-    def _token_tensors(self) -> dict[str, Tensor]:
-        """The embeddings by placeholder token: files of this schema have them for one text encoder."""
-        (encoder,) = self.encoders
-        return {token: embeddings[encoder] for token, embeddings in self.embeddings.items()}
+    def _rows(self) -> list[tuple[str, str, Tensor]]:
+        """All embeddings, each as text encoder, placeholder token and rows [vectors, width]."""
+        return [(e, token, by_encoder[e]) for token, by_encoder in self.embeddings.items() for e in self.encoders]
 
     def _delta_tensors(self) -> dict[str, Tensor]:
         """The UNet's changes by their names in the file."""
@@ -132,17 +131,21 @@ class FarWeights:
             ) from e
         if "far" not in metadata:
             raise WeightsError(f"weights: {path} is no FaR file (it has no 'far' metadata); is it a LoRA?")
-        provenance = _read_provenance(metadata["far"], path)
-        embeddings = {t: tensors.get(f"embedding.{t}") for t in provenance.nouns}
+        provenance, schema = _read_provenance(metadata["far"], path)
+        if schema < 3:
+            tensors = {re.sub("^embedding[.]", "embedding.clip_h.", k): v for k, v in tensors.items()}
+        encoders = FAMILIES[provenance.family].comfy_names
+        embeddings = {(t, e): tensors.pop(f"embedding.{e}.{t}", None) for t in provenance.nouns for e in encoders}
         deltas, ups, downs = (
             {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)} for prefix in DELTA_PREFIXES
         )
-        for name, tensor in [*embeddings.items(), *deltas.items(), *ups.items(), *downs.items()]:
+        rows = {f"{token} of {encoder}": tensor for (token, encoder), tensor in embeddings.items()}
+        for name, tensor in [*rows.items(), *deltas.items(), *ups.items(), *downs.items()]:
             _check_tensor(name, tensor, path)
-        if len({e.shape for e in embeddings.values()}) > 1:
+        shapes = {(encoder, *tensor.shape) for (_, encoder), tensor in embeddings.items()}
+        if len(shapes) > len(encoders) or len({vectors for _, vectors, _ in shapes}) > 1:
             raise WeightsError(f"weights: the embeddings in {path} differ in shape; the file is damaged")
-        known = {f"embedding.{t}" for t in embeddings}
-        foreign = [k for k in tensors if not k.startswith(DELTA_PREFIXES) and k not in known]
+        foreign = [k for k in tensors if not k.startswith(DELTA_PREFIXES)]
         if foreign or not embeddings:
             raise WeightsError(f"weights: {path} does not hold what its metadata says ({foreign[:1] or 'no concepts'})")
         if deltas and ups:
@@ -150,16 +153,16 @@ class FarWeights:
         for name in ups.keys() | downs.keys():
             if name not in ups or name not in downs or ups[name].shape[1] != downs[name].shape[0]:
                 raise WeightsError(f"weights: {path}: up and down of {name} don't match; the file is damaged")
-        (encoder,) = FAMILIES[provenance.family].comfy_names
-        learned = {token: {encoder: embedding} for token, embedding in embeddings.items()}
+        learned = {token: {e: embeddings[token, e] for e in encoders} for token in provenance.nouns}
         return cls(learned, deltas, provenance, {name: LowRankDelta(ups[name], downs[name]) for name in ups})
 
     def check_fits(self, base: BaseModel) -> None:
-        """Refuse a base model of another shape or prediction type.
+        """Refuse a base model of another family, shape or prediction type.
 
         A base of the same shape with other weights only logs a warning. Raises WeightsError.
         """
         about = self.provenance
+        self.check_family(base.family)
         if about.prediction_type != base.prediction_type:
             raise WeightsError(
                 f"weights: trained on a base with {about.prediction_type}, this one has {base.prediction_type}; "
@@ -180,6 +183,14 @@ class FarWeights:
         if about.base_digest != base.digest:
             log.warning("These weights were trained on another base of the same shape; likeness may suffer.")
 
+    def check_family(self, family: Family) -> None:
+        """Refuse bases of another family than the one that was trained. Raises WeightsError."""
+        own = FAMILIES[self.provenance.family]
+        if own != family:
+            raise WeightsError(
+                f"weights: trained on {own.title}, this base is {family.title}; use a base of {own.title}"
+            )
+
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Shape [out, in] of every matrix that changes, by layer name."""
         low_rank = {name: delta.shape for name, delta in self.low_rank_deltas.items()}
@@ -191,7 +202,10 @@ class FarWeights:
 
     def digest(self) -> str:
         """A hash of all learned values, the same for every file that holds them."""
-        return fingerprint({**self._token_tensors(), **self._delta_tensors()}, torch.float32)
+        # Runs that continue from weights of SD 2.1 are known by the digest that these had before they named encoders.
+        several = len(self.encoders) > 1
+        embeddings = {f"{e}.{token}" if several else token: rows for e, token, rows in self._rows()}
+        return fingerprint({**embeddings, **self._delta_tensors()}, torch.float32)
 
 
 def _check_tensor(name: str, tensor: Tensor | None, path: Path) -> None:
@@ -202,12 +216,14 @@ def _check_tensor(name: str, tensor: Tensor | None, path: Path) -> None:
         raise WeightsError(f"weights: {path}: {name} holds values that are not finite; the file is damaged")
 
 
-def _read_provenance(text: str, path: Path) -> Provenance:
+def _read_provenance(text: str, path: Path) -> tuple[Provenance, int]:
+    """What a file's metadata say, and the schema of the file."""
     try:
         if len(text) > MAX_METADATA:
             raise ValueError(f"it has {len(text)} characters")
         values = parse_json(text)
-        if values["schema"] > SCHEMA_VERSION:
+        schema = values["schema"]
+        if schema > SCHEMA:
             raise WeightsError(
                 f"weights: {path} was made by a newer version of FaR ({values.get('far_version')}); update"
             )
@@ -229,15 +245,14 @@ def _read_provenance(text: str, path: Path) -> Provenance:
         raise WeightsError(
             f"weights: the metadata of {path} can't be read ({str(e)[:300]}); the file is damaged"
         ) from e
-    return provenance
+    return provenance, schema
 
 
 def describe(weights: FarWeights) -> Mapping[str, Any]:
     """Summarize a weights file for people: concepts, layers, number of values, largest change, provenance."""
     about = weights.provenance
     norms = {name: float(weights.delta(name).float().norm()) for name in weights.shapes()}
-    embeddings = [e for by_encoder in weights.embeddings.values() for e in by_encoder.values()]
-    parameters = [*embeddings, *weights._delta_tensors().values()]
+    parameters = [*(rows for _, _, rows in weights._rows()), *weights._delta_tensors().values()]
     return {
         "concepts": {t: {"noun": about.nouns[t], "vectors": weights.vectors} for t in weights.embeddings},
         "kv_deltas": len(weights.deltas),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from ..models.adapters import inject_adapter
 from ..models.attention_maps import AttentionRecorder, layer_stride, supervised_layers
 from ..models.base import BaseModel
 from ..models.conditioning import TextConditioner
+from ..models.families import Family
+from ..models.fp8 import Fp8Layers
 from ..models.layers import compiled, set_checkpointing
 from ..models.sampling import check_size
 from ..models.tokens import Vocabulary
@@ -32,8 +35,24 @@ from .step import accumulate_gradients, graph_passes, sample_batch
 from .step_graph import uses_cuda_graph
 
 
-def check_inputs(base: BaseModel, training_set: TrainingSet, start: FarWeights | None) -> None:
+log = logging.getLogger(__name__)
+
+MOST_PARAMETERS = 100_000_000  # that training all K and V may have; SD 1.5 and 2.1 have a quarter of it
+
+
+def check_trainable(family: Family, config: TrainConfig) -> None:
+    """Refuse to train all K and V of a family that has too many of them. Raises ConfigError."""
+    count = family.kv_parameters
+    if config.trainable == "kv" and count > MOST_PARAMETERS:
+        raise ConfigError(
+            f"trainable: kv are {count / 1e6:.0f} million parameters in {family.title}: {4 * count / 1e9:.1f} GB in "
+            f"fp32 and {8 * count / 1e9:.1f} GB for AdamW's moments; use lora"
+        )
+
+
+def check_inputs(base: BaseModel, training_set: TrainingSet, config: TrainConfig, start: FarWeights | None) -> None:
     """Refuse what can't be trained. Raises BaseModelError, DatasetError, ConfigError, WeightsError."""
+    check_trainable(base.family, config)
     if TextConditioner(base).has_placeholders:
         raise BaseModelError(
             "base: FaR weights are applied to it; load it anew, or train outside of 'with applied_weights'. "
@@ -42,6 +61,12 @@ def check_inputs(base: BaseModel, training_set: TrainingSet, start: FarWeights |
     if not training_set.composite_count():
         raise DatasetError("dataset: it holds no composites; fuse at least one")
     check_size(base, training_set.size, training_set.size)
+    if training_set.size != base.native_size:
+        log.warning(
+            "The dataset has %d px, this base was made for %d px, where it learns and draws best.",
+            training_set.size,
+            base.native_size,
+        )
     if start is not None:
         start.check_fits(base)
 
@@ -63,7 +88,7 @@ def build_run(
     ``undo`` gets what leaves ``base`` as it was found, also if this raises. Nothing is written before the inputs are
     checked.
     """
-    check_inputs(base, training_set, start)
+    check_inputs(base, training_set, config, start)
     vocabulary = Vocabulary(base.tokenizer, training_set.names, base.tokenizer_size, config.vectors_per_token)
     device, dtype = choose_device(config.device, config.precision)
     world = World.current()
@@ -75,6 +100,10 @@ def build_run(
     world.barrier()
 
     # The data: draw what is missing, encode everything once.
+    if config.fp8_base:
+        fp8_layers = Fp8Layers(base.unet, device)
+        if keep_base:
+            undo.callback(fp8_layers.remove)
     if keep_base:
         undo.enter_context(base.placed(device, dtype))
     else:

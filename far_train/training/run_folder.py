@@ -13,11 +13,11 @@ from typing import Any, Protocol
 
 from ..data.concepts import TrainingSet
 from ..models.weights import FarWeights
-from ..utils.config import SCHEMA_VERSION
 from ..utils.errors import CheckpointError, OutputError
 from ..utils.files import make_folder, parse_json, remove_leftovers, write_json, write_text
 from .settings import TrainConfig
 
+SCHEMA = 2  # of run.json
 RUN_FILE = "run.json"
 WEIGHTS_FILE = "weights.safetensors"
 METRICS_FILE = "metrics.jsonl"
@@ -44,7 +44,7 @@ def run_identity(
     ``start``: the weights that the run continues from, if any.
     """
     identity: dict[str, Any] = {
-        "schema": SCHEMA_VERSION,
+        "schema": SCHEMA,
         "config": config.result_shaping(),
         "base": {"fingerprint": base.fingerprint, "prediction_type": base.prediction_type},
         "dataset": training_set.digest(),

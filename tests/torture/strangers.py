@@ -32,8 +32,7 @@ from far_train.models.layers import kv_weights
 from far_train.models.loading import load_base
 from far_train.models.weights import FarWeights, Provenance, describe
 from far_train.training.checkpoints import load_checkpoint, save_checkpoint
-from far_train.training.run_folder import find_run
-from far_train.utils.config import SCHEMA_VERSION
+from far_train.training.run_folder import SCHEMA, find_run
 from far_train.utils.errors import FarError
 
 SECONDS = 5.0
@@ -210,7 +209,7 @@ class Targets:
         return load
 
     def run_file(self, rng: random.Random) -> Callable[[], Any]:
-        identity = {"schema": SCHEMA_VERSION, "config": {"steps": 3}, "concepts": [{"token": "<a>", "noun": "b"}]}
+        identity = {"schema": SCHEMA, "config": {"steps": 3}, "concepts": [{"token": "<a>", "noun": "b"}]}
         self._put("run/run.json", mutate_json(identity, rng).encode("utf-8", "surrogatepass"))
         return lambda: find_run(self.place, "run", identity)
 
