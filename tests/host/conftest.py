@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from far_train.models.weights import FarWeights
 
 from ..tiny_sam import save_tiny, tiny_sam
 from .comfy_server import ComfyServer
@@ -26,6 +28,18 @@ def comfy(host: Host) -> Iterator[ComfyServer]:
     """One running host for all tests that need neither a restart nor an empty base directory."""
     with ComfyServer(host) as server:
         yield server
+
+
+@pytest.fixture
+def saved(comfy: ComfyServer, request: pytest.FixtureRequest) -> Callable[[FarWeights], str]:
+    """Writes weights to models/far under a name of this test; returns the name."""
+
+    def save(weights: FarWeights, suffix: str = "") -> str:
+        name = f"{request.node.name.split('[')[0]}{suffix}.safetensors"
+        weights.save(comfy.folder("models/far") / name)
+        return name
+
+    return save
 
 
 @pytest.fixture

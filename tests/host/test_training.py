@@ -27,7 +27,7 @@ from .comfy_server import ComfyServer, ExecutionFailed
 from .find_host import Host
 from .graphs import defaults, encoded, node, predicted
 from .listener import NODE_TEXT, PREVIEW, Listener
-from .test_weights import diffusers_configs
+from .tiny_weights import diffusers_configs
 
 QUICK = {"prior_batch_size": 1, "sample_steps": 1, "sample_every": 1000}
 
