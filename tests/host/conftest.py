@@ -46,13 +46,14 @@ def saved(comfy: ComfyServer, request: pytest.FixtureRequest) -> Callable[[FarWe
 def template_files(comfy: ComfyServer) -> Iterator[None]:
     """Whatever the templates name, as empty files and folders: enough to open and to validate them."""
     names = {
-        "checkpoints": "v2-1_768-ema-pruned.safetensors",
-        "sams": "sam_vit_b_01ec64.pth",
-        "far": "two-dogs.safetensors",
+        "checkpoints": ("v2-1_768-ema-pruned.safetensors", "sd_xl_base_1.0.safetensors"),
+        "sams": ("sam_vit_b_01ec64.pth",),
+        "far": ("two-dogs.safetensors", "two-dogs-sdxl.safetensors"),
     }
-    made = [comfy.folder(f"models/{folder}") / name for folder, name in names.items()]
-    made.append(comfy.folder("output/far/datasets/two-dogs") / "dataset.json")
-    folders = [comfy.folder(f"input/{name}") for name in ("corgi", "chow", "husky")] + [made[-1].parent]
+    made = [comfy.folder(f"models/{folder}") / name for folder, files in names.items() for name in files]
+    datasets = [comfy.folder(f"output/far/datasets/{name}") for name in ("two-dogs", "two-dogs-sdxl")]
+    made += [folder / "dataset.json" for folder in datasets]
+    folders = [comfy.folder(f"input/{name}") for name in ("corgi", "chow", "husky")] + datasets
     for path in made:
         path.touch()
     yield

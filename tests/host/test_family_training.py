@@ -1,4 +1,4 @@
-"""SD 1.5 and SDXL in the graph: what is trained, drawn and looked at there is what the library makes of the same base."""
+"""SD 1.5 and SDXL in the graph: what is trained, drawn and probed there is what the library makes of the base."""
 
 from __future__ import annotations
 
