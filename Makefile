@@ -21,7 +21,7 @@ test: lint  ## all tests but the full-size ones, a process on each of up to eigh
 test-fast: lint  ## what most changes break first, in under a minute
 	python=$(PYTHON_OF) && "$$python" -m pytest -q -n auto --maxprocesses 8 $(FAST)
 
-test-full-size:  ## Stable Diffusion 2.1 at its real size with random weights (12 GB of memory)
+test-full-size:  ## the model families at their real sizes with random weights (16 GB of memory)
 	python=$(PYTHON_OF) && "$$python" -m pytest -m full_size tests/test_full_size.py
 
 test-transformers-4:  ## the library's tests on the 4.x line of transformers

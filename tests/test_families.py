@@ -79,6 +79,11 @@ def test_transformers_are_refused_by_name(key: str, name: str):
         detect({key: torch.zeros(8, 1024)}, "file")
 
 
+def test_names_beside_a_unet_make_no_transformer_of_it():
+    extra = {"blocks.0.weight": torch.zeros(1), "layers.0\n.weight": torch.zeros(1)}
+    assert detect(unet(1024) | extra, "file") is SD21
+
+
 def test_a_lora_of_a_transformer_is_called_no_model():
     with pytest.raises(BaseModelError, match="holds no Stable Diffusion UNet.*not a LoRA"):
         detect({"transformer.single_transformer_blocks.0.attn.to_k.lora_A.weight": torch.zeros(8, 8)}, "file")

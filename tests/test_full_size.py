@@ -1,12 +1,14 @@
-"""Stable Diffusion 2.1 at its real size, with random weights: loading, one training step, export.
+"""The model families at their real sizes, with random weights: loading, one training step, export.
 
-Needs about 12 GB of memory, 3 GB of disk and a few minutes on two cores: ``make test-full-size``.
+Needs about 16 GB of memory, 12 GB of disk and a quarter of an hour on two cores: ``make test-full-size``.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,11 +17,13 @@ from safetensors.torch import load_file, save_file
 from far_train.data.concepts import Concept
 from far_train.data.fusion import ConceptFusion
 from far_train.data.settings import FusionConfig
-from far_train.mini.tiny import random_states, single_file_state
+from far_train.mini.tiny import single_file_state
+from far_train.models.attention_maps import AttentionRecorder, supervised_layers
+from far_train.models.conditioning import TextConditioner, plain_vocabulary
 from far_train.models.export import export_lora
-from far_train.models.families import SD21, V_STATISTIC
+from far_train.models.families import SD15, SD21, SDXL, V_STATISTIC, Family
 from far_train.models.layers import kv_weights
-from far_train.models.loading import load_base, packaged_configs
+from far_train.models.loading import build_parts, load_base, packaged_configs
 from far_train.models.weights import FarWeights
 from far_train.training.recipe import train
 from far_train.training.settings import TrainConfig
@@ -29,15 +33,30 @@ pytestmark = pytest.mark.full_size
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A 768-v single file in the original layout, fp16, as SD 2.1 is distributed."""
-    configs = packaged_configs(SD21, "v_prediction")
-    states = random_states(configs)
-    states["unet"][V_STATISTIC] = torch.linspace(-0.3, 0.3, 320)  # the spread by which v-prediction is told
-    state = {k: v.half() for k, v in single_file_state(configs, states).items()}
-    path = tmp_path_factory.mktemp("full") / "sd21-768-v.safetensors"
-    save_file(state, path)
-    return path
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Family], Path]:
+    """Writes single files in the original layout, in fp16, as the families are distributed."""
+    folder = tmp_path_factory.mktemp("full")
+
+    def write(family: Family) -> Path:
+        path = folder / f"{family.key}.safetensors"
+        if not path.exists():
+            configs = packaged_configs(family, family.default_prediction)
+            parts = build_parts(family, configs)
+            states = {part: {k: random_weight(k, t) for k, t in m.state_dict().items()} for part, m in parts.items()}
+            if family is SD21:  # the spread by which v-prediction is told
+                states["unet"][V_STATISTIC] = torch.linspace(-0.3, 0.3, 320).half()
+            save_file(single_file_state(configs, states, family), path)
+        return path
+
+    return write
+
+
+def random_weight(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """fp16 values of about the size that trained ones have: small matrices, norms of one, no biases."""
+    weight = torch.zeros(tensor.shape, dtype=torch.float16)
+    if tensor.ndim > 1:
+        return weight.normal_(std=0.02)
+    return weight + ("norm" in name and name.endswith("weight"))
 
 
 def peak_memory() -> float:
@@ -48,23 +67,48 @@ def peak_memory() -> float:
     return float("nan")
 
 
-def test_load_train_export(checkpoint: Path, concepts: list[Concept], tmp_path: Path, capsys: pytest.CaptureFixture):
+class Expected(NamedTuple):
+    family: Family
+    size: int  # in pixels
+    text_encoder: int  # parameters
+    unet: int
+    kv: int  # what trainable kv changes
+    low_rank: int  # what trainable lora trains at rank 8
+    width: int
+
+
+TRAINED = [
+    Expected(SD15, 512, 123_060_480, 859_520_964, 19_169_280, 1_594_368, 768),
+    Expected(SD21, 768, 340_387_840, 865_910_724, 25_559_040, 1_659_904, 1024),
+]
+
+
+@pytest.mark.parametrize("expected", TRAINED, ids=lambda e: e.family.key)
+def test_load_train_export(
+    checkpoint: Callable[[Family], Path],
+    expected: Expected,
+    concepts: list[Concept],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+):
+    family, path = expected.family, checkpoint(expected.family)
     started = time.perf_counter()
-    base = load_base(checkpoint)
+    base = load_base(path)
     loaded = time.perf_counter()
     counts = {part: sum(p.numel() for p in m.parameters()) for part, m in base.parts.items()}
-    assert counts == {"unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840}
+    assert counts == {"unet": expected.unet, "vae": 83_653_863, "text_encoder": expected.text_encoder}
     assert all(not p.is_meta for m in base.parts.values() for p in m.parameters())
-    assert (base.prediction_type, base.native_size) == ("v_prediction", 768)
+    assert (base.family, base.native_size) == (family, expected.size)
+    assert base.prediction_type == family.default_prediction
 
-    fusion = ConceptFusion(concepts, config=FusionConfig(size=768, count=1))
+    fusion = ConceptFusion(concepts, config=FusionConfig(size=expected.size, count=1))
     config = TrainConfig(steps=1, batch_size=1, prior_batch_size=0, sample_every=0, device="cpu", precision="fp32")
     before = {k: v.clone() for k, v in kv_weights(base.unet).items()}
-    assert len(before) == 32 and sum(v.numel() for v in before.values()) == 25_559_040  # what trainable kv changes
+    assert len(before) == 32 and sum(v.numel() for v in before.values()) == expected.kv
     weights = train(base, fusion, config, tmp_path / "run")
     trained = time.perf_counter()
     deltas = weights.low_rank_deltas.values()
-    assert len(deltas) == 128 and sum(d.up.numel() + d.down.numel() for d in deltas) == 1_659_904
+    assert len(deltas) == 128 and sum(d.up.numel() + d.down.numel() for d in deltas) == expected.low_rank
     assert all(d.up.any() for d in deltas)
     assert all(torch.equal(before[k], v) for k, v in kv_weights(base.unet).items())
 
@@ -72,22 +116,58 @@ def test_load_train_export(checkpoint: Path, concepts: list[Concept], tmp_path: 
     lora = load_file(tmp_path / "lora.safetensors")
     assert len(lora) == 3 * 128
     last = "lora_unet_up_blocks_3_attentions_2_transformer_blocks_0_attn2_to_v"
-    assert lora[f"{last}.lora_down.weight"].shape == (8, 1024)
+    assert lora[f"{last}.lora_down.weight"].shape == (8, expected.width)
     FarWeights.load(tmp_path / "run" / "weights.safetensors").check_fits(base)
     with capsys.disabled():
         print(
-            f"\nSD 2.1 at 768 px, fp32, batch 1: load {loaded - started:.0f} s, encode + one step + save "
-            f"{trained - loaded:.0f} s, peak memory {peak_memory():.1f} GB"
+            f"\n{family.title} at {expected.size} px, fp32, batch 1: load {loaded - started:.0f} s, "
+            f"encode + one step + save {trained - loaded:.0f} s, peak memory so far {peak_memory():.1f} GB"
         )
 
 
-def test_contradicting_prediction_type(checkpoint: Path):
+@torch.no_grad()
+def test_sdxl_is_loaded_and_runs_in_bf16(checkpoint: Callable[[Family], Path], capsys: pytest.CaptureFixture):
+    """With its own conditioning and the maps of its supervised layers, at half its native size."""
+    path = checkpoint(SDXL)
+    started = time.perf_counter()
+    base = load_base(path)
+    loaded = time.perf_counter()
+    counts = {part: sum(p.numel() for p in m.parameters()) for part, m in base.parts.items()}
+    assert counts == {
+        "unet": 2_567_463_684,
+        "vae": 83_653_863,
+        "text_encoder": 123_060_480,
+        "text_encoder_2": 694_659_840,
+    }
+    assert (base.family, base.native_size, base.prediction_type) == (SDXL, 1024, "epsilon")
+    base.to("cpu", torch.bfloat16)
+    assert base.vae.dtype == torch.float32
+    vocabulary = plain_vocabulary(base)
+    conditioning = TextConditioner(base).encode([vocabulary.tokenize("a photo of a dog")], (512, 512))
+    assert conditioning.context.shape == (1, 77, 2048) and conditioning.pooled.shape == (1, 1280)
+    recorder = AttentionRecorder(base.unet, supervised_layers(base.unet, 64, 64, 16, SDXL.supervised_modules))
+    encoded = time.perf_counter()
+    with recorder.recording(torch.ones(1, 1, 77)):
+        latents = torch.randn(1, 4, 64, 64, dtype=torch.bfloat16)
+        noise = base.unet(latents, 500, conditioning.context, **conditioning.unet_kwargs()).sample
+        maps = recorder.maps(64, 64)
+    assert noise.shape == latents.shape and torch.isfinite(noise).all()
+    assert maps.shape == (1, 1, 16, 16) and torch.allclose(maps, torch.ones_like(maps), atol=1e-3)
+    with capsys.disabled():
+        print(
+            f"\n{SDXL.title}, bf16: load {loaded - started:.0f} s, one pass at 512 px "
+            f"{time.perf_counter() - encoded:.0f} s, peak memory so far {peak_memory():.1f} GB"
+        )
+
+
+def test_contradicting_prediction_type(checkpoint: Callable[[Family], Path]):
     with pytest.raises(BaseModelError, match="looks like v_prediction"):
-        load_base(checkpoint, prediction_type="epsilon")
+        load_base(checkpoint(SD21), prediction_type="epsilon")
 
 
-def test_incomplete_file(checkpoint: Path, tmp_path: Path):
-    state = load_file(checkpoint)
+@pytest.mark.parametrize("family", [SD15, SD21], ids=lambda f: f.key)
+def test_incomplete_file(checkpoint: Callable[[Family], Path], family: Family):
+    state = load_file(checkpoint(family))
     state.pop("first_stage_model.decoder.conv_out.weight")
     with pytest.raises(BaseModelError, match="vae lacks 1 of"):
         load_base(state)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import pytest
 import torch
 
-import far_train
 from far_train.data.captions import Name, locate_mentions
+from far_train.models.loading import SHARED
 from far_train.models.tokens import PlaceholderEmbedding, Vocabulary, initial_rows, norm_limits, unknown_tokens
 from far_train.utils.errors import CaptionError, TokenError
 
@@ -29,8 +28,7 @@ TEXTS = (
 def tokenizer():
     from transformers import CLIPTokenizerFast
 
-    folder = Path(far_train.__file__).parent / "configs" / "sd21" / "tokenizer"
-    return CLIPTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    return CLIPTokenizerFast.from_pretrained(SHARED / "tokenizer", local_files_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +124,7 @@ def test_bad_tokens_are_refused(tokenizer, names, message):
 def test_a_token_that_the_base_has_already_is_refused():
     from transformers import CLIPTokenizerFast
 
-    folder = Path(far_train.__file__).parent / "configs" / "sd21" / "tokenizer"
-    fine_tuned = CLIPTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    fine_tuned = CLIPTokenizerFast.from_pretrained(SHARED / "tokenizer", local_files_only=True)
     fine_tuned.add_tokens(["<chow>"])
     with pytest.raises(TokenError, match="<chow> is already a token of the base"):
         Vocabulary(fine_tuned, [CHOW], ROWS + 1)

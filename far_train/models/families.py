@@ -193,7 +193,10 @@ def detect(unet: Mapping[str, Tensor], where: str, context_width: int | None = N
     """
     width = next((v.shape[-1] for k, v in unet.items() if k.endswith("attn2.to_k.weight") and v.ndim), None)
     sized = any(k.endswith(SIZE_CONDITIONS) for k in unet)
-    other = transformer_name(unet) or edm_model(unet) or unet_variant(input_channels(unet), width, sized)
+    channels = input_channels(unet)
+    other = edm_model(unet) or unet_variant(channels, width, sized)
+    if channels is None:
+        other = transformer_name(unet) or other
     if other is not None:
         raise BaseModelError(f"base: {where} is {other}; FaR needs a plain text-to-image model of {SUPPORTED}")
     if width is None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Container, Iterable, Mapping
 
 from torch import Tensor
 
@@ -37,14 +36,14 @@ TRANSFORMERS = {
     r"(clf|clip_txt_mapper|clip_mapper)\.": "Stable Cascade",
     r"(transformer_blocks|blocks|layers|visual_transformer_blocks)\.\d+\.": "a diffusion transformer",
 }
-PLACES = re.compile(r"(model\.diffusion_model\.|diffusion_model\.|model\.|transformer\.|net\.)?(.*)")
+PLACES = re.compile(r"(model\.diffusion_model\.|diffusion_model\.|model\.|transformer\.|net\.)?(.*)", re.DOTALL)
 # The first convolution, in LDM's and diffusers' names.
 CONV_IN = ("model.diffusion_model.input_blocks.0.0.weight", "input_blocks.0.0.weight", "conv_in.weight")
 
 
 def transformer_name(names: Iterable[str]) -> str | None:
     """Which diffusion transformer weights of these names are of; None for other models, and for LoRA files."""
-    tops = {PLACES.fullmatch(name)[2] for name in names if "\n" not in name}
+    tops = {PLACES.fullmatch(name)[2] for name in names}
     if any("lora" in top for top in tops):
         return None
     kinds = (kind for pattern, kind in TRANSFORMERS.items() if any(re.match(pattern, top) for top in tops))
@@ -69,6 +68,6 @@ def input_channels(state: Mapping[str, Tensor]) -> int | None:
     return None if first is None or first.ndim != 4 else first.shape[1]
 
 
-def edm_model(names: Mapping[str, Any]) -> str | None:
+def edm_model(names: Container[str]) -> str | None:
     """The name of a model whose file says that it is one of Karras et al.'s form."""
     return next((kind for marker, kind in EDM_MARKERS.items() if marker in names), None)

@@ -183,6 +183,8 @@ def _from_state_dict(
     check_whole(state, where, family)
     states, unknown = ldm_to_diffusers(unscale(state, where), shapes, family)
     _report_unused(unknown, where)
+    if averaged := sum(name.startswith("model_ema.") for name in state):
+        log.info("%s also holds %d averaged (EMA) weights; FaR trains on the others.", where, averaged)
     # Trainers of merges leave the names v_pred and ztsnr in the file, as ComfyUI reads them.
     measured = "v_prediction" if "v_pred" in state else family.measure_prediction(states["unet"])
     check_prediction_type(prediction_type, measured, where)
