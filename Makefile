@@ -10,7 +10,7 @@ FAST = $(addprefix tests/test_,$(addsuffix .py,captions cli config content fusio
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 24
 
-demo:  ## the whole line on sample subjects; leaves outputs/demo/index.html
+demo:  ## the full pipeline on sample subjects; leaves outputs/demo/index.html
 	rm -rf outputs/demo
 	python=$(PYTHON_OF) && "$$python" -m far_train demo --out outputs/demo
 

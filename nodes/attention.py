@@ -13,6 +13,7 @@ from torch import Tensor
 from ..far_train.data.images import to_pil
 from ..far_train.evaluation.attention_focus import Focus, focus, heat_over, stretched
 from ..far_train.evaluation.sheets import contact_sheet
+from ..far_train.training.settings import TrainConfig
 from ..far_train.utils.errors import CaptionError, ConfigError, SubjectError
 from . import host_attention, host_models, host_ui
 from .pictures import counted, unroll_images, unroll_masks
@@ -77,7 +78,7 @@ class AttentionProbe(io.ComfyNode):
                 io.Int.Input(
                     "cells",
                     display_name="map size",
-                    default=16,
+                    default=TrainConfig.attention_cells,
                     min=2,
                     max=256,
                     optional=True,

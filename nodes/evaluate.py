@@ -87,7 +87,7 @@ class Evaluate(io.ComfyNode):
                 io.String.Output("table", tooltip="Similarity, presence and leakage of each concept."),
                 io.Image.Output("plot", tooltip="The same as an image, with the similarity matrices."),
                 io.Image.Output(
-                    "seen", is_output_list=True, tooltip="The images, each subject tinted in its concept's colour."
+                    "seen", is_output_list=True, tooltip="The images, each subject tinted in its concept's color."
                 ),
                 io.Float.Output("score", tooltip="Mean Detect-and-Compare score; 1 is best."),
             ],

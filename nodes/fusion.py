@@ -36,7 +36,7 @@ BACKGROUNDS = {
     "scene": ("connected backgrounds", "Share of the images connected to 'backgrounds'."),
     "infilled": ("filled-in photos", "Share of your photos with the subject filled in."),
     "prior": ("filled-in regularization images", "Share of regularization images with the subject filled in."),
-    "plain": ("plain colours", "Share of plain colours."),
+    "plain": ("plain colors", "Share of plain colors."),
 }
 # Settings whose inputs a graph of an earlier version may lack.
 OPTIONAL = ("shadow", "min_area", "rotation", "brightness", "row_probability", "collage_caption_probability")
@@ -77,7 +77,7 @@ class FuseConcepts(io.ComfyNode):
                     "backgrounds",
                     optional=True,
                     tooltip="Background images without subjects, from FaR Empty Scenes or your own. Ten or more work "
-                    "well. Without them, filled-in photos and plain colours are used.",
+                    "well. Without them, filled-in photos and plain colors are used.",
                 ),
                 io.String.Input(
                     "background_captions",
@@ -89,7 +89,7 @@ class FuseConcepts(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "size",
-                    default=768,
+                    default=FusionConfig.size,
                     min=64,
                     max=2048,
                     step=64,
@@ -98,7 +98,7 @@ class FuseConcepts(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "count",
-                    default=400,
+                    default=FusionConfig.count,
                     min=1,
                     max=100_000,
                     tooltip="Number of training images. 200 per concept work well.",
@@ -115,7 +115,7 @@ class FuseConcepts(io.ComfyNode):
                 io.Float.Input(
                     "flip",
                     display_name="flip probability",
-                    default=0.5,
+                    default=FusionConfig.flip,
                     min=0.0,
                     max=1.0,
                     step=0.05,
@@ -206,19 +206,14 @@ class FuseConcepts(io.ComfyNode):
         count: Sequence[int],
         fusion_seed: Sequence[int],
         flip: Sequence[float],
-        original: Sequence[float],
-        solo: Sequence[float],
-        pair: Sequence[float],
-        triple: Sequence[float],
-        beside_prior: Sequence[float],
         prior: Sequence[Sequence[ClassPicture]] = (),
         backgrounds: Sequence[Tensor] = (),
         background_captions: Sequence[str] = (),
-        **optional: Sequence[float],
+        **others: Sequence[float],
     ) -> io.NodeOutput:
         named = all_of("concepts", concepts, Concept, "FAR_CONCEPTS")
-        layouts = dict(zip(LAYOUTS, (original[0], solo[0], pair[0], triple[0], beside_prior[0])))
-        backdrops = {name: optional.get(f"background_{name}", (AUTOMATIC,))[0] for name in BACKGROUNDS}
+        layouts = {name: others.get(name, (AUTOMATIC,))[0] for name in LAYOUTS}
+        backdrops = {name: others.get(f"background_{name}", (AUTOMATIC,))[0] for name in BACKGROUNDS}
         config = FusionConfig(
             size=size[0],
             count=count[0],
@@ -226,7 +221,7 @@ class FuseConcepts(io.ComfyNode):
             flip=flip[0],
             layout_weights=shares(layouts, LAYOUT_SHARES.get(len(named), MANY_CONCEPTS)),
             background_weights=shares(backdrops, BACKGROUND_SHARES),
-            **{name: optional[name][0] for name in OPTIONAL if name in optional},
+            **{name: others[name][0] for name in OPTIONAL if name in others},
         )
         pictures = all_of("prior", prior, ClassPicture, "FAR_PRIOR")
         scenes = with_phrases(unroll_images(backgrounds, "background"), background_captions)

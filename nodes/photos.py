@@ -50,7 +50,7 @@ class LoadPhotos(io.ComfyNode):
                 io.Int.Input(
                     "max_side",
                     display_name="longest side",
-                    default=1024,
+                    default=ExtractConfig.max_side,
                     min=0,
                     max=MAX_SIDE,
                     step=64,
@@ -187,7 +187,7 @@ class ExtractSubject(io.ComfyNode):
         return schema(
             node_id="FaR_ExtractSubject",
             display_name="FaR Extract Subject",
-            description="Segment the subject of each photo with Segment Anything, from a box, points, or the centre of "
+            description="Segment the subject of each photo with Segment Anything, from a box, points, or the center of "
             "the photo. Photos without a usable subject are skipped and listed in the report.",
             search_aliases=["segment", "cut out", "remove background", "mask"],
             is_input_list=True,
@@ -228,14 +228,14 @@ class ExtractSubject(io.ComfyNode):
                     "points",
                     default="",
                     multiline=True,
-                    tooltip="JSON, in pixels. Empty: the centre of the photo. For all photos: [[x, y], [x, y, 0]], "
+                    tooltip="JSON, in pixels. Empty: the center of the photo. For all photos: [[x, y], [x, y, 0]], "
                     "where 0 marks background. For single photos, by number or name: "
                     '{"2": [[x, y]], "garden": {"box": [x0, y0, x1, y1]}}.',
                 ),
                 io.Float.Input(
                     "min_area",
                     display_name="minimum area",
-                    default=ExtractConfig().min_area,
+                    default=ExtractConfig.min_area,
                     min=0.0,
                     max=0.9,
                     step=0.01,

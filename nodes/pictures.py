@@ -114,7 +114,7 @@ def doubts(images: Sequence[Tensor], masks: Sequence[Tensor | None], labels: Seq
         share = f"more than {ExtractConfig.max_area:.0%} of the picture"
         lines.append(f"{some_of(whole)}: the mask covers {share}; all of it counts as the subject")
     if drawn:
-        lines.append(f"{some_of(drawn)}: has only two grey values; is it a mask and not a photo?")
+        lines.append(f"{some_of(drawn)}: has only two gray values; is it a mask and not a photo?")
     return lines
 
 

@@ -27,6 +27,7 @@ from ..far_train.training.class_images import (
     picture_path,
     scene_path,
 )
+from ..far_train.training.settings import TrainConfig
 from ..far_train.utils.devices import choose_device
 from ..far_train.utils.errors import FarError
 from ..far_train.utils.files import make_folder, write_json
@@ -63,7 +64,7 @@ class ClassPrior(io.ComfyNode):
                 io.Int.Input(
                     "count",
                     display_name="images per class",
-                    default=50,
+                    default=TrainConfig.num_class_images,
                     min=1,
                     max=2000,
                     tooltip="Images per class noun. 50 to 100 work well; 12 are enough for a first try. You can raise "
@@ -199,11 +200,17 @@ def sampling_inputs(seed: str) -> list[Any]:
             control_after_generate=False,
             tooltip="Seed of the images. With the same seed, images on disk are reused.",
         ),
-        io.Int.Input("steps", default=20, min=1, max=200, tooltip="Sampling steps (DPM-Solver++). 20 are enough."),
+        io.Int.Input(
+            "steps",
+            default=TrainConfig.class_image_steps,
+            min=1,
+            max=200,
+            tooltip="Sampling steps (DPM-Solver++). 20 are enough.",
+        ),
         io.Float.Input(
             "guidance",
             display_name="CFG",
-            default=7.0,
+            default=SampleConfig.guidance,
             min=1.0,
             max=20.0,
             step=0.5,
@@ -266,7 +273,12 @@ def _show_progress(progress: host_ui.Progress, folder: Path, done: int, total: i
 
 
 def drawn_folder(kind: str, base: BaseModel, config: SampleConfig, size: int) -> Path:
-    """Where what this base draws with these settings is kept. The number of pictures doesn't matter: it may grow."""
+    """Where what this base draws with these settings is kept. The number of pictures doesn't matter: it may grow.
+
+    A training keeps its own regularization images under another key (``class_images.prior_key``), although they may be
+    the same: that key is of the base in the precision in which it draws. Here the base isn't cast to it, nor moved to
+    the device, while all pictures are on disk.
+    """
     settings = {
         "base": base.fingerprint,
         "prediction_type": base.prediction_type,

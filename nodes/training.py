@@ -41,7 +41,7 @@ class Train(io.ComfyNode):
             display_name="FaR Train",
             description=(
                 "Fine-tune Stable Diffusion 1.5, 2.1 or XL on the concepts of a dataset (Fuse-and-Refine). The run is "
-                "saved in output/far/NAME: a finished run is loaded instead of trained again, and a cancelled run "
+                "saved in output/far/NAME: a finished run is loaded instead of trained again, and a canceled run "
                 "resumes."
             ),
             search_aliases=["fuse and refine", "dreambooth", "custom diffusion", "textual inversion", "finetune"],
@@ -61,7 +61,7 @@ class Train(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "batch_size",
-                    default=2,
+                    default=TrainConfig.batch_size,
                     min=1,
                     max=4096,
                     tooltip="Composites per step. Regularization images are added to them (see FaR Train Options).",
@@ -164,6 +164,7 @@ class Train(io.ComfyNode):
                 host_ui.log_and_show(f"{folder.name} is trained already: loaded from {folder}", cls.hidden.unique_id)
             elif dry_run:
                 with _freed_base(model, clip, vae) as base:
+                    check_captions(dataset, base, config.vectors_per_token)
                     cost = measure_cost(
                         base,
                         dataset,

@@ -21,12 +21,12 @@ sys.path.insert(0, str(ROOT))
 from far_train.cli.main import PROGRAM  # noqa: E402
 from far_train.cli.parsing import SWITCH, Argument, Command, flag_of, show_value  # noqa: E402
 from far_train.data.settings import ExtractConfig, FusionConfig  # noqa: E402
-from far_train.models.settings import SampleConfig  # noqa: E402
+from far_train.models.settings import DrawConfig, SampleConfig  # noqa: E402
 from far_train.training.settings import TrainConfig  # noqa: E402
 from far_train.utils.config import Config, Kind  # noqa: E402
 
 NOTE = "<!-- Written by scripts/reference.py from the code; edit the help texts there. -->\n"
-CONFIGS: tuple[type[Config], ...] = (ExtractConfig, FusionConfig, TrainConfig, SampleConfig)
+CONFIGS: tuple[type[Config], ...] = (ExtractConfig, FusionConfig, TrainConfig, DrawConfig, SampleConfig)
 
 
 def pages() -> dict[Path, str]:
@@ -58,8 +58,13 @@ def settings_page() -> str:
 
 
 def used_by(config: type[Config]) -> str:
-    commands = [f"[`{c.name}`](cli.md#{c.name})" for c in PROGRAM.commands if c.settings is config]
-    return f"Settings of {' and '.join(commands)}."
+    """The commands with these settings, and where the others are that they inherit."""
+    users = [c for c in PROGRAM.commands if c.settings and issubclass(c.settings, config)]
+    text = f"Settings of {' and '.join(f'[`{c.name}`](cli.md#{c.name})' for c in users)}"
+    parent = config.__base__
+    if parent is not Config:
+        text += f", besides those of [{parent.__name__}](#{parent.__name__.lower()})"
+    return f"{text}."
 
 
 def summary(config: type[Config]) -> str:
@@ -69,11 +74,17 @@ def summary(config: type[Config]) -> str:
 def table(config: type[Config]) -> str:
     rows = ["| setting | default | values | meaning |", "| --- | --- | --- | --- |"]
     kinds = config.kinds()
-    for f in dataclasses.fields(config):
+    for f in own_fields(config):
         star = "" if f.metadata["shapes_result"] or config is not TrainConfig else " *"
         default, values = show_default(f.default), allowed(f, kinds[f.name])
         rows.append(f"| `{f.name}`{star} | {default} | {values} | {cell(f.metadata['help'])} |")
     return "\n".join(rows) + "\n"
+
+
+def own_fields(config: type[Config]) -> list[dataclasses.Field[Any]]:
+    """Its settings without those that it inherits, which have a section of their own."""
+    inherited = {f.name for f in dataclasses.fields(config.__base__)}
+    return [f for f in dataclasses.fields(config) if f.name not in inherited]
 
 
 def show_default(value: Any) -> str:
@@ -111,7 +122,7 @@ def show_bound(value: float | None) -> str:
 def former_names() -> str:
     rows = ["| former | today |", "| --- | --- |"]
     for config in CONFIGS:
-        for f in dataclasses.fields(config):
+        for f in own_fields(config):
             rows += [f"| `{old}` | `{f.name}` |" for old in f.metadata["was"]]
             rows += [f"| `{f.name}`: {old} | `{f.name}`: {new} |" for old, new in f.metadata["was_values"].items()]
     return "\n".join(rows) + "\n"
@@ -131,8 +142,9 @@ def cli_page() -> str:
         "Every input and setting may stand in a file: `--config FILE`, JSON or YAML. A file may have a section per "
         "command, named after it; what stands outside the sections applies to all commands that know it. Flags "
         "override the file.\n",
-        "The exit status is 0 when done, 2 when an input has to be changed, 1 when a run failed on the ComfyUI it was "
-        "queued on, and 130 when interrupted.\n",
+        "The exit status is 0 when done; 2 when an input has to be changed; 1 when it failed elsewhere, a workflow on "
+        "its ComfyUI or another process of a training, or when nobody reads the output; and 130 when interrupted. "
+        "[Errors](errors.md) has it for each.\n",
     ]
     for command in PROGRAM.commands:
         parts += section(command)

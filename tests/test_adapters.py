@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from far_train.models.adapters import inject_adapter, set_learning_rates
+from far_train.models.adapters import Adapter, inject_adapter, set_learning_rates
 from far_train.models.apply import apply_weights
+from far_train.models.conditioning import TextConditioner
 from far_train.models.layers import attention_projections
 from far_train.models.tokens import Vocabulary
 from far_train.models.weights import FarWeights
@@ -41,6 +42,27 @@ def test_it_begins_as_the_base_and_leaves_it_as_it_was(base, fusion, config):
     adapter.remove()
     assert state.keys() == base.unet.state_dict().keys()
     assert all(torch.equal(v, state[k]) for k, v in base.unet.state_dict().items())
+
+
+@KINDS
+def test_an_adapter_that_fails_halfway_leaves_the_base_as_it_was(base, fusion, config, monkeypatch):
+    before = [*base.unet.modules(), *base.unet.attn_processors.values()]
+    vocabulary = Vocabulary(base.tokenizer, fusion.names, base.tokenizer_size, 1)
+    replace, calls = Adapter._replace, []
+
+    def run_out_of_memory(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise MemoryError
+        replace(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Adapter, "_replace", run_out_of_memory)
+        with pytest.raises(MemoryError):
+            inject_adapter(base, vocabulary, config)
+    after = [*base.unet.modules(), *base.unet.attn_processors.values()]
+    assert len(after) == len(before) and all(a is b for a, b in zip(after, before))
+    assert not TextConditioner(base).has_placeholders
 
 
 @pytest.mark.parametrize(

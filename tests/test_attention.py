@@ -105,6 +105,23 @@ def test_recording_changes_no_output(base):
     assert torch.equal(before, after)
 
 
+def test_a_recorder_that_fails_halfway_leaves_the_unet_as_it_was(base, monkeypatch):
+    layers, before = supervised_layers(base.unet, 16, 16), base.unet.attn_processors
+    last = base.unet.get_submodule(layers[-1])
+    set_processor, calls = last.set_processor, []
+
+    def run_out_of_memory_once(processor):
+        calls.append(processor)
+        if len(calls) == 1:
+            raise MemoryError
+        set_processor(processor)
+
+    monkeypatch.setattr(last, "set_processor", run_out_of_memory_once)
+    with pytest.raises(MemoryError):
+        AttentionRecorder(base.unet, layers)
+    assert len(layers) > 1 and all(p is before[name] for name, p in base.unet.attn_processors.items())
+
+
 def test_maps_are_the_models_own_softmax(base):
     """Against the attention scores that diffusers itself computes from the layer's inputs."""
     latents, times, context = inputs()

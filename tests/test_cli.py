@@ -39,6 +39,14 @@ def test_help_names_every_input_and_setting(command, capsys):
     assert command.run.__doc__
 
 
+def test_help_tells_a_default_once():
+    subparsers = next(a for a in PROGRAM.parser()._actions if a.dest == "command").choices
+    texts = {(name, action.dest): action.help for name, sub in subparsers.items() for action in sub._actions}
+    assert [place for place, text in texts.items() if text.count("default:") > 1] == []
+    assert texts["train", "steps"].endswith("; default: 500 per concept, at most 2500")
+    assert texts["train", "batch_size"].endswith(" (default: 2)")
+
+
 def test_help_and_version_of_the_whole(capsys):
     for argv, words in ((["--help"], [c.name for c in PROGRAM.commands]), (["--version"], [__version__])):
         with pytest.raises(SystemExit) as end:
@@ -53,6 +61,7 @@ def test_help_and_version_of_the_whole(capsys):
         ([], ["COMMAND"]),
         (["fusee"], ["invalid choice", "fuse"]),
         (["fuse", "--sizes", "64"], ["--sizes: unknown argument of 'fuse'; did you mean --size?"]),
+        (["scenes", "--strength", "1"], ["--strength: unknown argument of 'scenes'"]),
         (["fuse", "--confg=a.yaml"], ["did you mean --config?"]),
         (["inspect", "stray"], ["stray: unknown argument", "--help"]),
         (["fuse", "--size", "big"], ["size: expected int, got 'big'"]),

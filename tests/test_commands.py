@@ -19,7 +19,7 @@ from far_train.data.folder_inputs import read_backgrounds
 from far_train.data.images import save_pair
 from far_train.data.settings import FusionConfig
 from far_train.mini.tiny import WIDTH
-from far_train.models.layers import kv_weights
+from far_train.models.layers import attention_projections, kv_weights
 from far_train.models.loading import load_base
 from far_train.models.weights import FarWeights, Provenance
 
@@ -136,7 +136,7 @@ def test_fuse_from_a_file_with_backgrounds(subjects, tmp_path, capsys):
     settings = {"concept": [concept], "out": str(tmp_path / "set"), "backgrounds": str(scenes), "size": 64, "count": 8}
     path.write_text(json.dumps(settings | {"background_weights": {"scene": 1}, "layout_weights": {"solo": 1}}))
     assert main(["fuse", "--config", str(path), "--count", "3"]) == 0
-    assert "3 composites and 0 class pictures" in capsys.readouterr().out
+    assert "3 composites and 0 regularization images" in capsys.readouterr().out
     captions = [p.read_text() for p in (tmp_path / "set" / "composites").glob("*.txt")]
     assert len(captions) == 3 and all(c.endswith(", in a meadow\n") for c in captions)
 
@@ -255,8 +255,16 @@ def test_a_finished_run_is_neither_overwritten_nor_resumed_with_other_settings(r
 def test_a_training_continues_from_weights(run, dataset, tiny_folder, tmp_path, capsys):
     further = train_to(tmp_path / "further", tiny_folder, dataset)
     assert main([*further, "--continue-from", str(run / "weights.safetensors")]) == 0
-    assert "2 steps" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "2 steps" in told and "samples" not in told
     assert "continue_from" in json.loads((tmp_path / "further" / "run.json").read_text())
+
+
+def test_a_short_run_has_samples_of_its_end(dataset, tiny_folder, tmp_path, capsys):
+    short = [a for a in train_to(tmp_path / "run", tiny_folder, dataset) if a not in ("--sample-every", "0")]
+    assert main([*short, "--sample-steps", "1", "--sample-prompts", "a <tom> cat"]) == 0
+    assert files(tmp_path / "run" / "samples") == {"step-000002-0.png"}
+    assert str(tmp_path / "run" / "samples") in capsys.readouterr().out
 
 
 def test_weights_are_exported_under_the_name_of_their_run(run, tmp_path, capsys):
@@ -273,10 +281,12 @@ def test_an_export_can_have_a_lower_rank_and_another_name(run, tmp_path):
         assert all(min(file.get_tensor(k).shape) <= 2 for k in file.keys() if not k.endswith("alpha"))
 
 
-def test_inspect_describes_weights_as_text_and_as_json(run, capsys):
+def test_inspect_describes_weights_as_text_and_as_json(run, tiny_folder, capsys):
     inspect = ["inspect", "--weights", str(run / "weights.safetensors")]
     assert main(inspect) == 0
-    assert "<tom>" in capsys.readouterr().out
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    layers = len(attention_projections(load_base(tiny_folder).unet))
+    assert [lines[0][0], *lines[2:4]] == ["<tom>", ["LoRA", "layers", str(layers)], ["LoRA", "rank", "8"]]
     assert main([*inspect, "--json"]) == 0
     about = json.loads(capsys.readouterr().out)
     assert about["concepts"] == {t: {"noun": "cat", "vectors": 1} for t in ("<tom>", "<felix>")} and about["steps"] == 2
@@ -291,6 +301,17 @@ def test_generate_draws_every_prompt_with_the_weights(run, tiny_folder, tmp_path
     assert (pictures / "0001.txt").read_text() == "a <tom> cat\n" and (tmp_path / "pictures.grid.jpg").exists()
     with Image.open(pictures / "0000.png") as picture:
         assert picture.size == (SIZE, SIZE)
+
+
+def test_generate_numbers_pictures_and_seeds_on(tiny_folder, tmp_path):
+    """The same command again draws other pictures: those that one command for all of them would have drawn."""
+    generate = ["generate", "--base", str(tiny_folder), "--prompt", "a cat", "--device", "cpu", "--sampling-steps", "1"]
+    generate += ["--sample-seed", "7", "--sample-batch", "1"]
+    for _ in range(2):
+        assert main([*generate, "--out", str(tmp_path / "twice"), "--count", "1"]) == 0
+    assert main([*generate, "--out", str(tmp_path / "once"), "--count", "2"]) == 0
+    twice, once = ([(tmp_path / f / f"{i:04d}.png").read_bytes() for i in range(2)] for f in ("twice", "once"))
+    assert twice == once and twice[0] != twice[1]
 
 
 def test_scenes_become_the_backgrounds_of_fuse(subjects, tiny_folder, tmp_path, capsys):
@@ -318,6 +339,8 @@ def test_bad_input_to_generate(capsys, tiny_folder, weights, tmp_path):
     refused(capsys, generate(base=tmp_path / "none"), "base: there is no file or folder")
     refused(capsys, generate("--weights", tmp_path / "none"), "weights: can't read", str(tmp_path / "none"))
     refused(capsys, generate("--weights", weights, "--concept-strength", "<rex>=1"), "there is no <rex>; known: <tom>")
+    refused(capsys, generate("--strength", "0.5"), "strength: changes nothing without FaR weights")
+    refused(capsys, generate("--concept-strength", "<tom>=1"), "concept_strength: changes nothing without FaR weights")
     refused(capsys, generate("--count", "0"), "count: 0 is no number of pictures")
     refused(capsys, generate("--guidance", "0"), "guidance: 0.0 is out of range")
     refused(capsys, generate("--device", "abacus"), "device: 'abacus' can't be used")
@@ -335,7 +358,8 @@ def test_weights_of_another_base_are_refused(capsys, tiny_folder, weights, tmp_p
     refused(capsys, [*argv, tmp_path / "other.safetensors"], "weights: trained on a base with epsilon")
     some = dict(list(loaded.deltas.items())[1:])
     dataclasses.replace(loaded, deltas=some).save(tmp_path / "other.safetensors")
-    refused(capsys, [*argv, tmp_path / "other.safetensors"], "they don't fit this base")
+    line = refused(capsys, [*argv, tmp_path / "other.safetensors"], "they don't fit this base: it differs in")
+    assert next(iter(loaded.deltas)) in line and " more" not in line  # that layer and no other
 
 
 @pytest.mark.parametrize("command", ["export", "inspect"])

@@ -30,7 +30,7 @@ def test_the_full_pipeline(short, tmp_path):
     phases = []
     page = demo.run_demo(tmp_path / "demo", "cpu", lambda phase, done, total: phases.append(phase))
     text = page.read_text(encoding="utf-8")
-    for heading in ("rex-dog", "max-dog", "Class pictures", "Concept Fusion", "Training: Custom Diffusion"):
+    for heading in ("rex-dog", "max-dog", "Regularization images", "Concept Fusion", "Training: Custom Diffusion"):
         assert heading in text
     captions = re.findall(r"<figcaption>([^<]+): joint accuracy \d of 4 pictures", text)
     assert captions[1:] == ["Custom Diffusion", "Fuse-and-Refine"] and captions[0].startswith("The base")
@@ -42,7 +42,7 @@ def test_the_full_pipeline(short, tmp_path):
     assert all(m["refinement"] == 0 for m in read_metrics(page.parent / "run-custom-diffusion" / "metrics.jsonl"))
     assert all(m["refinement"] > 0 for m in read_metrics(page.parent / "run-far" / "metrics.jsonl"))
     assert load_photo(page.parent / "main-grid.png").image.shape == (3 * SIZE, 2 * SIZE, 3)
-    assert {"extracting", "class pictures", "fusing", "Custom Diffusion", "Fuse-and-Refine"} <= set(phases)
+    assert {"extracting", "regularization images", "fusing", "Custom Diffusion", "Fuse-and-Refine"} <= set(phases)
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(tmp_path):

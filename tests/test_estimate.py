@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from far_train.data.concepts import ClassPicture
 from far_train.data.fusion import ConceptFusion
 from far_train.data.settings import FusionConfig
 from far_train.models.conditioning import TextConditioner
-from far_train.training.estimate import Cost, LiveBytes, measure_cost
+from far_train.training.estimate import TRIAL_SAMPLING, TRIAL_STEPS, Cost, LiveBytes, measure_cost
+from far_train.training.recipe import train
 from far_train.training.settings import TrainConfig
 from far_train.utils.errors import Interrupted
 from far_train.utils.wording import duration, rate, size_in_words
@@ -32,6 +34,35 @@ def test_steps_and_pictures_are_counted(base, fusion):
     assert cost.seconds == pytest.approx(expected)
 
 
+def test_memory_is_that_of_the_weights_in_the_trainings_precision(base, concepts):
+    small = ConceptFusion(concepts, config=FusionConfig(size=64, count=1))  # whose activations are few beside them
+    weights = sum(p.nbytes for module in (base.unet, *base.text_encoders) for p in module.parameters())
+    config = CONFIG.replace(batch_size=1, prior_batch_size=0)
+    fp32, bf16 = (measure_cost(base, small, config.replace(precision=p)).memory for p in ("fp32", "bf16"))
+    assert fp32 - bf16 >= weights / 2
+
+
+def test_disk_counts_what_is_saved(base, concepts):
+    bare = ConceptFusion(concepts, config=FusionConfig(size=128, count=3))
+    without = CONFIG.replace(prior_batch_size=0, sample_every=0)
+    plain = measure_cost(base, bare, without).disk
+    checkpoint = plain - measure_cost(base, bare, without.replace(keep_checkpoints=1)).disk
+    assert plain == 2 * checkpoint + checkpoint // 6  # each holds value and two moments in fp32; weights are in fp16
+    pictures = measure_cost(base, bare, CONFIG).disk - plain
+    assert pictures == (7 + 4 * 3) * 3 * 128 * 128
+
+
+def test_regularization_images_of_earlier_runs_are_not_counted(base, concepts, tmp_path: Path):
+    bare = ConceptFusion(concepts, config=FusionConfig(size=128, count=3))
+    config = CONFIG.replace(class_image_cache=str(tmp_path / "cache"), class_image_steps=1, precision="bf16")
+    train(base, bare, config.replace(steps=1, sample_every=0), tmp_path / "run")
+    cost = measure_cost(base, bare, config)
+    assert (cost.drawn, cost.encoded) == (0, 3 + 7)
+    more = measure_cost(base, bare, config.replace(num_class_images=9))
+    assert (more.drawn, more.encoded) == (2, 3 + 9)
+    assert measure_cost(base, bare, config.replace(class_image_steps=2)).drawn == 7  # they look otherwise
+
+
 def test_what_is_done_already_is_not_counted_again(base, concepts):
     bare = ConceptFusion(concepts, config=FusionConfig(size=128, count=3))
     cost = measure_cost(base, bare, CONFIG)
@@ -39,6 +70,7 @@ def test_what_is_done_already_is_not_counted_again(base, concepts):
     assert cost.draw_seconds > cost.sample_seconds  # 50 sampling steps against 2
     resumed = measure_cost(base, bare, CONFIG, steps_done=25)
     assert (resumed.steps, resumed.sampled, resumed.drawn) == (15, 3, 0)
+    assert resumed.encoded == 3 + 7  # they are on disk, but every session encodes anew
     without = measure_cost(base, bare, CONFIG.replace(prior_batch_size=0, sample_every=0))
     assert (without.drawn, without.encoded, without.sampled) == (0, 3, 0)
 
@@ -57,6 +89,19 @@ def test_a_trial_leaves_no_files_and_can_be_stopped(base, fusion, tmp_path: Path
     with pytest.raises(Interrupted):
         measure_cost(base, fusion, CONFIG, should_stop=lambda: True)
     assert list(tmp_path.iterdir()) == []
+
+
+ENCODING = 4 + 1  # it is asked before each of four pictures, and after the last
+STEPS = 1 + TRIAL_STEPS
+DRAWING = len(TRIAL_SAMPLING) + sum(TRIAL_SAMPLING)
+
+
+@pytest.mark.parametrize("moment", [ENCODING, ENCODING + STEPS - 1, ENCODING + STEPS, ENCODING + STEPS + DRAWING - 1])
+def test_it_can_be_stopped_between_its_steps_and_while_it_draws(base, fusion, moment):
+    asked = itertools.count()
+    with pytest.raises(Interrupted):
+        measure_cost(base, fusion, CONFIG, should_stop=lambda: next(asked) == moment)
+    assert next(asked) == moment + 1 and not TextConditioner(base).has_placeholders
 
 
 def test_live_bytes_by_hand():

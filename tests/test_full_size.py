@@ -13,7 +13,9 @@ from typing import NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.speed.work import our_run, random_base, work_config
 from far_train.data.concepts import Concept
 from far_train.data.fusion import ConceptFusion
 from far_train.data.settings import FusionConfig
@@ -25,6 +27,7 @@ from far_train.models.families import SD15, SD21, SDXL, V_STATISTIC, Family
 from far_train.models.layers import kv_weights
 from far_train.models.loading import build_parts, load_base, packaged_configs
 from far_train.models.weights import FarWeights
+from far_train.training.estimate import LiveBytes
 from far_train.training.recipe import train
 from far_train.training.settings import TrainConfig
 from far_train.utils.errors import BaseModelError
@@ -57,6 +60,28 @@ def random_weight(name: str, tensor: torch.Tensor) -> torch.Tensor:
     if tensor.ndim > 1:
         return weight.normal_(std=0.02)
     return weight + ("norm" in name and name.endswith("weight"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "low", "high"),
+    [({}, 7.0, 8.5), ({"fp8_base": True}, 5.0, 6.0)],
+    ids=["bf16", "fp8"],
+)
+def test_sdxl_at_1024_px_fits_8_gb_in_fp8(settings: dict, low: float, high: float):
+    """GB of weights, AdamW's moments and one checkpointed step, counted without computing it."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        base = random_base(packaged_configs(SDXL, "epsilon"), dtype=torch.bfloat16, family=SDXL)
+        config = work_config(1, device="cpu", precision="bf16", memory="lean", **settings)
+        with our_run(base, 1024, config) as run:
+            run.take_step()  # makes the moments
+            with LiveBytes() as counted:
+                run.take_step()
+            learned = list(run.state.adapter.named_parameters().values())
+            modules = base.parts.values()
+            held = [t for m in modules for t in (*m.parameters(), *m.buffers())] + learned
+            weights = sum({id(t): t.numel() * t.element_size() for t in held}.values())
+    moments = sum(2 * 4 * p.numel() for p in learned)
+    assert low < (weights + moments + counted.peak) / 1e9 < high
 
 
 def peak_memory() -> float:

@@ -104,7 +104,7 @@ def test_without_masked_class_pictures_their_layout_is_skipped():
 def test_given_shares_are_used_and_what_can_not_be_is_said():
     fused = fuse(2, layout_weights={"solo": 1, "pair": 2, "triple": 5})
     assert fused.layouts == pytest.approx({"solo": 1 / 3, "pair": 2 / 3})
-    assert "Layout 'triple'" in fused.notes[0] and "three concepts" in fused.notes[0]
+    assert fused.notes[0].startswith("Layout 'triple' (62% of the composites) is skipped: it needs three concepts")
     with pytest.raises(SubjectError, match="layout_weights: none of the chosen kinds"):
         fuse(1, layout_weights={"pair": 1})
     with pytest.raises(ConfigError, match="layout_weights: unknown kind 'duo'"):
@@ -117,6 +117,9 @@ def test_the_distractor_is_of_the_same_class_if_there_is_one():
     assert {m.name for i in range(30) for m in same.composite(i).mentions} == {Name("ball", "<red>"), Name("ball")}
     other = fuse(1, cats, **only("beside_prior"))
     assert {m.name for i in range(10) for m in other.composite(i).mentions} == {Name("ball", "<red>"), Name("cat")}
+    note = "Layout 'beside_prior' shows <red> beside another class: no regularization image of its own class"
+    assert [n for n in other.notes if n.startswith(note)] and not [n for n in same.notes if "another class" in n]
+    assert not [n for n in fuse(1, cats, **only("solo")).notes if "another class" in n]
 
 
 # ---- backgrounds

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from far_train.mini.shipped import small_base
 from far_train.models.base import BaseModel
 from far_train.models.export import export_lora
-from far_train.models.families import SD21
+from far_train.models.families import SD15, SD21, SDXL
 from far_train.models.layers import attention_projections
 from far_train.models.loading import build_parts, packaged_configs
 from far_train.models.lora_files import kohya_names
@@ -32,13 +32,31 @@ def kohya_name(module: str) -> str:
     return "lora_unet_" + module.replace(".", "_")
 
 
-def merged_as_kohya_does(unet: nn.Module, file: dict[str, Tensor]) -> dict[str, Tensor]:
+def tiny_sdxl_name(module: str) -> str:
+    """In kohya's UNet for SDXL, which is the original one, of the size of the tiny base: one layer per block."""
+    for ours, theirs in (
+        ("down_blocks.1.attentions.0.", "input_blocks.3.1."),
+        ("down_blocks.2.attentions.0.", "input_blocks.5.1."),
+        ("mid_block.attentions.0.", "middle_block.1."),
+        ("up_blocks.0.attentions.0.", "output_blocks.0.1."),
+        ("up_blocks.0.attentions.1.", "output_blocks.1.1."),
+        ("up_blocks.1.attentions.0.", "output_blocks.2.1."),
+        ("up_blocks.1.attentions.1.", "output_blocks.3.1."),
+    ):
+        module = module.replace(ours, theirs)
+    return module
+
+
+OWN_NAMES = {"sdxl": tiny_sdxl_name}  # of modules in kohya's UNet, where it isn't diffusers'
+
+
+def merged_as_kohya_does(unet: nn.Module, file: dict[str, Tensor], own_name: Callable) -> dict[str, Tensor]:
     """Weights of all linear layers after a merge like sd-scripts': by module name, alpha over rank times up down.
     Nothing of the file may be left over."""
     left = set(file)
     weights = {}
     for name, module in unet.named_modules():
-        key = kohya_name(name)
+        key = kohya_name(own_name(name))
         if isinstance(module, nn.Linear):
             weights[name] = module.weight.detach().clone()
             if f"{key}.lora_up.weight" in file:
@@ -57,10 +75,11 @@ def true_changes(base: BaseModel, weights: FarWeights) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_a_merge_as_kohyas_tools_do_it_gives_the_learned_change(base, tmp_path: Path, make: Callable):
-    weights = make(base)
+def test_a_merge_as_kohyas_tools_do_it_gives_the_learned_change(family_base, tmp_path: Path, make: Callable):
+    base, weights = family_base, make(family_base)
     export_lora(weights, tmp_path / "lora.safetensors")
-    merged = merged_as_kohya_does(base.unet, load_file(tmp_path / "lora.safetensors"))
+    names = OWN_NAMES.get(base.family.key, lambda module: module)
+    merged = merged_as_kohya_does(base.unet, load_file(tmp_path / "lora.safetensors"), names)
     truth = true_changes(base, weights)
     for name, weight in merged.items():
         change = weight - base.unet.get_submodule(name).weight
@@ -68,16 +87,18 @@ def test_a_merge_as_kohyas_tools_do_it_gives_the_learned_change(base, tmp_path: 
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_diffusers_translates_every_name(base, tmp_path: Path, make: Callable):
+def test_diffusers_translates_every_name(family_base, tmp_path: Path, make: Callable):
     """As its loader does before it hands the tensors to peft."""
-    from diffusers import StableDiffusionPipeline
+    import diffusers
     from diffusers.utils import convert_unet_state_dict_to_peft
 
-    weights = make(base)
+    weights = make(family_base)
     export_lora(weights, tmp_path / "lora.safetensors")
-    found, alphas = StableDiffusionPipeline.lora_state_dict(str(tmp_path), weight_name="lora.safetensors")
+    pipeline = getattr(diffusers, family_base.family.pipeline)
+    more = {"unet_config": family_base.unet.config} if family_base.family == SDXL else {}
+    found, alphas = pipeline.lora_state_dict(str(tmp_path), weight_name="lora.safetensors", **more)[:2]
     state = convert_unet_state_dict_to_peft({k.removeprefix("unet."): v for k, v in found.items()})
-    truth = true_changes(base, weights)
+    truth = true_changes(family_base, weights)
     assert state.keys() == {f"{name}.lora_{half}.weight" for name in truth for half in "AB"}
     assert len(alphas) == len(truth)
     for name, change in truth.items():
@@ -149,12 +170,40 @@ def stable_diffusion_unet() -> nn.Module:
     return build_parts(SD21, packaged_configs(SD21, "epsilon"))["unet"]
 
 
-@pytest.mark.parametrize("unet", [stable_diffusion_unet, lambda: small_base().unet], ids=["full size", "small"])
+def test_full_size_names_of_sdxl():
+    """70 transformer blocks with two attentions of four matrices, in kohya's words."""
+    depths = {"input_blocks_4_1": 2, "input_blocks_5_1": 2, "input_blocks_7_1": 10, "input_blocks_8_1": 10}
+    depths |= {"middle_block_1": 10} | {f"output_blocks_{i}_1": 10 if i < 3 else 2 for i in range(6)}
+    expected = {
+        f"lora_unet_{place}_transformer_blocks_{block}_attn{kind}_to_{part}"
+        for place, depth in depths.items()
+        for block in range(depth)
+        for kind in (1, 2)
+        for part in ("q", "k", "v", "out_0")
+    }
+    unet = build_parts(SDXL, packaged_configs(SDXL, "epsilon"))["unet"]
+    names = kohya_names(attention_projections(unet), SDXL)
+    assert set(names.values()) == expected and len(names) == 560
+    key = "input_blocks.4.1.transformer_blocks.0.attn2.to_k"
+    assert names[key] == "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
+    with pytest.raises(WeightsError, match="a UNet without attention on its first level; is it SDXL's"):
+        kohya_names(names, SD21)
+
+
+def sd15_unet() -> nn.Module:
+    return build_parts(SD15, packaged_configs(SD15, "epsilon"))["unet"]
+
+
+@pytest.mark.parametrize(
+    "unet", [stable_diffusion_unet, sd15_unet, lambda: small_base().unet], ids=["full size", "SD 1.5", "small"]
+)
 def test_names_are_those_of_diffusers_modules(unet: Callable[[], nn.Module]):
     unet = unet()
     modules = {id(module): name for name, module in unet.named_modules()}
     found = attention_projections(unet)
-    assert kohya_names(found, SD21) == {layer: kohya_name(modules[id(getattr(*place))]) for layer, place in found.items()}
+    assert kohya_names(found, SD21) == {
+        layer: kohya_name(modules[id(getattr(*place))]) for layer, place in found.items()
+    }
 
 
 @pytest.mark.parametrize("layer", ["input_blocks.6.1.attn2.to_k", "time_embed.0", "input_blocks.2.0.attn2.to_k"])

@@ -139,7 +139,7 @@ def test_a_photo_that_is_a_mask_is_doubted():
         assert not pictures.looks_like_mask(photo)
     shown = [m[..., None].expand(-1, -1, 3) for m in (*masks, hard)]
     assert pictures.doubts(shown, [None] * 4, ["a", "b", "c", "d"]) == [
-        "a, b, c and 1 more: has only two grey values; is it a mask and not a photo?"
+        "a, b, c and 1 more: has only two gray values; is it a mask and not a photo?"
     ]
 
 

@@ -77,7 +77,7 @@ def _(place: Place) -> Found:
     photo(place / "subjects/a.png", mask((5, 5, 15, 15)))
     argv = ["fuse", "--concept", "<rex>", "dog", place / "subjects", "--size", 64, "--count", 1, "--min-area", 0.01]
     return place.run(*argv, "--out", place / "data")[-1], (
-        "1 composites and 0 class pictures → PLACE/data; look at PLACE/data/contact-sheet.jpg"
+        "1 composites and 0 regularization images → PLACE/data; look at PLACE/data/contact-sheet.jpg"
     )
 
 
@@ -115,7 +115,7 @@ def _(place: Place) -> Found:
     argv = ["fuse", "--concept", "<rex>", "dog", place / "subjects", "--size", 64, "--count", 1]
     return place.run(*argv, "--out", place / "data")[1], (
         "No background pictures are given: 57% of the backgrounds are photos with their subject filled in, which "
-        "leaves a blurred outline; the others are plain colours. Empty scenes work better (--backgrounds; 'far_train "
+        "leaves a blurred outline; the others are plain colors. Empty scenes work better (--backgrounds; 'far_train "
         "scenes' or FaR Empty Scenes draws some)."
     )
 

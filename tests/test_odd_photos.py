@@ -46,10 +46,7 @@ def _(place: Place) -> Found:
     read = load_photo(place / "a.png")
     return ((read.image[0, 0] * 255).tolist(), [place.plain(n) for n in read.notes]), (
         [10, 20, 30],
-        [
-            "PLACE/a.png: its colour profile can't be used (cannot open profile from string); its colours are read as "
-            "sRGB"
-        ],
+        ["PLACE/a.png: its color profile can't be used (cannot open profile from string); its colors are read as sRGB"],
     )
 
 

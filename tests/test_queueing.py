@@ -254,6 +254,17 @@ def test_ctrl_c_stops_it_on_the_host(fake, monkeypatch, running):
     assert (("/interrupt", {"prompt_id": "p"}) in fake.posts) == running  # others' runs are left alone
 
 
+def test_ctrl_c_where_the_host_is_gone(fake):
+    def say(text: str) -> None:
+        if text.startswith("running"):
+            fake.shutdown()
+            fake.server_close()
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match="no longer answers .*may still run there"):
+        run_workflow(WORKFLOW, RunningHost(fake.url), None, say)
+
+
 def test_no_host(tmp_path):
     with pytest.raises(QueueError, match="no ComfyUI answers at http://127.0.0.1:9 "):
         run_workflow(WORKFLOW, RunningHost("127.0.0.1:9"))

@@ -15,6 +15,7 @@ from far_train.mini.tiny import random_states, single_file_state, tiny_configs
 from far_train.models.apply import apply_weights
 from far_train.models.conditioning import TextConditioner
 from far_train.models.export import export_embeddings, file_stem
+from far_train.models.families import FAMILIES, SDXL, Family
 from far_train.models.layers import attention_projections, kv_weights
 from far_train.models.loading import load_base
 from far_train.models.settings import SampleConfig
@@ -28,9 +29,13 @@ def make_weights(base, scale: float = 0.05) -> FarWeights:
         name: (scale * torch.randn(weight.shape, generator=generator)).half()
         for name, weight in kv_weights(base.unet).items()
     }
-    rows = {token: {"clip_h": torch.randn(1, 32, generator=generator)} for token in ("<red-ball>", "<blue-ball>")}
+    widths = {e: len(t[0]) for e, t in zip(base.family.comfy_names, TextConditioner(base).tables)}
+    rows = {
+        token: {encoder: torch.randn(1, width, generator=generator) for encoder, width in widths.items()}
+        for token in ("<red-ball>", "<blue-ball>")
+    }
     nouns = dict.fromkeys(rows, "ball")
-    return FarWeights(rows, deltas, Provenance("sd21", base.digest, base.prediction_type, nouns, 10, 128))
+    return FarWeights(rows, deltas, Provenance(base.family.key, base.digest, base.prediction_type, nouns, 10, 128))
 
 
 def make_low_rank(base, rank: int = 2) -> FarWeights:
@@ -49,9 +54,22 @@ def weights(base) -> FarWeights:
     return make_weights(base)
 
 
+@pytest.fixture(scope="module")
+def sdxl_weights() -> FarWeights:
+    configs = tiny_configs(family=SDXL)
+    state = single_file_state(configs, random_states(configs, family=SDXL), SDXL)
+    return make_low_rank(load_base(state, config=configs))
+
+
 @pytest.fixture
 def lora(base) -> FarWeights:
     return make_low_rank(base)
+
+
+def same_values(weights: FarWeights, again: FarWeights) -> None:
+    pairs = [(weights.embeddings[t], again.embeddings[t]) for t in weights.embeddings]
+    for mine, theirs in (*pairs, (weights.deltas, again.deltas)):
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
 
 
 def test_round_trip(weights: FarWeights, tmp_path: Path):
@@ -60,11 +78,50 @@ def test_round_trip(weights: FarWeights, tmp_path: Path):
     assert again.provenance == weights.provenance
     assert again.names == weights.names
     assert again.embeddings.keys() == weights.embeddings.keys()
-    pairs = [(weights.embeddings[t], again.embeddings[t]) for t in weights.embeddings]
-    for mine, theirs in (*pairs, (weights.deltas, again.deltas)):
-        assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+    same_values(weights, again)
     about = describe(again)
     assert about["kv_deltas"] == 20 and about["concepts"]["<red-ball>"]["noun"] == "ball"
+
+
+def test_round_trip_of_each_family(family: Family, family_base, tmp_path: Path):
+    """Every text encoder has rows under its own name, and the two of SDXL can't be taken for each other."""
+    weights = make_low_rank(family_base)
+    weights.save(tmp_path / "w.safetensors")
+    names = {k for k in load_file(tmp_path / "w.safetensors") if k.startswith("embedding.")}
+    assert names == {f"embedding.{encoder}.{token}" for encoder in family.comfy_names for token in weights.embeddings}
+    again = FarWeights.load(tmp_path / "w.safetensors")
+    same_values(weights, again)
+    again.check_fits(family_base)
+    assert describe(again)["family"] == family.key and again.digest() == weights.digest()
+    if len(family.text_encoders) == 2:
+        first, second = family.comfy_names
+        swapped = {t: {first: rows[second], second: rows[first]} for t, rows in weights.embeddings.items()}
+        assert replace(weights, embeddings=swapped).digest() != weights.digest()
+        with pytest.raises(WeightsError, match=r"embeddings of clip_l \(width 48, the base has 32\) and 1 others"):
+            replace(weights, embeddings=swapped).check_fits(family_base)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"embedding.clip_g.<red-ball>": None}, "no proper tensor for <red-ball> of clip_g"),
+        ({"embedding.clip_g.<red-ball>": torch.ones(2, 48)}, "differ in shape"),
+        ({"embedding.clip_l.<red-ball>": torch.ones(1, 31)}, "differ in shape"),
+        ({"embedding.clip_h.<red-ball>": torch.ones(1, 32)}, r"does not hold what .*\['embedding.clip_h.<red-ball>'\]"),
+        ({"embedding.<red-ball>": torch.ones(1, 32)}, r"does not hold what .*\['embedding.<red-ball>'\]"),
+    ],
+)
+def test_files_with_other_rows_than_their_encoders(
+    sdxl_weights: FarWeights, tmp_path: Path, change: dict, message: str
+):
+    path = tmp_path / "w.safetensors"
+    sdxl_weights.save(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = {k: v for k, v in (load_file(path) | change).items() if v is not None}
+    save_file(tensors, path, metadata)
+    with pytest.raises(WeightsError, match=message):
+        FarWeights.load(path)
 
 
 def test_round_trip_of_low_rank_deltas(lora: FarWeights, tmp_path: Path):
@@ -130,7 +187,7 @@ def test_low_rank_deltas_of_another_base_are_refused(base, lora: FarWeights):
         {k: v for k, v in lora.low_rank_deltas.items() if k != name},
         lora.low_rank_deltas | {name: LowRankDelta(torch.zeros(3, 2), torch.zeros(2, 3))},
     ):
-        with pytest.raises(WeightsError, match=f"{name} and 0 others differ"):
+        with pytest.raises(WeightsError, match=f"it differs in {name}; use their base"):
             replace(lora, low_rank_deltas=deltas).check_fits(base)
 
 
@@ -242,6 +299,21 @@ def test_embedding_export(weights: FarWeights, tmp_path: Path):
     content = load_file(paths[0])
     assert content.keys() == {"clip_h"}
     assert torch.equal(content["clip_h"], weights.embeddings["<red-ball>"]["clip_h"])
+
+
+def test_embedding_export_of_two_encoders(sdxl_weights: FarWeights, tmp_path: Path):
+    content = load_file(export_embeddings(sdxl_weights, tmp_path)[1])
+    assert {k: tuple(v.shape) for k, v in content.items()} == {"clip_l": (1, 32), "clip_g": (1, 48)}
+    assert all(torch.equal(content[k], v) for k, v in sdxl_weights.embeddings["<blue-ball>"].items())
+
+
+def test_weights_of_another_family_are_refused_by_name(base, sdxl_weights: FarWeights):
+    message = "trained on Stable Diffusion XL, this base is Stable Diffusion 2.1; use a base of Stable Diffusion XL"
+    with pytest.raises(WeightsError, match=message):
+        sdxl_weights.check_fits(base)
+    with pytest.raises(WeightsError, match=message):
+        apply_weights(sdxl_weights, base)
+    sdxl_weights.check_family(FAMILIES["sdxl"])
 
 
 def test_file_stems_exist_on_every_system():

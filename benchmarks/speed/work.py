@@ -16,7 +16,7 @@ from far_train.data.captions import Name, join_phrases
 from far_train.data.concepts import Composite, Concept, TrainingSet
 from far_train.models.base import BaseModel
 from far_train.models.conditioning import TextConditioner, plain_vocabulary
-from far_train.models.families import SD21
+from far_train.models.families import SD21, Family
 from far_train.models.loading import build_parts, load_tokenizer
 from far_train.training.recipe import TrainingRun
 from far_train.training.settings import TrainConfig
@@ -66,15 +66,17 @@ def random_concepts(size: int, photos: int) -> list[Concept]:
     ]
 
 
-def random_base(configs: dict[str, Any], device: str = "cpu", dtype: torch.dtype = torch.float32) -> BaseModel:
+def random_base(
+    configs: dict[str, Any], device: str = "cpu", dtype: torch.dtype = torch.float32, family: Family = SD21
+) -> BaseModel:
     """A base of these configs with random weights: as fast as a trained one.
 
-    UNet and text encoder are in ``dtype``, the VAE in fp32.
+    UNet and text encoders are in ``dtype``, the VAE in fp32.
     """
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype)
-        parts = build_parts(SD21, configs, device)
+        parts = build_parts(family, configs, device)
     finally:
         torch.set_default_dtype(before)
     if dtype != torch.float32:
@@ -84,10 +86,10 @@ def random_base(configs: dict[str, Any], device: str = "cpu", dtype: torch.dtype
         part.requires_grad_(False).eval()
     side = configs["unet"]["sample_size"] * 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
     return _Built(
-        family=SD21,
+        family=family,
         unet=parts["unet"],
         vae=parts["vae"],
-        text_encoders=(parts["text_encoder"],),
+        text_encoders=tuple(parts[spec.part] for spec in family.text_encoders),
         tokenizer=load_tokenizer(configs["tokenizer"]),
         scheduler=configs["scheduler"],
         prediction_type=configs["scheduler"]["prediction_type"],

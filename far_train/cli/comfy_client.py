@@ -18,6 +18,7 @@ import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -199,7 +200,8 @@ class RunningHost:
             raise HostLost(f"no ComfyUI answers at {self.url} ({getattr(e, 'reason', e)}); start it first") from e
         if answer.get("node_errors"):
             # The host would run the other branches; half a result is not what was asked for.
-            self.cancel(answer["prompt_id"])
+            with suppress(HostLost):
+                self.cancel(answer["prompt_id"])
             raise QueueError(f"a part of the workflow is invalid:\n{_complaints(workflow, answer)}")
         return answer["prompt_id"]
 
@@ -207,16 +209,19 @@ class RunningHost:
         """Take a prompt out of the queue, or interrupt it if it is running; others are left alone.
 
         Says so again until the prompt has ended or ANSWER_TIMEOUT is over: one that just starts forgets what came
-        before.
+        before. Raises HostLost.
         """
         deadline = time.monotonic() + ANSWER_TIMEOUT
         while True:
-            self.ask("/queue", {"delete": [prompt_id]})
-            # Hosts that don't know the field interrupt whatever runs, so look first.
-            running = json.loads(self.ask("/queue"))["queue_running"]
-            if all(item[1] != prompt_id for item in running):
-                return
-            self.ask("/interrupt", {"prompt_id": prompt_id})
+            try:
+                self.ask("/queue", {"delete": [prompt_id]})
+                # Hosts that don't know the field interrupt whatever runs, so look first.
+                running = json.loads(self.ask("/queue"))["queue_running"]
+                if all(item[1] != prompt_id for item in running):
+                    return
+                self.ask("/interrupt", {"prompt_id": prompt_id})
+            except (OSError, http.client.HTTPException, ValueError) as e:
+                raise HostLost(f"{self.url} no longer answers ({getattr(e, 'reason', e)})") from e
             if time.monotonic() > deadline:
                 return
             time.sleep(POLL_SECONDS)
@@ -353,7 +358,10 @@ def run_to_end(
         entry = host.wait(prompt_id, say, stopped)
     except (KeyboardInterrupt, _Stopped):
         say("asking the host to stop; press Ctrl-C again to leave at once")
-        host.cancel(prompt_id)
+        try:
+            host.cancel(prompt_id)
+        except HostLost as e:
+            raise Interrupted(f"{e}, so what was queued may still run there") from None
         try:
             host.wait(prompt_id, say)  # a training saves before it stops
         except QueueError:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.settings import ExtractConfig, FusionConfig
-from ..models.settings import SampleConfig
+from ..models.settings import DrawConfig
 from ..utils.config import read_settings
 from ..utils.errors import ConfigError
 from ..utils.terminal import progress_bars
@@ -143,7 +143,8 @@ def fuse(inputs: Inputs, config: FusionConfig) -> None:
     sheet = out / "contact-sheet.jpg"
     shown = [dataset.composite(i) for i in range(min(24, dataset.composite_count()))]
     save_sheet(sheet, dataset_sheet(shown, dataset.names, columns=6))
-    print(f"{dataset.composite_count()} composites and {dataset.prior_count()} class pictures → {out}; look at {sheet}")
+    images = f"{dataset.composite_count()} composites and {dataset.prior_count()} regularization images"
+    print(f"{images} → {out}; look at {sheet}")
 
 
 def _entries(inputs: Inputs, name: str, keys: Sequence[str]) -> list[list[str]]:
@@ -184,7 +185,7 @@ FUSE = Command(
 # ---- scenes
 
 
-def scenes(inputs: Inputs, config: SampleConfig) -> None:
+def scenes(inputs: Inputs, config: DrawConfig) -> None:
     """Write pictures of empty scenes and the words for each, with a sheet of them beside the folder."""
     from ..evaluation.sheets import picture_grid, save_sheet
     from ..training.class_images import EVERYDAY_SCENES, draw_empty_scenes, parse_scenes, scene_path
@@ -223,5 +224,5 @@ SCENES = Command(
         DEVICE,
     ),
     scenes,
-    SampleConfig,
+    DrawConfig,
 )

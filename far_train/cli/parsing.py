@@ -129,7 +129,9 @@ def add_flags(parser: argparse.ArgumentParser, command: Command) -> None:
         group, kinds = parser.add_argument_group("settings"), command.settings.kinds()
         for f in command.flags_of_settings:
             options = _flag_options(f, kinds[f.name])
-            text = f"{f.metadata['help']} (default: {show_value(f.default)})"
+            text = f.metadata["help"]
+            if "default:" not in text:
+                text += f" (default: {show_value(f.default)})"
             group.add_argument(flag_of(f.name), help=_escape(text), **options)
             for former in f.metadata["was"]:
                 group.add_argument(flag_of(former), help=argparse.SUPPRESS, **options)

@@ -62,8 +62,8 @@ class Program:
     def run(self, argv: Sequence[str] | None = None) -> int:
         """Run a command, with logging set up and every error reported in one line; returns the exit status.
 
-        0: done. 1: it failed on the host that it was queued on, or nobody reads its output. 2: an input has to be
-        changed. 130: interrupted.
+        0: done. 1: it failed elsewhere, a workflow on its host or another process of a training, or nobody reads the
+        output. 2: an input has to be changed. 130: interrupted. Errors know theirs (``utils.errors``).
         """
         replace_unknown_characters()
         logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)

@@ -37,6 +37,7 @@ def train(inputs: Inputs, config: TrainConfig) -> None:
     check_captions(dataset, base, config.vectors_per_token)
     start = FarWeights.load(Path(inputs["continue_from"])) if inputs.get("continue_from") else None
     steps, kept = config.steps_for(len(dataset.names)), out / DATASET_FILES
+    config = config.replace(sample_every=min(config.sample_every, steps))  # so that a short run has samples, too
     if inputs.get("dry_run"):
         done = read_metrics(out / METRICS_FILE) if (out / METRICS_FILE).exists() else []
         print(measure_cost(base, dataset, config, start=start, steps_done=len(done)).words)
@@ -64,7 +65,8 @@ def train(inputs: Inputs, config: TrainConfig) -> None:
     if not world.is_main_process:
         return
     save_sheet(out / "curves.png", loss_curves(read_metrics(out / METRICS_FILE)))
-    print(f"{steps} steps → {out / 'weights.safetensors'}; look at {out / 'curves.png'} and {out / 'samples'}")
+    samples = f" and {out / 'samples'}" if config.sample_every else ""
+    print(f"{steps} steps → {out / 'weights.safetensors'}; look at {out / 'curves.png'}{samples}")
 
 
 TRAIN = Command(

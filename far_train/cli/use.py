@@ -20,7 +20,10 @@ log = logging.getLogger(__name__)
 
 
 def generate(inputs: Inputs, config: SampleConfig) -> None:
-    """Write pictures and their prompts, numbered on from those in the folder, with a sheet of them beside it."""
+    """Write pictures and their prompts, numbered on from those in the folder, with a sheet of them beside it.
+
+    The seed goes by the number, so that the same command again draws other pictures.
+    """
     from ..data.images import save_picture
     from ..evaluation.sheets import picture_grid, save_sheet
     from ..models.apply import apply_weights
@@ -33,6 +36,10 @@ def generate(inputs: Inputs, config: SampleConfig) -> None:
     out = Path(inputs["out"])
     each = picture_count(inputs, 1)
     prompts = [p for p in texts(inputs["prompt"]) for _ in range(each)]
+    if not inputs.get("weights"):
+        for name in ("strength", "concept_strength"):
+            if getattr(config, name) != getattr(SampleConfig, name):
+                raise ConfigError(f"{name}: changes nothing without FaR weights; give --weights, or leave it out")
     weights = FarWeights.load(Path(inputs["weights"])) if inputs.get("weights") else None
     base = open_base(inputs)
     device, dtype = choose_device(device_name(inputs))
@@ -49,7 +56,7 @@ def generate(inputs: Inputs, config: SampleConfig) -> None:
                 base,
                 vocabulary,
                 batch,
-                config.replace(sample_seed=config.sample_seed + start),
+                config.replace(sample_seed=config.sample_seed + first + start),
                 on_progress=lambda done, steps, n=number: bars("drawing", n * steps + done, len(starts) * steps),
             )
             for i, (picture, prompt) in enumerate(zip(pictures, batch), first + start):
@@ -69,7 +76,12 @@ GENERATE = Command(
         Argument("weights", "FaR weights file"),
         Argument("prompt", "a prompt, with <tokens> of the weights; repeat for several", True, repeatable("TEXT")),
         Argument("count", "pictures per prompt (default: 1)", options=NUMBER),
-        Argument("out", "folder for the pictures", required=True),
+        Argument(
+            "out",
+            "folder for the pictures; existing ones are kept, new ones numbered on: picture N has the seed "
+            "sample_seed + N",
+            required=True,
+        ),
         DEVICE,
     ),
     generate,
@@ -125,8 +137,11 @@ def inspect(inputs: Inputs, _: None) -> None:
         return
     for token, concept in about["concepts"].items():
         print(f"{token:24} {concept['noun']}, {concept['vectors']} vector(s)")
-    deltas = "low_rank_deltas" if about["low_rank_deltas"] else "kv_deltas"
-    for key in (deltas, "parameters", "family", "prediction_type", "base_digest", "steps", "size", "far_version"):
+    if about["low_rank_deltas"]:
+        print(f"{'LoRA layers':24} {about['low_rank_deltas']}\n{'LoRA rank':24} {about['rank']}")
+    else:
+        print(f"{'K/V layers':24} {about['kv_deltas']}")
+    for key in ("parameters", "family", "prediction_type", "base_digest", "steps", "size", "far_version"):
         print(f"{key:24} {about[key]}")
 
 

@@ -215,10 +215,20 @@ class ConceptFusion:
             missing.add("pair")
         if len(self.names) < 3:
             missing.add("triple")
+        whole = sum(shares.values())
         for layout, why in WHY_SKIPPED.items():
             if layout in missing and shares.get(layout):
-                self.notes.append(f"Layout '{layout}' ({shares[layout]:.0%} of the composites) is skipped: {why}.")
-        return _available(shares, missing, "layout_weights")
+                share = shares[layout] / whole
+                self.notes.append(f"Layout '{layout}' ({share:.0%} of the composites) is skipped: {why}.")
+        layouts = _available(shares, missing, "layout_weights")
+        shown = {source.name.noun for source in self._distractors}
+        others = [str(name.token) for name in self.names if name.noun not in shown]
+        if "beside_prior" in layouts and others:
+            self.notes.append(
+                f"Layout 'beside_prior' shows {', '.join(others)} beside another class: no regularization image of its "
+                "own class has a mask that shows the whole subject."
+            )
+        return layouts
 
     def _available_backgrounds(self) -> dict[str, float]:
         shares = self.config.background_weights or BACKGROUND_SHARES
@@ -232,7 +242,7 @@ class ConceptFusion:
             filled = kinds.get("infilled", 0) + kinds.get("prior", 0)
             self.notes.append(
                 f"No background pictures are given: {filled:.0%} of the backgrounds are photos with their subject "
-                "filled in, which leaves a blurred outline; the others are plain colours. Empty scenes work better "
+                "filled in, which leaves a blurred outline; the others are plain colors. Empty scenes work better "
                 "(--backgrounds; 'far_train scenes' or FaR Empty Scenes draws some)."
             )
         return kinds
@@ -241,6 +251,7 @@ class ConceptFusion:
         return sources[rng.integers(len(sources))]
 
     def _distractor(self, rng: np.random.Generator, noun: str) -> _Source:
+        """A subject of this class; of any class, which is noted, where there is none."""
         return self._pick(rng, [s for s in self._distractors if s.name.noun == noun] or self._distractors)
 
     def _original(self, rng: np.random.Generator) -> Composite:

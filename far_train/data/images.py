@@ -231,7 +231,7 @@ def _in_srgb(
         try:
             colours = to_srgb(colours, profile).convert("RGB")
         except ValueError as e:
-            notes.append(f"{path}: its colour profile can't be used ({e}); its colours are read as sRGB")
+            notes.append(f"{path}: its color profile can't be used ({e}); its colors are read as sRGB")
         else:
             if plain.mode == "RGBA":
                 colours.putalpha(plain.getchannel("A"))

@@ -88,7 +88,8 @@ class FusionConfig(Config):
         was=("pair_fill",),
     )
     row_probability: float = setting(
-        # As bases draw two; half, since pictures of two needn't be portraits (benchmarks/reports/2026-11-26/tuning.md).
+        # Bases draw two subjects side by side, as in a portrait; half, since other prompts must work as well
+        # (benchmarks/reports/2026-11-26/tuning.md).
         0.5,
         "probability that several subjects stand close together in a row, at equal size, the lower ones in front",
         low=0,
@@ -115,7 +116,7 @@ class FusionConfig(Config):
     )
     prior_composites: float = setting(
         0.3,
-        "fraction of the regularization images that are composites of two class images",
+        "fraction of the regularization images that are composites of two of them",
         low=0,
         high=1,
         was=("prior_collages",),

@@ -1,8 +1,8 @@
 """The demo: the full pipeline in the small world, from photos of two look-alikes to new pictures of both.
 
-It runs the same code as for Stable Diffusion on the small models that come with the package: extraction with SAM, class
-pictures drawn by the base, Concept Fusion, training, sampling. In this world every picture can also be judged, because
-the identities are known. Pictures are shown uncurated, with seeds 0, 1, 2 …
+It runs the same code as for Stable Diffusion on the small models that come with the package: extraction with SAM,
+regularization images drawn by the base, Concept Fusion, training, sampling. In this world every picture can also be
+judged, because the identities are known. Pictures are shown uncurated, with seeds 0, 1, 2 …
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ PAIR = ("rex", "max")
 CLASS_PICTURES, COMPOSITES, EMPTY_SCENES = 48, 120, 2  # empty scenes: of each place
 PLACES_SHOWN = ("beach", "moon", "kitchen", "snow")
 PICTURES_EACH = 4
-# Custom Diffusion (Kumari et al. 2023, arXiv 2212.04488): the same class pictures and steps, but unchanged photos with
-# one subject in each, the unmasked loss, and only K and V trainable.
+# Custom Diffusion (Kumari et al. 2023, arXiv 2212.04488): the same regularization images and steps, but unchanged
+# photos with one subject in each, the unmasked loss, and only K and V trainable.
 ORIGINALS_ONLY = {"original": 1.0}
 RIVAL = TRAINING.replace(trainable="kv", **PLAIN_LOSS)
 
@@ -110,9 +110,9 @@ def run_demo(out: Path, device: str, on_progress: Progress = lambda phase, done,
         ["dog"],
         CLASS_PICTURES,
         out / "class",
-        on_progress=lambda *a: on_progress("class pictures", *a),
+        on_progress=lambda *a: on_progress("regularization images", *a),
     )
-    page.section("Class pictures", "Dogs drawn by the base. They preserve the meaning of 'dog' during training.")
+    page.section("Regularization images", "Dogs drawn by the base. They preserve the meaning of 'dog' during training.")
     page.picture(picture_grid([p.image for p in priors[:16]], columns=8, cell=120))
     scenes = draw_places(base, EMPTY_SCENES, out / "scenes", lambda *a: on_progress("empty scenes", *a))
 
@@ -125,7 +125,7 @@ def run_demo(out: Path, device: str, on_progress: Progress = lambda phase, done,
     originals = ConceptFusion(concepts, priors, (), settings.replace(layout_weights=ORIGINALS_ONLY))
     page.section(
         "Concept Fusion",
-        "Subjects recombined on empty scenes drawn by the base. Colours show the mask of each mention.",
+        "Subjects recombined on empty scenes drawn by the base. Colors show the mask of each mention.",
     )
     page.picture(dataset_sheet([fused.composite(i) for i in range(16)], names, columns=4, cell=240))
 

@@ -1,4 +1,4 @@
-"""Draw the inputs of a training in the small world other than photos: class pictures with masks, and empty scenes."""
+"""Draw the inputs of a training in the small world other than photos: regularization images and empty scenes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def cut_class_pictures(
     config: SampleConfig = DRAWING,
     on_progress: OnProgress = lambda done, total: None,
 ) -> list[ClassPicture]:
-    """Class pictures drawn by the base for each noun, with a mask if SAM finds the subject.
+    """Regularization images drawn by the base for each noun, with a mask if SAM finds the subject.
 
     Pictures in ``folder`` are reused.
     """

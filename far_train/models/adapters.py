@@ -10,7 +10,7 @@ import itertools
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,8 @@ class Adapter(ABC):
     """Trainable parameters injected into a base model. The base's own weights are never written.
 
     ``rows`` are the embeddings of the placeholder tokens, [concepts × vectors, width] for each text encoder.
-    Subclasses add what changes in the UNet; :func:`inject_adapter` chooses one.
+    Subclasses add what changes in the UNet; :func:`inject_adapter` chooses one. An adapter that can't be completed, as
+    where memory runs out, leaves the base as it was.
     """
 
     def __init__(self, base: BaseModel, vocabulary: Vocabulary):
@@ -41,13 +42,24 @@ class Adapter(ABC):
         self._vocabulary, self._conditioner = vocabulary, TextConditioner(base)
         tables = self._conditioner.tables
         self._norm_limits = [norm_limits(table, vocabulary) for table in tables]
-        self.rows = self._conditioner.inject([initial_rows(table, vocabulary) for table in tables])
-        self._memory_efficient = MemoryEfficientLayers(base.unet)
-        self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
+        rows = [initial_rows(table, vocabulary) for table in tables]
+        self._undo = ExitStack()
+        try:
+            self._undo.callback(self._conditioner.remove)
+            self.rows = self._conditioner.inject(rows)
+            self._undo.callback(MemoryEfficientLayers(base.unet).remove)
+            self._change_unet(base)
+        except BaseException:
+            self.remove()
+            raise
 
     def _replace(self, owner: nn.Module, name: str, module: nn.Module) -> None:
-        self._replaced.append((owner, name, getattr(owner, name)))
+        self._undo.callback(setattr, owner, name, getattr(owner, name))
         setattr(owner, name, module)
+
+    @abstractmethod
+    def _change_unet(self, base: BaseModel) -> None:
+        """Put the trainable layers into the UNet, by ``_replace`` alone."""
 
     @abstractmethod
     def unet_parameters(self) -> dict[str, nn.Parameter]:
@@ -97,7 +109,7 @@ class Adapter(ABC):
         return {**rows, **self.unet_parameters()}
 
     def gradients(self) -> list[Tensor]:
-        """The gradient of each parameter; zeros where no sample used it, as class images use no placeholder token."""
+        """The gradient of each parameter; zeros where no sample used it: regularization images have no token."""
         for parameter in self.named_parameters().values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -130,10 +142,7 @@ class Adapter(ABC):
 
     def remove(self) -> None:
         """Leave the base as it was found."""
-        self._memory_efficient.remove()
-        self._conditioner.remove()
-        for owner, name, module in self._replaced:
-            setattr(owner, name, module)
+        self._undo.close()
 
 
 def inject_adapter(base: BaseModel, vocabulary: Vocabulary, config: AdapterSettings) -> Adapter:
@@ -203,8 +212,7 @@ class _StackedLinear(nn.Module):
 class CrossAttentionKV(Adapter):
     """Dense deltas of all cross-attention K and V, as in Custom Diffusion (Kumari et al. 2023, arXiv 2212.04488)."""
 
-    def __init__(self, base: BaseModel, vocabulary: Vocabulary):
-        super().__init__(base, vocabulary)
+    def _change_unet(self, base: BaseModel) -> None:
         layers = kv_layers(base.unet)
         self._names = list(layers)
         self._stack = StackedProjections([getattr(owner, part) for owner, part in layers.values()])
@@ -256,21 +264,23 @@ class LoRAAttention(Adapter):
     """
 
     def __init__(self, base: BaseModel, vocabulary: Vocabulary, rank: int, seed: int):
+        self.rank, self._seed = rank, seed
         super().__init__(base, vocabulary)
-        self.rank = rank
+
+    def _change_unet(self, base: BaseModel) -> None:
         projections = attention_projections(base.unet)
         linears = {name: getattr(owner, part) for name, (owner, part) in projections.items()}
         self._matrix_shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
-        self._flat = nn.Parameter(self._initial_factors(seed).to(base.device))
+        self._flat = nn.Parameter(self._initial_factors().to(base.device))
         self.layers: dict[str, LoRALinear] = {}
         for name, (up, down) in self._split(self._flat.detach()).items():
             self.layers[name] = LoRALinear(linears[name], up, down)
             owner, part = projections[name]
             self._replace(owner, part, self.layers[name])
 
-    def _initial_factors(self, seed: int) -> Tensor:
-        """The flat parameter at the start: B is 0, A is normal with a standard deviation of 1 / rank, by ``seed``."""
-        generator = torch.Generator().manual_seed(derive_seed(seed, "low rank", 0))
+    def _initial_factors(self) -> Tensor:
+        """The flat parameter at the start: B is 0, A is normal with a standard deviation of 1 / rank, by the seed."""
+        generator = torch.Generator().manual_seed(derive_seed(self._seed, "low rank", 0))
         factors = []
         for out_features, in_features in self._matrix_shapes.values():
             up = torch.zeros(out_features, self.rank)

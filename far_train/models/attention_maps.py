@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -95,8 +95,11 @@ class AttentionRecorder:
         self.layers = {name: attentions[name] for name in layers}
         self._before = {name: layer.processor for name, layer in self.layers.items()}
         self._processors = {name: _RecordingProcessor() for name in self.layers}
-        for name, layer in self.layers.items():
-            layer.set_processor(self._processors[name])
+        with ExitStack() as undo:  # of a recorder that fails halfway, nothing stays in the UNet
+            undo.callback(self.remove)
+            for name, layer in self.layers.items():
+                layer.set_processor(self._processors[name])
+            undo.pop_all()
 
     def remove(self) -> None:
         """Restore the layers' own processors."""

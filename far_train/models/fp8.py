@@ -1,7 +1,8 @@
-"""A frozen UNet in 8 bits (float8_e4m3fn), half of what its weights take in bf16; kohya's tools call it ``fp8_base``.
+"""A frozen UNet in 8 bits (float8_e4m3fn), half of what its weights take in bf16.
 
-Every matrix has a scale of its own and is multiplied out where it is used, in the forward pass and again in the
-backward pass, so that no copy of it is kept. Sums, biases, norms and what is trained stay in the precision of the pass.
+kohya's ``fp8_base`` casts the weights as they are. Here every matrix has a scale of its own. It is multiplied out where
+it is used, in the forward pass and again in the backward pass, so that no copy of it is kept. Sums, biases, norms and
+what is trained stay in the precision of the pass.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     rounds nothing, so a value's error is the 1/16 at most of rounding to fp8, or 2^-10 scales for the smallest ones.
     """
     largest = weight.float().abs().amax().clamp(min=1e-4)
-    _, exponent = torch.frexp(largest / torch.finfo(FP8).max)
-    scale = torch.ldexp(torch.ones_like(largest), exponent)
+    mantissa, exponent = torch.frexp(largest / torch.finfo(FP8).max)  # the mantissa from 0.5 on
+    scale = torch.ldexp(torch.ones_like(largest), exponent - (mantissa == 0.5).int())
     return (weight.float() / scale).to(FP8).view(torch.uint8), scale
 
 

@@ -7,6 +7,7 @@ saves a quarter of what Stable Diffusion 2.1 keeps.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -26,25 +27,22 @@ class MemoryEfficientLayers:
     """
 
     def __init__(self, unet: nn.Module):
-        self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
-        for parent in list(unet.modules()):
-            for name, child in list(parent.named_children()):
-                replacement = _REPLACEMENTS.get(type(child))
-                # The UNet's first convolution saves nothing anyway: its input needs no gradient.
-                if replacement and parent is not unet and not any(p.requires_grad for p in child.parameters()):
-                    self._replaced.append((parent, name, child))
-                    setattr(parent, name, replacement(child))
-        self._attentions = [m for m in unet.modules() if isinstance(m, Attention) and _is_plain_sdpa(m)]
-        self._processors = [attention.processor for attention in self._attentions]
-        for attention in self._attentions:
-            attention.set_processor(SdpaProcessor())
+        with ExitStack() as undo:
+            for parent in list(unet.modules()):
+                for name, child in list(parent.named_children()):
+                    replacement = _REPLACEMENTS.get(type(child))
+                    # The UNet's first convolution saves nothing anyway: its input needs no gradient.
+                    if replacement and parent is not unet and not any(p.requires_grad for p in child.parameters()):
+                        undo.callback(setattr, parent, name, child)
+                        setattr(parent, name, replacement(child))
+            for attention in [m for m in unet.modules() if isinstance(m, Attention) and _is_plain_sdpa(m)]:
+                undo.callback(attention.set_processor, attention.processor)
+                attention.set_processor(SdpaProcessor())
+            self._undo = undo.pop_all()
 
     def remove(self) -> None:
         """Leave the UNet as it was found."""
-        for parent, name, child in self._replaced:
-            setattr(parent, name, child)
-        for attention, processor in zip(self._attentions, self._processors):
-            attention.set_processor(processor)
+        self._undo.close()
 
 
 def _is_plain_sdpa(attention: Attention) -> bool:

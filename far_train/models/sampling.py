@@ -14,7 +14,7 @@ from ..utils.errors import ConfigError
 from ..utils.out_of_memory import in_batches, with_less_memory
 from .base import BaseModel
 from .conditioning import TextConditioner
-from .settings import SampleConfig
+from .settings import DrawConfig
 from .tokens import Vocabulary, unknown_tokens
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def draw_pictures(
     base: BaseModel,
     vocabulary: Vocabulary,
     prompts: Sequence[str],
-    config: SampleConfig = SampleConfig(),
+    config: DrawConfig = DrawConfig(),
     *,
     size: tuple[int, int] | None = None,
     seeds: Sequence[int] | None = None,

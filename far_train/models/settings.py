@@ -10,8 +10,8 @@ from ..utils.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class SampleConfig(Config):
-    """How images are generated."""
+class DrawConfig(Config):
+    """How a base draws images."""
 
     sample_seed: int = setting(0, "random seed of the first image; each further one adds 1", low=0, high=2**63 - 1)
     sampler: str = setting("ddim", "ddim, or dpm++ (DPM-Solver++), which needs fewer steps", choices=("ddim", "dpm++"))
@@ -21,6 +21,12 @@ class SampleConfig(Config):
     width: int | None = setting(None, "width in pixels; default: the base model's own", low=64, high=4096)
     height: int | None = setting(None, "height in pixels; default: the base model's own", low=64, high=4096)
     sample_batch: int = setting(4, "images per batch", low=1, high=256)
+
+
+@dataclass(frozen=True)
+class SampleConfig(DrawConfig):
+    """How images are drawn with FaR weights."""
+
     strength: float = setting(1.0, "strength of the trained UNet weights; 0 disables them", low=-4, high=4)
     concept_strength: dict[str, float] | None = setting(
         None, "strength of each placeholder token; 0: the class noun's embedding, 1: the learned one"

@@ -175,11 +175,10 @@ class FarWeights:
         for encoder, table in zip(self.encoders, TextConditioner(base).tables, strict=True):
             widths = {embeddings[encoder].shape[1] for embeddings in self.embeddings.values()}
             if widths != {table.shape[1]}:
-                wrong.append(f"embeddings (width {max(widths)}, the base has {table.shape[1]})")
+                wrong.append(f"embeddings of {encoder} (width {max(widths)}, the base has {table.shape[1]})")
         if wrong:
-            raise WeightsError(
-                f"weights: they don't fit this base: {wrong[0]} and {len(wrong) - 1} others differ; use their base"
-            )
+            others = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            raise WeightsError(f"weights: they don't fit this base: it differs in {wrong[0]}{others}; use their base")
         if about.base_digest != base.digest:
             log.warning("These weights were trained on another base of the same shape; likeness may suffer.")
 

@@ -34,7 +34,6 @@ from .state import RunState
 from .step import accumulate_gradients, graph_passes, sample_batch
 from .step_graph import uses_cuda_graph
 
-
 log = logging.getLogger(__name__)
 
 MOST_PARAMETERS = 100_000_000  # that training all K and V may have; SD 1.5 and 2.1 have a quarter of it

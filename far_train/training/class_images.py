@@ -18,7 +18,8 @@ from ..data.images import load_photo, save_picture
 from ..models.base import BaseModel
 from ..models.conditioning import plain_vocabulary
 from ..models.sampling import draw_pictures
-from ..models.settings import SampleConfig
+from ..models.settings import DrawConfig, SampleConfig
+from ..utils.devices import choose_device
 from ..utils.errors import ConfigError
 from ..utils.seeding import derive_seed
 from .distributed import World
@@ -32,7 +33,7 @@ def draw_class_images(
     nouns: Sequence[str],
     count: int,
     folder: Path,
-    config: SampleConfig,
+    config: DrawConfig,
     *,
     size: int | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -104,7 +105,7 @@ def draw_empty_scenes(
     scenes: Sequence[EmptyScene],
     each: int,
     folder: Path,
-    config: SampleConfig,
+    config: DrawConfig,
     *,
     size: int | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -133,7 +134,7 @@ class _Wanted(NamedTuple):
 def _draw_missing(
     base: BaseModel,
     wanted: Sequence[_Wanted],
-    config: SampleConfig,
+    config: DrawConfig,
     size: int | None,
     on_progress: Callable[[int, int], None],
     on_step: Callable[[int, int], None],
@@ -168,7 +169,10 @@ def prior_sampling(config: TrainConfig) -> SampleConfig:
 
 
 def prior_key(base: BaseModel, sampling: SampleConfig, size: int) -> str:
-    """Hex key of everything that decides what regularization image i of a noun looks like; their number doesn't."""
+    """Hex key of everything that decides what regularization image i of a noun looks like; their number doesn't.
+
+    ``base`` as it draws them: in bf16 it draws other images than in fp32.
+    """
     settings = sampling.replace(sample_batch=1).to_dict()
     about = [base.fingerprint, base.prediction_type, size, settings]
     about += ["zero terminal SNR"] if base.zero_terminal_snr else []
@@ -203,7 +207,7 @@ def with_class_images(
     """
     sampling = prior_sampling(config)
     if config.class_image_cache:
-        folder = Path(config.class_image_cache) / prior_key(base, sampling, training_set.size)
+        folder = _cache_folder(base, config, training_set.size)
 
     def draw(report: Callable[[int, int], None] = lambda done, total: None) -> list[ClassPicture]:
         last = (0, 1)
@@ -229,6 +233,20 @@ def with_class_images(
         draw(on_progress)
     world.barrier()
     return WithClassImages(training_set, draw())
+
+
+def count_missing(training_set: TrainingSet, base: BaseModel, config: TrainConfig) -> int:
+    """How many regularization images :func:`with_class_images` would draw: all but those in ``class_image_cache``."""
+    wanted = [(noun, i) for noun in {n.noun for n in training_set.names} for i in range(config.num_class_images)]
+    if not config.class_image_cache:
+        return len(wanted)
+    with base.placed(*choose_device(config.device, config.precision)):
+        folder = _cache_folder(base, config, training_set.size)
+    return sum(not picture_path(folder, *each).exists() for each in wanted)
+
+
+def _cache_folder(base: BaseModel, config: TrainConfig, size: int) -> Path:
+    return Path(config.class_image_cache) / prior_key(base, prior_sampling(config), size)
 
 
 class WithClassImages:

@@ -25,6 +25,7 @@ from ..models.weights import FarWeights
 from ..utils.wording import duration, size_in_words
 from .callbacks import Callbacks
 from .checkpoints import checkpoint_bytes, weights_bytes
+from .class_images import count_missing
 from .recipe import TrainingRun
 from .settings import TrainConfig
 
@@ -37,7 +38,7 @@ class Cost:
     """The estimate. Seconds are per step or picture; ``memory``, at its peak on the device, and ``disk`` are in bytes.
 
     ``encoded``, ``drawn``, ``sampled`` count the images of the dataset, the regularization images that the base must
-    draw first, and the sample pictures.
+    draw first, and the sample pictures. ``disk`` counts the drawn ones as they are before PNG compresses them.
     """
 
     device: str
@@ -93,7 +94,8 @@ def measure_cost(
 ) -> Cost:
     """Take a few steps of this training, draw two pictures, and extrapolate. The base comes back as it was.
 
-    ``steps_done``: of a run that is to be resumed. Raises what the training would raise, Interrupted as well.
+    ``steps_done``: of a run that is to be resumed. Raises what the training would raise; Interrupted between pictures,
+    steps and sampling steps, once ``should_stop`` says so.
     """
     ticks: list[float] = []  # a moment before each picture is encoded, and one after the last
 
@@ -102,6 +104,11 @@ def measure_cost(
             ticks.append(time.perf_counter())
 
     callbacks = Callbacks(on_phase=on_phase, should_stop=should_stop)
+    generated = drawn = 0  # regularization images: of the run, and those of them that are not there yet
+    if config.prior_batch_size and not training_set.prior_count():
+        generated = config.num_class_images * len({name.noun for name in training_set.names})
+        drawn = count_missing(training_set, base, config) if not steps_done else 0
+    weights = [t for part in base.parts.values() for t in (*part.parameters(), *part.buffers())]
     excerpt = _Excerpt(training_set, config.batch_size, config.prior_batch_size)
     prompts = config.sample_prompts or default_prompts(training_set.names)
     with (
@@ -110,44 +117,51 @@ def measure_cost(
     ):
         device, learned = run.state.device, run.state.adapter.named_parameters()
         with LiveBytes() as counted:
-            run.train_step()  # warms up, and makes the optimizer's moments
-        step_seconds = min(_seconds(run.train_step) for _ in range(TRIAL_STEPS))
+            _seconds(run.train_step, callbacks)  # warms up, and makes the optimizer's moments
+        step_seconds = min(_seconds(run.train_step, callbacks) for _ in range(TRIAL_STEPS))
+        memory = _bytes_of([*weights, *learned.values()]) + counted.peak  # afterwards in the base's own precision
         run.state.release_graphs()
-        overhead, each = _time_sampling(base, run.state.vocabulary, prompts[0], training_set.size)
+        overhead, each = _time_sampling(base, run.state.vocabulary, prompts[0], training_set.size, callbacks)
     steps = max(config.steps_for(len(training_set.names)) - steps_done, 0)
-    nouns = {name.noun for name in training_set.names}
-    lacks_priors = config.prior_batch_size and not training_set.prior_count() and not steps_done
-    drawn = config.num_class_images * len(nouns) if lacks_priors else 0
     rounds = steps // config.sample_every if config.sample_every else 0
+    sampled = rounds * len(prompts)
     return Cost(
         device=str(device),
         steps=steps,
         step_seconds=step_seconds,
-        encoded=training_set.composite_count() + max(training_set.prior_count(), drawn),
+        encoded=training_set.composite_count() + training_set.prior_count() + generated,
         encode_seconds=(ticks[-1] - ticks[0]) / (len(ticks) - 1),
         drawn=drawn,
         draw_seconds=overhead + config.class_image_steps * each,
-        sampled=rounds * len(prompts),
+        sampled=sampled,
         sample_seconds=overhead + config.sample_steps * each,
-        memory=_bytes_of(base, list(learned.values())) + counted.peak,
-        disk=config.keep_checkpoints * checkpoint_bytes(learned) + weights_bytes(learned),
+        memory=memory,
+        disk=config.keep_checkpoints * checkpoint_bytes(learned)
+        + weights_bytes(learned)
+        + (drawn + sampled) * 3 * training_set.size**2,
     )
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def _seconds(work: Callable[[], object], callbacks: Callbacks) -> float:
+    """Seconds that a part of the trial takes. Raises Interrupted instead of beginning it."""
+    callbacks.check_stop("trial")
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
 
 
-def _time_sampling(base: BaseModel, vocabulary: Vocabulary, prompt: str, size: int) -> tuple[float, float]:
+def _time_sampling(
+    base: BaseModel, vocabulary: Vocabulary, prompt: str, size: int, callbacks: Callbacks
+) -> tuple[float, float]:
     """Seconds that a picture takes whatever its sampling steps, and seconds for each of them."""
 
     def draw(steps: int) -> None:
-        draw_pictures(base, vocabulary, [prompt], SampleConfig(sampling_steps=steps, sample_batch=1), size=(size, size))
+        config = SampleConfig(sampling_steps=steps, sample_batch=1)
+        on_progress = callbacks.progress_of("trial")
+        draw_pictures(base, vocabulary, [prompt], config, size=(size, size), on_progress=on_progress)
 
     few, more = TRIAL_SAMPLING
-    few_seconds, more_seconds = _seconds(lambda: draw(few)), _seconds(lambda: draw(more))
+    few_seconds, more_seconds = _seconds(lambda: draw(few), callbacks), _seconds(lambda: draw(more), callbacks)
     each = max(more_seconds - few_seconds, 0.0) / (more - few)
     return max(few_seconds - few * each, 0.0), each
 
@@ -214,7 +228,6 @@ def _storages(values: Any) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
-def _bytes_of(base: BaseModel, learned: Sequence[Tensor]) -> int:
-    """Of all weights, each storage once: the learned ones may be part of the base's modules."""
-    tensors = [t for part in base.parts.values() for t in (*part.parameters(), *part.buffers())] + list(learned)
+def _bytes_of(tensors: Sequence[Tensor]) -> int:
+    """Bytes of tensors, each storage once: the learned ones may be part of the base's modules."""
     return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())

@@ -105,10 +105,11 @@ def refinement_loss(
 ) -> Tensor:
     """Localized Refinement of each sample, [B].
 
-    mean_i [L_loc(V_i) + ``noun_weight`` · L_loc(c_i)] + ``competition_weight`` · [L_cmp(nouns) + L_cmp(modifiers)].
-    ``token_maps``, ``noun_maps``, ``masks``: [B, N, h, w], the attention of each mention's modifier and class noun,
-    and its region; ``is_concept``, ``is_mention``: bool [B, N]. A subject of the class alone has only a noun map; rows
-    that are no mention are padding. Nouns compete with the nouns of all mentions, modifiers with those of concepts.
+    mean_i [L_loc(V_i) + ``noun_weight`` · L_loc(c_i)] + ``competition_weight`` · [L_cmp(nouns) + L_cmp(tokens)].
+    ``token_maps``, ``noun_maps``, ``masks``: [B, N, h, w], the attention of each mention's placeholder token and
+    class noun, and its region; ``is_concept``, ``is_mention``: bool [B, N]. A subject of the class alone has only a
+    noun map; rows that are no mention are padding. Nouns compete with the nouns of all mentions, tokens with those of
+    concepts.
     """
     total = torch.zeros(len(masks), dtype=token_maps.dtype, device=token_maps.device)
     if localization == "mse":

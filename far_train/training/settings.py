@@ -148,7 +148,9 @@ class TrainConfig(Config):
         if self.embedding_lr == 0 and self.change_lr == 0:
             raise ConfigError("embedding_lr: both learning rates are 0, so nothing would be learned; raise one")
         if self.fp8_base and self.trainable == "kv":
-            raise ConfigError("fp8_base: kv changes the weights that it would round; use trainable lora, or switch it off")
+            raise ConfigError(
+                "fp8_base: kv changes the weights that it would round; use trainable lora, or switch it off"
+            )
 
     @property
     def change_lr(self) -> float:

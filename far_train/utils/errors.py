@@ -26,7 +26,7 @@ class EncoderError(FarError):
 
 
 class TokenError(FarError):
-    """A modifier token is malformed, splits, or collides with another token."""
+    """A placeholder token is malformed, splits, or collides with another token."""
 
 
 class CaptionError(FarError):

@@ -70,7 +70,7 @@ def test_photos_of_mixed_sizes_become_composites(comfy: ComfyServer, folders: di
     assert "2 concepts: <disc-one> disc, <disc-two> disc" in text and "6 pictures of 128 px" in text
     assert "original 10%, solo 25%, pair 65%" in text and text.startswith("No background pictures")
     wanting = report(comfy.run(fusing(comfy, folders, beside_prior=0.25)))
-    assert "'beside_prior' (25% of the composites) is skipped" in wanting.splitlines()[0]
+    assert "'beside_prior' (20% of the composites) is skipped" in wanting.splitlines()[0]
     assert outputs["50"]["images"], "the node shows no sheet"
 
 

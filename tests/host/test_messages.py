@@ -167,4 +167,4 @@ def test_masks_of_whole_pictures_and_masks_for_photos_are_told(comfy: ComfyServe
             assert first == f"skipped: {whole}: the mask covers 100.00% of the frame, more than max_area (95.00%)"
         else:
             assert first == f"{whole}: the mask covers more than 95% of the picture; all of it counts as the subject"
-        assert second == f"{drawn}: has only two grey values; is it a mask and not a photo?"
+        assert second == f"{drawn}: has only two gray values; is it a mask and not a photo?"

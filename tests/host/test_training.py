@@ -109,6 +109,17 @@ def test_step_rate_time_left_and_memory_are_told(comfy: ComfyServer):
     assert [kind for kind, _ in seen.binaries].count(PREVIEW) >= 1  # the curve, without any sample pictures
 
 
+def test_a_dry_run_refuses_what_a_training_would(comfy: ComfyServer):
+    """Also where the images that it tries out are not at fault: here it is the last one's caption."""
+    comfy.run({"2": training(comfy, "")["2"], "8": node("FaR_SaveDataset", dataset=["2", 0], name="long")})
+    folder = comfy.folder("output") / "far" / "datasets" / "long"
+    path = folder / "composites" / "0002.txt"
+    path.write_text(path.read_text().strip() + ", very" * 80)
+    prompt = training(comfy, "dry-long", dry_run=True) | {"2": node("FaR_LoadDataset", folder="long")}
+    with pytest.raises(ExecutionFailed, match="0002.txt.*shorten it"):
+        comfy.run(prompt)
+
+
 def test_a_dry_run_tells_the_cost_and_trains_nothing(comfy: ComfyServer):
     prompt = training(comfy, "dry", steps=30, dry_run=True, options={"sample_every": 10})
     prompt["7"] = node("FaR_SaveWeights", weights=["4", 0], name="dry", export_lora=False, export_embeddings=False,
