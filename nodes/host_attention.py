@@ -119,11 +119,12 @@ class _Recorder:
         placed = model.model_options["transformer_options"].get("patches_replace", {}).get("attn2", {})
         config = unet_config(family, model.model.model_config.unet_config)
         modules = [unet_to_ldm(module, config) for module in family.supervised_modules]
-        names = [name for name, _ in model.model.diffusion_model.named_modules() if _LAYER.fullmatch(name)]
-        for layer in filter(None, map(_LAYER.fullmatch, among(names, modules))):
-            block, number, index = layer[1], int(layer[2] or 0), int(layer[3])
+        names = (name for name, _ in model.model.diffusion_model.named_modules())
+        layers = {layer[0]: layer for layer in map(_LAYER.fullmatch, names) if layer}
+        for name in among(layers, modules):
+            block, number, index = layers[name][1], int(layers[name][2] or 0), int(layers[name][3])
             before = placed.get((block, number, index), placed.get((block, number)))
-            model.set_model_attn2_replace(self._watched(layer[0], before), block, number, index)
+            model.set_model_attn2_replace(self._watched(name, before), block, number, index)
 
     def _watched(self, name: str, before: Replacement | None) -> Replacement:
         def attend(query: Tensor, key: Tensor, value: Tensor, extra: Mapping[str, Any]) -> Tensor:

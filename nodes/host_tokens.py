@@ -48,9 +48,8 @@ def apply_tokens(clip: Any, embeddings: Mapping[str, Mapping[str, Tensor]]) -> A
 
 
 def text_encoder_names(clip: Any) -> tuple[str, ...]:
-    """The host's names of CLIP's text encoders, such as clip_h; none if it has no known one."""
-    parts = vars(clip.tokenizer).items()
-    return tuple(name for name, part in parts if hasattr(part, "tokenize_with_weights"))
+    """The host's names of CLIP's text encoders, such as clip_h."""
+    return tuple(name for name, _ in clip.cond_stage_model.named_children())
 
 
 def inner_tokenizers(clip: Any) -> dict[str, Any]:
