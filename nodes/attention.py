@@ -83,7 +83,8 @@ class AttentionProbe(io.ComfyNode):
                     max=256,
                     optional=True,
                     tooltip="Use the layers with the smallest attention maps of at least this many cells per side. "
-                    "16: the layers that the training supervises. 32 or 64: finer, but less meaningful maps.",
+                    "16: the layers that the training supervises. 32 or 64: finer, but less meaningful maps. Stable "
+                    "Diffusion XL: always its supervised layers.",
                     extra_dict={"advanced": True},
                 ),
                 io.Image.Input("image", optional=True, tooltip="The image to draw the maps on."),

@@ -93,8 +93,8 @@ class FuseConcepts(io.ComfyNode):
                     min=64,
                     max=2048,
                     step=64,
-                    tooltip="Width and height of the training images: the native size of the base model, 768 for "
-                    "Stable Diffusion 2.1.",
+                    tooltip="Width and height of the training images. Set the native size of the base model: Stable "
+                    "Diffusion 1.5: 512, 2.1: 768, XL: 1024.",
                 ),
                 io.Int.Input(
                     "count",

@@ -14,10 +14,13 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
-from ..far_train.models.attention_maps import attention_columns, supervised_side
+from ..far_train.models.attention_maps import among, attention_columns, supervised_side
+from ..far_train.models.families import Family
+from ..far_train.models.keys import unet_to_ldm
 from ..far_train.utils.errors import CaptionError
 from .host_models import check_family
-from .host_tokens import inner_tokenizer
+from .host_tokens import first_tokenizer
+from .layout import unet_config
 
 _LAYER = re.compile(r"(input|middle|output)_blocks?\.(?:(\d+)\.)?\d+\.transformer_blocks\.(\d+)\.attn2")
 Replacement = Callable[[Tensor, Tensor, Tensor, Mapping[str, Any]], Tensor]
@@ -25,7 +28,7 @@ Replacement = Callable[[Tensor, Tensor, Tensor, Mapping[str, Any]], Tensor]
 
 def applied_tokens(clip: Any) -> tuple[str, ...]:
     """The placeholder tokens that FaR Apply Weights has put into CLIP. Raises BaseModelError."""
-    return tuple(getattr(inner_tokenizer(clip), "far_tokens", ()))
+    return tuple(getattr(first_tokenizer(clip)[1], "far_tokens", ()))
 
 
 def sigmas_at(model: Any, shares: Sequence[float]) -> Tensor:
@@ -51,14 +54,14 @@ def attention_maps(
 
     ``latents`` [pictures, 4, H, W], as LATENT has them, are noised to each of ``sigmas`` (picture i with the seed
     ``noise_seed`` + i), and the maps of these passes are averaged. They come from the layers that
-    :func:`far_train.models.attention_maps.supervised_side` chooses. Raises CaptionError for a phrase that isn't in the
-    text, BaseModelError for another family.
+    :func:`far_train.models.attention_maps.supervised_layers` chooses. Raises CaptionError for a phrase that isn't in
+    the text, BaseModelError for another family.
     """
-    check_family(model, clip)
+    family = check_family(model, clip)
     select = _token_rows(clip, text, phrases)
     watched = model.clone()
     recorder = _Recorder(select)
-    recorder.watch(watched)
+    recorder.watch(watched, family)
     generators = [torch.Generator().manual_seed(noise_seed + i) for i in range(len(latents))]
     noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators])
     guider = comfy.samplers.CFGGuider(watched)
@@ -107,18 +110,21 @@ class _Recorder:
         self.select = select
         self.maps: dict[str, Tensor] = {}
 
-    def watch(self, model: Any) -> None:
-        """Look into every text cross-attention of a clone, through what other packs have put there.
+    def watch(self, model: Any, family: Family) -> None:
+        """Look into the text cross-attentions of a clone that may be supervised, through what other packs put there.
 
         A replacement and not ``optimized_attention_override``: packs that replace cross-attention, as IPAdapter does,
         call the attention function without the options in which an override stands.
         """
         placed = model.model_options["transformer_options"].get("patches_replace", {}).get("attn2", {})
-        found = map(_LAYER.fullmatch, (name for name, _ in model.model.diffusion_model.named_modules()))
-        for layer in filter(None, found):
-            block, number, index = layer[1], int(layer[2] or 0), int(layer[3])
+        config = unet_config(family, model.model.model_config.unet_config)
+        modules = [unet_to_ldm(module, config) for module in family.supervised_modules]
+        names = (name for name, _ in model.model.diffusion_model.named_modules())
+        layers = {layer[0]: layer for layer in map(_LAYER.fullmatch, names) if layer}
+        for name in among(layers, modules):
+            block, number, index = layers[name][1], int(layers[name][2] or 0), int(layers[name][3])
             before = placed.get((block, number, index), placed.get((block, number)))
-            model.set_model_attn2_replace(self._watched(layer[0], before), block, number, index)
+            model.set_model_attn2_replace(self._watched(name, before), block, number, index)
 
     def _watched(self, name: str, before: Replacement | None) -> Replacement:
         def attend(query: Tensor, key: Tensor, value: Tensor, extra: Mapping[str, Any]) -> Tensor:
@@ -170,14 +176,14 @@ def _token_rows(clip: Any, text: str, phrases: Sequence[str]) -> Tensor:
 
 
 def _tokens(clip: Any, text: str) -> list[list[Any]]:
-    """A text's tokens, ids or embedding vectors, in the batches of 77 in which they reach the encoder."""
-    (batches,) = clip.tokenize(text).values()
-    return [[entry[0] for entry in batch] for batch in batches]
+    """A text's tokens, ids or embedding vectors, in the batches of 77 in which they reach the first encoder."""
+    key, _ = first_tokenizer(clip)
+    return [[entry[0] for entry in batch] for batch in clip.tokenize(text)[key]]
 
 
 def _words(clip: Any, phrase: str) -> list[Any]:
     """A phrase's own tokens, without those that begin, end and fill a prompt."""
-    tokens, end = _tokens(clip, phrase)[0][1:], inner_tokenizer(clip).end_token
+    tokens, end = _tokens(clip, phrase)[0][1:], first_tokenizer(clip)[1].end_token
     return tokens[: next(i for i, token in enumerate(tokens) if not _is_placeholder(token) and token == end)]
 
 

@@ -36,7 +36,10 @@ PREDICTIONS = {
 
 
 def as_host_models(base: BaseModel) -> tuple[Any, Any, Any]:
-    """MODEL, CLIP and VAE with the weights of ``base``, in fp32. Raises BaseModelError for shapes not in the host."""
+    """MODEL, CLIP and VAE with the weights of ``base``, of Stable Diffusion 2.1's family, in fp32.
+
+    Raises BaseModelError for shapes that the host hasn't.
+    """
     parts = {part: module.state_dict() for part, module in base.parts.items()}
     (spec,) = base.family.text_encoders
     configs = {p: dict(base.parts[p].config) for p in ("unet", "vae")}

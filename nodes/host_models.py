@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from ..far_train.models.base import BaseModel
-from ..far_train.models.families import Family
+from ..far_train.models.families import SUPPORTED, Family, TextEncoderSpec
 from ..far_train.models.fingerprint import base_fingerprint
 from ..far_train.models.keys import ldm_to_diffusers
-from ..far_train.models.loading import load_base
+from ..far_train.models.loading import ZERO_TERMINAL_SNR, load_base, packaged_configs
 from ..far_train.models.weights import FarWeights
 from ..far_train.utils.errors import BaseModelError, WeightsError
 from . import layout
 from .host_memory import training_copy
 from .host_state import read_weights
-from .host_tokens import inner_tokenizer, text_encoder_names
+from .host_tokens import first_tokenizer, text_encoder_names
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class BaseId:
 
     fingerprint: str
     prediction_type: str
-    zero_terminal_snr: bool = False  # MODELs are trained on Stable Diffusion's own schedule, with a warning
+    zero_terminal_snr: bool
 
 
 # By the module that a MODEL patches: the ids of all patches on MODEL, CLIP and VAE → fingerprint.
@@ -50,12 +50,12 @@ def identify_base(model: Any, clip: Any, vae: Any) -> BaseId:
     Reading and hashing gigabytes takes seconds, so the result is kept for as long as the host keeps MODEL.
     Raises BaseModelError for another family.
     """
-    _check_base(model, clip, vae)
+    family = _check_base(model, clip, vae)
     known, key = _known_fingerprints(model, clip, vae)
     if key not in known:
         states, _ = ldm_to_diffusers(*_read_parts(model, clip, vae))
         known[key] = base_fingerprint(states)
-    return BaseId(known[key], prediction_type(model))
+    return BaseId(known[key], prediction_type(model), _schedule(model, family) == ZERO_TERMINAL_SNR)
 
 
 def _known_fingerprints(model: Any, clip: Any, vae: Any) -> tuple[dict[tuple, str], tuple]:
@@ -70,20 +70,20 @@ def _known_fingerprints(model: Any, clip: Any, vae: Any) -> tuple[dict[tuple, st
 def read_base(model: Any, clip: Any, vae: Any) -> BaseModel:
     """MODEL, CLIP and VAE as a base model in fp32 on the CPU, patches baked in; the inputs stay untouched.
 
-    Raises BaseModelError where they are not Stable Diffusion 2.1's.
+    Raises BaseModelError where they are of no family that FaR trains.
     """
-    state, configs, _ = _read_parts(model, clip, vae)
+    state, configs, family = _read_parts(model, clip, vae)
     base, stated = load_base(state, config=configs), prediction_type(model)
     if base.prediction_type != stated:
         # A file's type is measured, since nothing else tells it. In a graph MODEL says how the samplers will read the
         # UNet's output (ModelSamplingDiscrete may have set it), and training must aim at what they will read.
         measured = base.prediction_type
         log.warning("MODEL samples as %s though its weights look like %s; MODEL is believed.", stated, measured)
-        scheduler = {**base.scheduler, "prediction_type": stated}
-        base = dataclasses.replace(base, prediction_type=stated, scheduler=scheduler)
-    sigmas = model.get_model_object("model_sampling").sigmas.float().cpu()
-    if len(sigmas) != 1000 or not torch.allclose(1 / (sigmas**2 + 1), base.alphas_cumprod, atol=1e-3):
-        log.warning("MODEL has a noise schedule of its own (zero terminal SNR?); FaR trains on Stable Diffusion's.")
+    schedule = _schedule(model, family)
+    if schedule is None:
+        log.warning("MODEL has a noise schedule of its own; FaR trains on Stable Diffusion's.")
+    scheduler = {**base.scheduler, **(schedule or {}), "prediction_type": stated}
+    base = dataclasses.replace(base, prediction_type=stated, scheduler=scheduler)
     known, key = _known_fingerprints(model, clip, vae)
     if key in known:
         base.remember_fingerprint(known[key])
@@ -96,7 +96,7 @@ def _read_parts(model: Any, clip: Any, vae: Any) -> tuple[dict[str, Tensor], dic
     """The weights in fp32 in the layout of a single file, patches baked in, the component configs, and the family."""
     family = _check_base(model, clip, vae)
     unet, pixels = read_weights(model, "diffusion_model."), read_weights(vae.patcher)
-    text_encoders = [_read_text_encoder(clip, spec.comfy_name) for spec in family.text_encoders]
+    text_encoders = [_read_text_encoder(clip, spec) for spec in family.text_encoders]
     configs = layout.component_configs(
         family,
         model.model.model_config.unet_config,
@@ -105,7 +105,7 @@ def _read_parts(model: Any, clip: Any, vae: Any) -> tuple[dict[str, Tensor], dic
         prediction_type=prediction_type(model),
         scaling_factor=model.model.latent_format.scale_factor,
     )
-    tokenizer = inner_tokenizer(clip).tokenizer
+    tokenizer = first_tokenizer(clip)[1].tokenizer
     if len(tokenizer.get_vocab()) != layout.CLIP_VOCABULARY:
         configs["tokenizer"] = Path(tokenizer.name_or_path)  # a small base's own words
     state = {f"model.{k}": v for k, v in unet.items()}
@@ -115,11 +115,31 @@ def _read_parts(model: Any, clip: Any, vae: Any) -> tuple[dict[str, Tensor], dic
     return state, configs, family
 
 
-def _read_text_encoder(clip: Any, name: str) -> layout.TextEncoder:
-    prefix, encoder = f"{name}.transformer.text_model.", getattr(clip.cond_stage_model, name)
-    state = {k.removeprefix(prefix): v for k, v in read_weights(clip.patcher, prefix).items()}
+def _read_text_encoder(clip: Any, spec: TextEncoderSpec) -> layout.TextEncoder:
+    prefix, encoder = f"{spec.comfy_name}.transformer.", getattr(clip.cond_stage_model, spec.comfy_name)
+    parts = ("text_model.", "text_projection.") if spec.pooled else ("text_model.",)
+    state = {k.removeprefix(prefix): v for part in parts for k, v in read_weights(clip.patcher, prefix + part).items()}
+    state = {k.removeprefix("text_model."): v for k, v in state.items()}
     heads, activation = _text_details(encoder)
-    return layout.TextEncoder(state, heads, activation, layout.text_layer_count(state, _text_layer(clip, encoder)))
+    layers = layout.text_layer_count(spec, state, _text_layer(clip, encoder))
+    return layout.TextEncoder(state, heads, activation, layers)
+
+
+def _schedule(model: Any, family: Family) -> dict[str, Any] | None:
+    """What MODEL's noise schedule changes in its family's scheduler config: nothing, or to zero terminal SNR.
+
+    None if it is another one.
+    """
+    from diffusers import DDIMScheduler  # takes seconds, which every start of a host would pay
+
+    predicts = prediction_type(model)
+    sigmas = model.get_model_object("model_sampling").sigmas.float().cpu()
+    own = packaged_configs(family, predicts)["scheduler"]
+    for changes in ({}, ZERO_TERMINAL_SNR) if predicts == "v_prediction" else ({},):
+        expected = DDIMScheduler.from_config(own | changes).alphas_cumprod
+        if len(sigmas) == len(expected) and torch.allclose(1 / (sigmas**2 + 1), expected, atol=1e-3):
+            return changes
+    return None
 
 
 def prediction_type(model: Any) -> str:
@@ -132,7 +152,8 @@ def prediction_type(model: Any) -> str:
     if formula is comfy.model_sampling.EPS.calculate_denoised:
         return "epsilon"
     raise BaseModelError(
-        "MODEL predicts neither v nor ε (LCM, EDM, x0 …); remove its ModelSampling node or use a plain SD 2.1"
+        "MODEL predicts neither v nor ε (LCM, EDM, x0 …); remove its ModelSampling node, or use a plain model of "
+        f"{SUPPORTED}"
     )
 
 

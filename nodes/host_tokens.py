@@ -1,4 +1,8 @@
-"""The host's tokenizers: placeholder tokens in every prompt, and the embeddings of class nouns."""
+"""The host's tokenizers: placeholder tokens in every prompt, and the embeddings of class nouns.
+
+A CLIP has a tokenizer for each of its text encoders, and a prompt goes through all of them: those of Stable Diffusion
+XL split it alike but fill it up differently, and each looks an embedding up for its own encoder.
+"""
 
 from __future__ import annotations
 
@@ -19,43 +23,58 @@ from .host_state import read_weights
 log = logging.getLogger(__name__)
 
 
-def apply_tokens(clip: Any, embeddings: Mapping[str, Tensor]) -> Any:
-    """CLIP whose prompts may hold the placeholder tokens; ``embeddings`` [n, width] by token, ``<corgi-dog>``.
+def apply_tokens(clip: Any, embeddings: Mapping[str, Mapping[str, Tensor]]) -> Any:
+    """CLIP whose prompts may hold the placeholder tokens.
 
-    Works in every node that tokenizes with the CLIP it is given, with weights as in ``(<corgi-dog>:1.2)``, and on top
-    of tokens applied before. The input and its tokenizer stay as they are. Raises WeightsError.
+    ``embeddings`` [n, width] by token, ``<corgi-dog>``, and by text encoder, ``clip_l``. Works in every node that
+    tokenizes with the CLIP it is given, with weights as in ``(<corgi-dog>:1.2)``, and on top of tokens applied before.
+    The input and its tokenizers stay as they are. Raises WeightsError.
     """
-    inner = inner_tokenizer(clip)
-    for token, rows in embeddings.items():
-        # The host would drop such an embedding from every prompt with no more than a line in its log.
-        if rows.ndim != 2 or rows.shape[1] != inner.embedding_size:
-            raise WeightsError(
-                f"weights: {token} has {rows.shape[-1]} numbers per vector, this CLIP needs {inner.embedding_size}; "
-                "use the CLIP of the base that they belong to"
-            )
+    tokenizers = inner_tokenizers(clip)
     applied = clip.clone()
     applied.tokenizer = copy.copy(clip.tokenizer)
-    setattr(applied.tokenizer, clip.tokenizer.clip, _with_placeholders(inner, embeddings))
+    warned: set[str] = set()
+    for name, tokenizer in tokenizers.items():
+        own = {token: by_encoder[name] for token, by_encoder in embeddings.items()}
+        for token, rows in own.items():
+            # The host would drop such an embedding from every prompt with no more than a line in its log.
+            if rows.ndim != 2 or rows.shape[1] != tokenizer.embedding_size:
+                raise WeightsError(
+                    f"weights: {token} has {rows.shape[-1]} numbers per vector, {name} of this CLIP needs "
+                    f"{tokenizer.embedding_size}; use the CLIP of the base that they belong to"
+                )
+        setattr(applied.tokenizer, name, _with_placeholders(tokenizer, own, warned))
     return applied
 
 
 def text_encoder_names(clip: Any) -> tuple[str, ...]:
-    """The host's names of CLIP's text encoders, such as clip_h; none if it has no known one."""
-    name = getattr(getattr(clip, "tokenizer", None), "clip", None)
-    return (name,) if name else ()
+    """The host's names of CLIP's text encoders, such as clip_h."""
+    return tuple(name for name, _ in clip.cond_stage_model.named_children())
 
 
-def inner_tokenizer(clip: Any) -> Any:
-    """The host's tokenizer for the only text encoder of CLIP. Raises BaseModelError for a CLIP of another family."""
-    (name,) = layout.clip_family(text_encoder_names(clip), "the base that the weights belong to").comfy_names
-    return getattr(clip.tokenizer, name)
+def inner_tokenizers(clip: Any) -> dict[str, Any]:
+    """The host's tokenizer for each text encoder of CLIP, by the encoder's name, in the order of the family's table.
+
+    Raises BaseModelError for a CLIP of another family.
+    """
+    family = layout.clip_family(text_encoder_names(clip), "the base that the weights belong to")
+    return {name: getattr(clip.tokenizer, name) for name in family.comfy_names}
+
+
+def first_tokenizer(clip: Any) -> tuple[str, Any]:
+    """The first of CLIP's tokenizers, with the name under which the host tokenizes with it: all split prompts alike.
+
+    Raises BaseModelError for a CLIP of another family.
+    """
+    name, tokenizer = next(iter(inner_tokenizers(clip).items()))
+    return name.removeprefix("clip_"), tokenizer
 
 
 class _PlaceholderTokens:
     """Mixin for a copy of the host's tokenizer: placeholder tokens become embeddings, looked up in a table."""
 
     far_tokens: Mapping[str, Tensor]
-    far_warned: set[str]
+    far_warned: set[str]  # one set for all tokenizers of a CLIP
     far_names_found: bool  # whether this host's _try_get_embedding also gives the name back, as it does since 2026
 
     def tokenize_with_weights(self, text: str, *args: Any, **kwargs: Any) -> Any:
@@ -81,15 +100,18 @@ class _PlaceholderTokens:
         return super()._try_get_embedding(embedding_name)
 
 
-def _with_placeholders(tokenizer: Any, embeddings: Mapping[str, Tensor]) -> Any:
-    """A copy of a tokenizer that knows the tokens; those of earlier copies stay known."""
+def _with_placeholders(tokenizer: Any, embeddings: Mapping[str, Tensor], warned: set[str]) -> Any:
+    """A copy of a tokenizer that knows the tokens; those of earlier copies stay known.
+
+    ``warned`` collects unknown tokens that the log tells of.
+    """
     applied = copy.copy(tokenizer)
     kind = type(tokenizer)
     if not isinstance(tokenizer, _PlaceholderTokens):
         applied.__class__ = type(kind.__name__, (_PlaceholderTokens, kind), {})
     tokens = {token: training_copy(rows).float() for token, rows in embeddings.items()}
     applied.far_tokens = {**getattr(tokenizer, "far_tokens", {}), **tokens}
-    applied.far_warned = set()
+    applied.far_warned = warned
     nowhere = copy.copy(tokenizer)
     nowhere.embedding_directory = []
     applied.far_names_found = len(nowhere._try_get_embedding("none")) == 3
@@ -98,9 +120,14 @@ def _with_placeholders(tokenizer: Any, embeddings: Mapping[str, Tensor]) -> Any:
     return applied
 
 
-def noun_embedding(clip: Any, noun: str) -> Tensor:
-    """Mean embedding [width] of a class noun's tokens in CLIP; see :func:`far_train.models.tokens.noun_embedding`."""
-    tokenizer = inner_tokenizer(clip)
-    key = f"{tokenizer.embedding_key}.transformer.text_model.embeddings.token_embedding.weight"
-    table = read_weights(clip.patcher, key)[key]
-    return table[tokenizer.tokenizer(noun, add_special_tokens=False)["input_ids"]].mean(0)
+def noun_embeddings(clip: Any, noun: str) -> dict[str, Tensor]:
+    """Mean embedding [width] of a class noun's tokens in each of CLIP's text encoders, by the encoder's name.
+
+    See :func:`far_train.models.tokens.noun_embedding`.
+    """
+    means = {}
+    for name, tokenizer in inner_tokenizers(clip).items():
+        key = f"{name}.transformer.text_model.embeddings.token_embedding.weight"
+        table = read_weights(clip.patcher, key)[key]
+        means[name] = table[tokenizer.tokenizer(noun, add_special_tokens=False)["input_ids"]].mean(0)
+    return means

@@ -222,7 +222,8 @@ def sampling_inputs(seed: str) -> list[Any]:
             min=0,
             max=2048,
             step=64,
-            tooltip="Width and height in pixels. 0: the native size of the base model (768 for Stable Diffusion 2.1).",
+            tooltip="Width and height in pixels. 0: the native size of the base model (Stable Diffusion 1.5: 512, 2.1: "
+            "768, XL: 1024).",
         ),
     ]
 
@@ -287,6 +288,8 @@ def drawn_folder(kind: str, base: BaseModel, config: SampleConfig, size: int) ->
         "steps": config.sampling_steps,
         "guidance": config.guidance,
     }
+    if base.zero_terminal_snr:
+        settings["zero_terminal_snr"] = True
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     folder = make_folder(host_folders.output_folder() / "far" / kind / key)
     write_json(folder / "settings.json", settings)

@@ -31,7 +31,7 @@ SamModel = io.Custom("SAM_MODEL")  # the segment-anything instance that other pa
 
 
 def base_inputs(
-    model: str = "The base model that will be trained: Stable Diffusion 2.1.",
+    model: str = "The base model that will be trained: Stable Diffusion 1.5, 2.1 or XL.",
     clip: str = "Its CLIP.",
     vae: str | None = "Its VAE.",
 ) -> list[io.Input]:

@@ -90,7 +90,7 @@ TOOLTIPS = {
     "sample_steps": "Sampling steps of the sample images.",
     "keep_checkpoints": "Checkpoints to keep on disk.",
     "trainable": "What is trained besides the embeddings. lora: LoRA of all attention layers; kv: cross-attention "
-    "K/V weights (Custom Diffusion).",
+    "K/V weights (Custom Diffusion), too many in Stable Diffusion XL.",
     "lora_rank": "Rank of the LoRA. Only if trained weights is lora.",
     "lora_lr": "Learning rate of the LoRA, multiplied by the samples per step. Only if trained weights is lora.",
     "lr_decay": "Fraction of the steps, at the end, over which all learning rates decay linearly to 0. 0: constant.",

@@ -40,13 +40,14 @@ class Train(io.ComfyNode):
             node_id="FaR_Train",
             display_name="FaR Train",
             description=(
-                "Fine-tune Stable Diffusion 2.1 on the concepts of a dataset (Fuse-and-Refine). The run is saved in "
-                "output/far/NAME: a finished run is loaded instead of trained again, and a canceled run resumes."
+                "Fine-tune Stable Diffusion 1.5, 2.1 or XL on the concepts of a dataset (Fuse-and-Refine). The run is "
+                "saved in output/far/NAME: a finished run is loaded instead of trained again, and a canceled run "
+                "resumes."
             ),
             search_aliases=["fuse and refine", "dreambooth", "custom diffusion", "textual inversion", "finetune"],
             inputs=[
                 *sockets.base_inputs(
-                    model="The base model: Stable Diffusion 2.1, with any LoRA applied. It is not changed.",
+                    model="The base model: Stable Diffusion 1.5, 2.1 or XL, with any LoRA applied. It is not changed.",
                     clip="The CLIP of the same checkpoint. It is not changed.",
                     vae="The VAE of the same checkpoint. It is not changed.",
                 ),

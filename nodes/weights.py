@@ -191,7 +191,7 @@ class ApplyWeights(io.ComfyNode):
             )
         with host_memory.no_inference_mode(), torch.no_grad():
             check_fits(weights, model, clip)
-            rows = {t: _between(clip, weights, t, strengths.get(t, 1.0)) for t in weights.embeddings}
+            rows = {t: _at_strength(clip, weights, t, strengths.get(t, 1.0)) for t in weights.embeddings}
             return io.NodeOutput(
                 host_models.patch_model(model, weights, strength), host_tokens.apply_tokens(clip, rows)
             )
@@ -203,7 +203,7 @@ def check_fits(weights: FarWeights, model: Any, clip: Any) -> None:
     Raises BaseModelError, WeightsError. Shapes are checked where the weights are put in.
     """
     about = weights.provenance
-    host_models.check_family(model, clip)
+    weights.check_family(host_models.check_family(model, clip))
     prediction_type = host_models.prediction_type(model)
     if about.prediction_type != prediction_type:
         raise WeightsError(
@@ -238,15 +238,15 @@ def parse_strengths(text: str, weights: FarWeights) -> dict[str, float]:
     return strengths
 
 
-def _between(clip: Any, weights: FarWeights, token: str, strength: float) -> Tensor:
-    """A concept's embedding [n, width] between its bare noun's (0) and the learned one (1)."""
-    (learned,) = (rows.float() for rows in weights.embeddings[token].values())
+def _at_strength(clip: Any, weights: FarWeights, token: str, strength: float) -> dict[str, Tensor]:
+    """A concept's embeddings [n, width] by text encoder, between its bare noun's (0) and the learned ones (1)."""
+    learned = {encoder: rows.float() for encoder, rows in weights.embeddings[token].items()}
     if strength == 1:
         return learned
-    bare = host_tokens.noun_embedding(clip, weights.provenance.nouns[token])
-    if bare.shape[-1] != learned.shape[-1]:
+    nouns = host_tokens.noun_embeddings(clip, weights.provenance.nouns[token])
+    if any(nouns[encoder].shape[-1] != rows.shape[-1] for encoder, rows in learned.items()):
         return learned  # refused with the right words where it is put in
-    return torch.lerp(bare.expand_as(learned), learned, strength)
+    return {e: torch.lerp(nouns[e].expand_as(rows), rows, strength) for e, rows in learned.items()}
 
 
 NODES: list[type[io.ComfyNode]] = [SaveWeights, LoadWeights, ApplyWeights]

@@ -122,6 +122,10 @@ def cards() -> dict[str, Image.Image]:
         "4": mosaic([*photos(corgi, 2)[1:], *cut_outs(corgi, 2)[1:], *fused((corgi,), "beside_prior", 2)]),
         "5": mosaic([*photos(husky, 1), *fused((corgi, chow, husky), "triple", 3)]),
         "6": labelled(mosaic([both[2], plain[2], both[3], plain[3]]), ["with", "without"]),
+        "7": labelled(mosaic([both[3], both[0], both[1], both[2]]), ["SDXL"]),
+        "8": prompt_card(
+            ["SDXL: a photo of a", corgi, "dog and a", chow, "dog"], [*cut_outs(corgi, 2)[1:], *cut_outs(chow, 2)[1:]]
+        ),
     }
 
 

@@ -23,7 +23,7 @@ def test_a_page_tells_every_input(node):
     assert len(page.split("\n\n")[0]) > 80, "the first paragraph says what the node does"
     table = re.search(r"^\| input \| what \| a good value \|\n((?:\|.*\n)*)", page, re.M)
     rows = table[1].splitlines() if table else []
-    told = {name for row in rows for name in re.findall(r"`([a-z_]+)`", row.split("|")[1])}
+    told = {name for row in rows for name in re.findall(r"`([a-z0-9_]+)`", row.split("|")[1])}
     assert told == NODES[node].get("inputs", {}).keys()
     assert "**Pitfall" in page
 

@@ -37,8 +37,8 @@ def inside(small: Box, large: Box) -> bool:
     return small[0] >= large[0] and small[1] >= large[1] and small[2] <= large[2] and small[3] <= large[3]
 
 
-def test_there_are_seven_with_thumbnails_and_twins():
-    assert len(WORKFLOWS) == 7
+def test_there_are_nine_with_thumbnails_and_twins():
+    assert len(WORKFLOWS) == 9
     for path in WORKFLOWS:
         assert 0 < path.with_suffix(".jpg").stat().st_size <= 150_000
         assert (path.parent / "api" / path.name).is_file()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from far_train.models.weights import FarWeights
 
 from ..tiny_sam import save_tiny, tiny_sam
 from .comfy_server import ComfyServer
@@ -29,16 +31,29 @@ def comfy(host: Host) -> Iterator[ComfyServer]:
 
 
 @pytest.fixture
+def saved(comfy: ComfyServer, request: pytest.FixtureRequest) -> Callable[[FarWeights], str]:
+    """Writes weights to models/far under a name of this test; returns the name."""
+
+    def save(weights: FarWeights, suffix: str = "") -> str:
+        name = f"{request.node.name.split('[')[0]}{suffix}.safetensors"
+        weights.save(comfy.folder("models/far") / name)
+        return name
+
+    return save
+
+
+@pytest.fixture
 def template_files(comfy: ComfyServer) -> Iterator[None]:
     """Whatever the templates name, as empty files and folders: enough to open and to validate them."""
     names = {
-        "checkpoints": "v2-1_768-ema-pruned.safetensors",
-        "sams": "sam_vit_b_01ec64.pth",
-        "far": "two-dogs.safetensors",
+        "checkpoints": ("v2-1_768-ema-pruned.safetensors", "sd_xl_base_1.0.safetensors"),
+        "sams": ("sam_vit_b_01ec64.pth",),
+        "far": ("two-dogs.safetensors", "two-dogs-sdxl.safetensors"),
     }
-    made = [comfy.folder(f"models/{folder}") / name for folder, name in names.items()]
-    made.append(comfy.folder("output/far/datasets/two-dogs") / "dataset.json")
-    folders = [comfy.folder(f"input/{name}") for name in ("corgi", "chow", "husky")] + [made[-1].parent]
+    made = [comfy.folder(f"models/{folder}") / name for folder, files in names.items() for name in files]
+    datasets = [comfy.folder(f"output/far/datasets/{name}") for name in ("two-dogs", "two-dogs-sdxl")]
+    made += [folder / "dataset.json" for folder in datasets]
+    folders = [comfy.folder(f"input/{name}") for name in ("corgi", "chow", "husky")] + datasets
     for path in made:
         path.touch()
     yield

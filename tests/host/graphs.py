@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from far_train.models.families import FAMILIES
+
 from .comfy_server import ComfyServer
 
 
@@ -11,9 +13,13 @@ def node(kind: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": kind, "inputs": inputs}
 
 
-def tiny_base(weights_seed: int = 0, prediction: str = "v_prediction", **more: Any) -> dict[str, Any]:
-    """A loader with two residual blocks per level: SD 2.1's layer names and its 16 cross-attentions."""
-    return node("FaRTest_TinyCheckpoint", weights_seed=weights_seed, prediction=prediction, **{"res_blocks": 2} | more)
+def tiny_base(weights_seed: int = 0, prediction: str = "", family: str = "sd21", **more: Any) -> dict[str, Any]:
+    """A loader with two residual blocks per level, as full-size models have them, and so with their layers' names.
+
+    ``prediction``: default the family's.
+    """
+    inputs = {"prediction": prediction or FAMILIES[family].default_prediction, "family": family, "res_blocks": 2}
+    return node("FaRTest_TinyCheckpoint", weights_seed=weights_seed, **inputs | more)
 
 
 def encoded(text: str, clip: list) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from .graphs import encoded, node, predicted
 from .listener import NODE_TEXT, Listener
 from .photos import pictures
 from .test_mini import drawn, mini, random_weights
-from .test_weights import TOLERANCE, difference
+from .tiny_weights import TOLERANCE, difference
 
 TEXT = "a photo of a <rex-dog> dog and a <max-dog> dog, on the beach"
 

@@ -29,7 +29,7 @@ from .comfy_server import ComfyServer, PromptRejected
 from .find_host import REPO
 from .graphs import defaults, encoded, node, predicted
 from .photos import concept, photo_folder, pictures
-from .test_weights import TOLERANCE, difference, diffusers_result
+from .tiny_weights import TOLERANCE, difference, our_result
 
 PROMPTS = (
     "a photo of a red cat with a hat and a blue robot, on the beach",  # words of its world
@@ -140,8 +140,8 @@ def test_a_modifier_token_after_applied_weights(comfy: ComfyServer, base: BaseMo
     )
     assert "another base" not in comfy.log()[logged:]
     theirs = written(comfy, "mini-applied")
-    context, prediction = diffusers_result(small_base(), weights, theirs, text)
-    assert difference(context, theirs["context"]) < TOLERANCE
+    ours, prediction = our_result(small_base(), weights, theirs, text)
+    assert difference(ours.context, theirs["context"]) < TOLERANCE
     assert difference(prediction, theirs["prediction"]) < TOLERANCE
 
 

@@ -27,7 +27,7 @@ from .comfy_server import ComfyServer, ExecutionFailed
 from .find_host import Host
 from .graphs import defaults, encoded, node, predicted
 from .listener import NODE_TEXT, PREVIEW, Listener
-from .test_weights import diffusers_configs
+from .tiny_weights import diffusers_configs
 
 QUICK = {"prior_batch_size": 1, "sample_steps": 1, "sample_every": 1000}
 
@@ -165,12 +165,6 @@ def test_memory_is_given_back_however_a_training_ends(comfy: ComfyServer):
     with pytest.raises(ExecutionFailed, match="node 4 .FaR_Train.*checkpoints are damaged"):
         comfy.run(prompt)
     assert live_models() == "0"
-
-
-@pytest.mark.parametrize("prediction", ["v_prediction", "epsilon"])
-def test_the_shapes_of_stable_diffusion_21_are_recognised(comfy: ComfyServer, prediction: str):
-    found = comfy.run({"1": node("FaRTest_FullSize", prediction=prediction)})["1"]["text"][0]
-    assert found == "SD20"
 
 
 @pytest.mark.parametrize("trainable", ["kv", "attention"])

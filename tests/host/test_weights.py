@@ -3,54 +3,37 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from far_train.models.apply import apply_weights
 from far_train.models.base import BaseModel
 from far_train.models.conditioning import TextConditioner
 from far_train.models.export import export_lora
-from far_train.models.families import SD21
-from far_train.models.layers import attention_projections, kv_weights
-from far_train.models.loading import load_base, packaged_configs
+from far_train.models.loading import load_base
 from far_train.models.settings import SampleConfig
 from far_train.models.tokens import noun_embedding
-from far_train.models.weights import FarWeights, LowRankDelta, Provenance
+from far_train.models.weights import FarWeights, Provenance
 
 from .comfy_server import ComfyServer, ExecutionFailed, PromptRejected
 from .graphs import encoded, node, predicted, tiny_base
 from .listener import NODE_TEXT, Listener
-
-PROMPT = "a photo of a <red-ball> ball, and a <Blue-Ball> ball on a beach"
-TOLERANCE = 1e-3
+from .tiny_weights import (
+    PROMPT,
+    TOLERANCE,
+    applied,
+    difference,
+    diffusers_configs,
+    make_low_rank,
+    make_weights,
+    our_result,
+    result,
+)
 
 pytestmark = pytest.mark.usefixtures("comfy")
-
-
-def diffusers_configs() -> dict:
-    """The tiny checkpoint in diffusers' words, written down by hand and not by what is tested."""
-    configs = packaged_configs(SD21, "v_prediction")
-    configs["unet"] |= {
-        "block_out_channels": [32, 64, 128, 128],
-        "attention_head_dim": [2, 4, 8, 8],
-        "cross_attention_dim": 64,
-        "sample_size": 16,
-    }
-    configs["vae"] |= {"block_out_channels": [32, 32, 64, 64], "layers_per_block": 1, "sample_size": 128}
-    configs["text_encoder"] |= {
-        "hidden_size": 64,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "projection_dim": 64,
-    }
-    return configs
 
 
 @pytest.fixture(scope="module")
@@ -67,96 +50,15 @@ def base(base_file: Path) -> BaseModel:
     return load_base(base_file, config=diffusers_configs(), prediction_type="v_prediction")
 
 
-def make_weights(base: BaseModel, **changes) -> FarWeights:
-    """Random weights for two balls, with deltas half as large as the matrices that they change."""
-    generator = torch.Generator().manual_seed(5)
-    table = base.text_encoders[0].get_input_embeddings().weight
-    about = {
-        "family": "sd21",
-        "base_digest": base.digest,
-        "prediction_type": base.prediction_type,
-        "nouns": {"<red-ball>": "ball", "<blue-ball>": "ball"},
-        "steps": 1,
-        "size": 128,
-    }
-    return FarWeights(
-        embeddings={
-            t: {"clip_h": 0.5 * torch.randn(2, table.shape[1], generator=generator)}
-            for t in ("<red-ball>", "<blue-ball>")
-        },
-        deltas={
-            k: (0.5 * w.std() * torch.randn(w.shape, generator=generator)).half()
-            for k, w in kv_weights(base.unet).items()
-        },
-        provenance=Provenance(**about | changes),
-    )
-
-
 @pytest.fixture
 def weights(base: BaseModel) -> FarWeights:
     return make_weights(base)
 
 
-def make_low_rank(base: BaseModel) -> FarWeights:
-    """The same concepts with a low-rank change of all attention, half as large as the matrices."""
-    generator = torch.Generator().manual_seed(6)
-    low_rank_deltas = {}
-    for name, (owner, part) in attention_projections(base.unet).items():
-        weight, rank = getattr(owner, part).weight, 4
-        up, down = (torch.randn(shape, generator=generator) for shape in ((len(weight), rank), (rank, weight.shape[1])))
-        low_rank_deltas[name] = LowRankDelta((0.5 * weight.std() * up).half(), (down / rank**0.5).half())
-    return replace(make_weights(base), deltas={}, low_rank_deltas=low_rank_deltas)
-
-
-@pytest.fixture
-def saved(comfy: ComfyServer, request: pytest.FixtureRequest) -> Callable[[FarWeights], str]:
-    """Writes weights to models/far under a name of this test; returns the name."""
-
-    def save(weights: FarWeights, suffix: str = "") -> str:
-        name = f"{request.node.name.split('[')[0]}{suffix}.safetensors"
-        weights.save(comfy.folder("models/far") / name)
-        return name
-
-    return save
-
-
-def applied(file: str, text: str = PROMPT, name: str = "applied", strength: float = 1.0, **more) -> dict:
-    """Base → FaR_ApplyWeights → CLIPTextEncode → prediction, written to output/NAME."""
-    return {
-        "1": tiny_base(),
-        "2": node("FaR_LoadWeights", file=file),
-        "3": node("FaR_ApplyWeights", model=["1", 0], clip=["1", 1], weights=["2", 0], strength=strength, **more),
-        "4": encoded(text, ["3", 1]),
-        "5": predicted(name, ["3", 0], ["4", 0]),
-    }
-
-
-def result(comfy: ComfyServer, prompt: dict, name: str = "applied") -> dict[str, Tensor]:
-    comfy.run(prompt)
-    return load_file(comfy.folder("output") / f"{name}.safetensors")
-
-
-def diffusers_result(
-    base: BaseModel, weights: FarWeights, theirs: dict[str, Tensor], text: str = PROMPT, config=SampleConfig()
-) -> tuple[Tensor, Tensor]:
-    """Conditioning and noise prediction for the latents and timesteps that the host was given."""
-    vocabulary = apply_weights(weights, base, config)
-    with torch.no_grad():
-        prompts = [vocabulary.tokenize(text)] * len(theirs["latents"])
-        conditioning = TextConditioner(base).encode(prompts, (128, 128))
-        context, more = conditioning.context, conditioning.unet_kwargs()
-        return context, base.unet(theirs["latents"], theirs["timesteps"], context, **more).sample
-
-
-def difference(ours: Tensor, theirs: Tensor) -> float:
-    """Relative to the size of ``theirs``."""
-    return float((ours - theirs).norm() / theirs.norm())
-
-
 def test_prediction_and_conditioning_equal_those_of_diffusers(comfy, base, weights, saved):
     theirs = result(comfy, applied(saved(weights)))
-    context, prediction = diffusers_result(base, weights, theirs)
-    assert difference(context, theirs["context"]) < TOLERANCE
+    ours, prediction = our_result(base, weights, theirs)
+    assert difference(ours.context, theirs["context"]) < TOLERANCE
     assert difference(prediction, theirs["prediction"]) < TOLERANCE
 
 
@@ -166,7 +68,7 @@ def test_low_rank_deltas_equal_those_of_diffusers(comfy, base, saved, strength):
     theirs = result(comfy, applied(saved(weights), strength=strength))
     plain = result(comfy, applied(saved(weights), strength=0.0, name="without"), "without")
     assert difference(plain["prediction"], theirs["prediction"]) > 0.1
-    _, prediction = diffusers_result(base, weights, theirs, config=SampleConfig(strength=strength))
+    _, prediction = our_result(base, weights, theirs, config=SampleConfig(strength=strength))
     assert difference(prediction, theirs["prediction"]) < TOLERANCE
 
 
@@ -178,20 +80,20 @@ def test_the_comparison_can_fail(comfy, base, weights, saved, base_file):
     same_shape = [k for k in weights.deltas if k.endswith(".to_k") and weights.deltas[k].shape[0] == 64][:2]
     swapped = dict(weights.deltas)
     swapped[same_shape[0]], swapped[same_shape[1]] = swapped[same_shape[1]], swapped[same_shape[0]]
-    context, prediction = diffusers_result(base, FarWeights(weights.embeddings, swapped, weights.provenance), theirs)
+    ours, prediction = our_result(base, FarWeights(weights.embeddings, swapped, weights.provenance), theirs)
     assert difference(prediction, theirs["prediction"]) > 10 * TOLERANCE
     exchanged = dict(zip(weights.embeddings, reversed(weights.embeddings.values())))
     other = load_base(base_file, config=diffusers_configs(), prediction_type="v_prediction")
-    context, _ = diffusers_result(other, FarWeights(exchanged, weights.deltas, weights.provenance), theirs)
-    assert difference(context, theirs["context"]) > 0.1
+    ours, _ = our_result(other, FarWeights(exchanged, weights.deltas, weights.provenance), theirs)
+    assert difference(ours.context, theirs["context"]) > 0.1
 
 
 def test_strengths_mean_the_same(comfy, base, weights, saved):
     prompt = applied(saved(weights), strength=0.6, concept_strength="<red-ball>=0.3\n<Blue-Ball> : 0.9")
     theirs = result(comfy, prompt)
     config = SampleConfig(strength=0.6, concept_strength={"<red-ball>": 0.3, "<blue-ball>": 0.9})
-    context, prediction = diffusers_result(base, weights, theirs, config=config)
-    assert difference(context, theirs["context"]) < TOLERANCE
+    ours, prediction = our_result(base, weights, theirs, config=config)
+    assert difference(ours.context, theirs["context"]) < TOLERANCE
     assert difference(prediction, theirs["prediction"]) < TOLERANCE
 
 
@@ -239,8 +141,8 @@ def test_stock_loaders_read_the_exports(comfy, base, saved, make, name):
     }  # fmt: skip
     theirs = result(comfy, prompt, "stock")
     assert "not loaded" not in comfy.log()[logged:]
-    context, prediction = diffusers_result(base, weights, theirs)
-    assert difference(context, theirs["context"]) < TOLERANCE
+    ours, prediction = our_result(base, weights, theirs)
+    assert difference(ours.context, theirs["context"]) < TOLERANCE
     assert difference(prediction, theirs["prediction"]) < TOLERANCE
 
 
@@ -280,8 +182,8 @@ def test_weighted_and_stacked_prompts(comfy, base, weights, saved):
     log = comfy.log()[logged:]
     assert "trained on another base" not in log  # the first weights are no other base
     assert log.count("<green-ball>, which none of the applied concepts has") == 1  # behind the first node alone
-    context, prediction = diffusers_result(base, weights, stacked, "a <red-ball> ball and a <blue-ball> ball")
-    assert difference(context, stacked["context"]) < TOLERANCE
+    ours, prediction = our_result(base, weights, stacked, "a <red-ball> ball and a <blue-ball> ball")
+    assert difference(ours.context, stacked["context"]) < TOLERANCE
     assert difference(prediction, stacked["prediction"]) < TOLERANCE
     weighted = load_file(comfy.folder("output") / "weighted.safetensors")
     assert 0.001 < difference(weighted["context"], stacked["context"]) < 1

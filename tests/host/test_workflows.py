@@ -26,7 +26,7 @@ from .find_host import REPO, Host, script
 from .graphs import tiny_base
 
 WORKFLOWS = {path.stem[0]: path for path in sorted((REPO / "workflows").glob("*.json"))}
-SMALL, PREPARE, TRAIN, DRAW, ONE, THREE, COMPARE = WORKFLOWS.values()
+SMALL, PREPARE, TRAIN, DRAW, ONE, THREE, COMPARE, TRAIN_SDXL, DRAW_SDXL = WORKFLOWS.values()
 PHOTOS = REPO.parent / "shared" / "data" / "two_dogs"
 SIZE = 128
 
@@ -42,7 +42,7 @@ def with_tiny_base(workflow: dict) -> dict:
     workflow = copy.deepcopy(workflow)
     for node in workflow.values():
         if node["class_type"] == "CheckpointLoaderSimple":
-            node.update(tiny_base())
+            node.update(tiny_base(family="sdxl" if "xl" in node["inputs"]["ckpt_name"] else "sd21"))
     return workflow
 
 
@@ -288,6 +288,23 @@ def test_draw_with_the_command_and_the_weights(dogs: ComfyServer, trained, tmp_p
     done = subprocess.run(wrong, cwd=REPO, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert "'What was learned', file:" in done.stderr and "models/far holds no file 'cats.safetensors'" in done.stderr
+
+
+def test_two_dogs_on_sdxl(dogs: ComfyServer, prepared, tmp_path):
+    """On the dataset of the other base, since what is tested is the graph."""
+    workflow = with_few_steps(dogs, twin(TRAIN_SDXL))
+    changes = ("Training pictures.folder=two-dogs", "Learn the dogs.steps=2", "Learn the dogs.batch_size=1")
+    trained = queue(dogs, workflow, tmp_path / "train", *changes)
+    samples = [path for path in trained if path.stem.startswith("Sample pictures")]
+    assert len(samples) == 3 and all(Image.open(p).size == (SIZE, SIZE) for p in samples)
+    with safe_open(dogs.base / "models/far/two-dogs-sdxl.safetensors", "pt") as weights:
+        encoders = [key.split(".")[1] for key in weights.keys() if key.startswith("embedding.")]
+    assert sorted(encoders) == ["clip_g", "clip_g", "clip_l", "clip_l"]
+    small = [f"Two pictures of 1024 px.{side}={SIZE}" for side in ("width", "height")]
+    shown = queue(dogs, twin(DRAW_SDXL), tmp_path / "draw", *small, "Draw.steps=2")
+    pictures = [path for path in shown if path.stem.startswith("two-dogs-sdxl_")]
+    assert len({path.read_bytes() for path in pictures}) == 2
+    assert all(Image.open(p).size == (SIZE, SIZE) and p.stat().st_size > 5000 for p in pictures)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows sends Ctrl-C to the whole console")

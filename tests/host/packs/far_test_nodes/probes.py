@@ -12,8 +12,6 @@ from pathlib import Path
 import comfy.cldm.cldm
 import comfy.clip_vision
 import comfy.controlnet
-import comfy.model_base
-import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
@@ -23,6 +21,8 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy_api.latest import io
 from safetensors.torch import save_file
+
+from .tiny import randomize
 
 TIMESTEPS = (37, 601)
 
@@ -114,9 +114,15 @@ class Predict(io.ComfyNode):
         comfy.model_management.load_models_gpu([model])
         latents = torch.randn(len(TIMESTEPS), 4, 16, 16, generator=torch.Generator().manual_seed(0))
         timesteps = torch.tensor(TIMESTEPS)
-        context = conditioning[0][0].expand(len(TIMESTEPS), -1, -1)
-        prediction = model.model.diffusion_model(latents, timesteps, context=context)
-        tensors = {"latents": latents, "timesteps": timesteps, "context": context, "prediction": prediction}
+        context, about = conditioning[0]
+        tensors = {"latents": latents, "timesteps": timesteps, "context": context.expand(len(TIMESTEPS), -1, -1)}
+        # As the host's samplers do: the size of the picture unless the conditioning tells another.
+        sizes = {"width": 8 * latents.shape[-1], "height": 8 * latents.shape[-2], "device": latents.device}
+        vector = model.model.encode_adm(**sizes | about)
+        more = {} if vector is None else {"y": vector.expand(len(TIMESTEPS), -1)}
+        tensors["prediction"] = model.model.diffusion_model(latents, timesteps, context=tensors["context"], **more)
+        if about.get("pooled_output") is not None:
+            tensors["pooled"] = about["pooled_output"]
         path = Path(folder_paths.get_output_directory()) / f"{name}.safetensors"
         save_file({k: v.clone().contiguous() for k, v in tensors.items()}, path)
         return io.NodeOutput()
@@ -145,28 +151,6 @@ class Pixels(io.ComfyNode):
         return io.NodeOutput()
 
 
-class ForeignModel(io.ComfyNode):
-    """A MODEL whose text context is as wide as another family's: 768 for Stable Diffusion 1.x, 2048 for SDXL."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FaRTest_ForeignModel",
-            category="FaR/test",
-            inputs=[io.Int.Input("context_width", default=768, min=64, max=4096)],
-            outputs=[io.Model.Output()],
-        )
-
-    @classmethod
-    def execute(cls, context_width: int) -> io.NodeOutput:
-        from . import TinySD20, unet_config
-
-        config = TinySD20(unet_config(1) | {"context_dim": context_width})
-        config.set_inference_dtype(torch.float32, None)
-        model = comfy.model_base.BaseModel(config, device="cpu")
-        return io.NodeOutput(comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu")))
-
-
 class LiveModels(io.ComfyNode):
     """How many of diffusers' UNets the host's process holds weights of: 0 once a training has given all back."""
 
@@ -184,38 +168,6 @@ class LiveModels(io.ComfyNode):
 
         models = [o for o in gc.get_objects() if isinstance(o, UNet2DConditionModel)]
         return io.NodeOutput(ui={"text": (str(sum(not next(m.parameters()).is_meta for m in models)),)})
-
-
-class FullSize(io.ComfyNode):
-    """What the pack makes of Stable Diffusion 2.1's own shapes, as the host detects them; without any weights."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        kinds = [io.Combo.Input("prediction", options=["v_prediction", "epsilon"])]
-        return io.Schema(node_id="FaRTest_FullSize", category="FaR/test", inputs=kinds, is_output_node=True)
-
-    @classmethod
-    def execute(cls, prediction: str) -> io.NodeOutput:
-        loading, keys = far("far_train.models.loading"), far("far_train.models.keys")
-        sd21 = far("far_train.models.families").SD21
-        expected = loading.packaged_configs(sd21, prediction)
-        parts = {part: module.state_dict() for part, module in loading.build_parts(sd21, expected).items()}
-        text = keys.strip_text_model(parts["text_encoder"])
-        file = keys.diffusers_to_ldm(parts, expected, sd21)
-        config = comfy.model_detection.model_config_from_unet(file, "model.diffusion_model.")
-        vae = {k.removeprefix(keys.VAE_PREFIX): v for k, v in file.items() if k.startswith(keys.VAE_PREFIX)}
-        layout = far("nodes.layout")
-        encoder = layout.TextEncoder(text, heads=16, activation="gelu", layers=23)
-        found = layout.component_configs(
-            sd21, config.unet_config, [encoder], vae, prediction_type=prediction, scaling_factor=0.18215
-        )
-        wrong = [
-            f"{part}.{k}: {found[part][k]} is not {v}"
-            for part in parts
-            for k, v in expected[part].items()
-            if found[part][k] != v
-        ]
-        return io.NodeOutput(ui={"text": ("\n".join([type(config).__name__, *wrong]),)})
 
 
 class SaveMask(io.ComfyNode):
@@ -317,8 +269,6 @@ class TinyControlNet(io.ComfyNode):
 
     @classmethod
     def execute(cls, model) -> io.NodeOutput:
-        from . import randomize
-
         shape = {k: v for k, v in model.model.model_config.unet_config.items() if k != "out_channels"}
         control = comfy.cldm.cldm.ControlNet(**shape, hint_channels=3, device=torch.device("cpu"))
         randomize(control, 0)
@@ -335,8 +285,6 @@ class TinyClipVision(io.ComfyNode):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        from . import randomize
-
         shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
         shape |= {
             "image_size": 28,
@@ -388,9 +336,7 @@ NODES: list[type[io.ComfyNode]] = [
     SaveBase,
     Predict,
     Pixels,
-    ForeignModel,
     LiveModels,
-    FullSize,
     SaveMask,
     ImagePromptNode,
     TinyClipVision,
