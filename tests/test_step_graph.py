@@ -128,6 +128,7 @@ def test_out_of_memory_in_a_capture_is_passed_on():
         {"localization": "none", "per_mention": False, "min_snr_gamma": None},
         {"precision": "fp16"},
         {"prior_batch_size": 0},
+        {"fp8_base": True},
     ],
     ids=lambda s: " ".join(f"{k}={v}" for k, v in s.items()) or "defaults",
 )
@@ -149,6 +150,17 @@ def test_graph_and_eager_learn_the_same(base: BaseModel, tiny_folder: Path, fusi
     shapes = 2 if "micro_batch" in settings else 1
     assert graph.captures == shapes and graph.replays == 3 * (3 if "micro_batch" in settings else 1)
     assert all(torch.equal(before[k], v) for k, v in state_of(base).items())
+
+
+def test_every_family_can_be_captured(family_base: BaseModel, fusion, tmp_path: Path):
+    eager = opened(family_base, fusion, tmp_path / "eager")
+    expected = [eager.train_step()["loss"] for _ in range(2)]
+    eager.close()
+    graph = StandInGraph()
+    run = opened(family_base, fusion, tmp_path / "graph", graph)
+    assert [run.train_step()["loss"] for _ in range(2)] == pytest.approx(expected, rel=1e-3)
+    run.close()
+    assert (graph.captures, graph.replays) == (1, 2)
 
 
 def test_a_captured_run_is_sampled_saved_and_resumed(tiny_folder: Path, fusion, tmp_path: Path):
