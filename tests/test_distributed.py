@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import distributed
 
 from far_train.data.dataset import write_dataset
+from far_train.models.families import SD21, SDXL
 from far_train.models.layers import kv_weights
 from far_train.models.loading import load_base
 from far_train.models.weights import FarWeights
@@ -58,6 +59,7 @@ def test_two_processes_learn_what_one_learns_of_kv(tiny_folder: Path, dataset: P
 
 
 @pytest.mark.skipif(not distributed.is_available(), reason="this PyTorch comes without torch.distributed")
+@pytest.mark.parametrize("family", [SD21, SDXL], ids=lambda f: f.key, indirect=True)  # one text encoder, and two
 def test_two_processes_learn_what_one_learns(family_folder: Path, dataset: Path, tmp_path: Path):
     check_two_processes(family_folder, dataset, tmp_path, "lora", "value/low_rank")
 
