@@ -108,7 +108,7 @@ def measure_cost(
     if config.prior_batch_size and not training_set.prior_count():
         generated = config.num_class_images * len({name.noun for name in training_set.names})
         drawn = count_missing(training_set, base, config) if not steps_done else 0
-    weights = [t for part in base.parts.values() for t in (*part.parameters(), *part.buffers())]
+    weights = _tensors(base)
     excerpt = _Excerpt(training_set, config.batch_size, config.prior_batch_size)
     prompts = config.sample_prompts or default_prompts(training_set.names)
     with (
@@ -119,7 +119,9 @@ def measure_cost(
         with LiveBytes() as counted:
             _seconds(run.train_step, callbacks)  # warms up, and makes the optimizer's moments
         step_seconds = min(_seconds(run.train_step, callbacks) for _ in range(TRIAL_STEPS))
-        memory = _bytes_of([*weights, *learned.values()]) + counted.peak  # afterwards in the base's own precision
+        # Now, in the precision of the training. Layers that others stand in for may be elsewhere, as with fp8_base.
+        held = [t for t in (*weights, *_tensors(base), *learned.values()) if t.device.type == device.type]
+        memory = _bytes_of(held) + counted.peak
         run.state.release_graphs()
         overhead, each = _time_sampling(base, run.state.vocabulary, prompts[0], training_set.size, callbacks)
     steps = max(config.steps_for(len(training_set.names)) - steps_done, 0)
@@ -226,6 +228,10 @@ class LiveBytes(TorchDispatchMode):
 
 def _storages(values: Any) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _tensors(base: BaseModel) -> list[Tensor]:
+    return [t for part in base.parts.values() for t in (*part.parameters(), *part.buffers())]
 
 
 def _bytes_of(tensors: Sequence[Tensor]) -> int:
