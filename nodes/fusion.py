@@ -123,70 +123,34 @@ class FuseConcepts(io.ComfyNode):
                     "example with text.",
                 ),
                 *layouts,
-                io.Float.Input(
+                _setting(
                     "shadow",
-                    default=FusionConfig.shadow,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    optional=True,
-                    tooltip="Strength of the shadow under a pasted subject. Use 0 for subjects that don't stand on the "
+                    "Strength of the shadow under a pasted subject. Use 0 for subjects that don't stand on the "
                     "ground and for photos from above.",
-                    extra_dict={"advanced": True},
                 ),
-                io.Float.Input(
+                _setting(
                     "min_area",
-                    display_name="minimum area",
-                    default=FusionConfig.min_area,
-                    min=0.0,
-                    max=0.9,
-                    step=0.01,
-                    optional=True,
-                    tooltip="A photo is skipped if its mask covers less than this fraction of it. Default: 0.03. Lower "
+                    "A photo is skipped if its mask covers less than this fraction of it. Default: 0.03. Lower "
                     "it together with that of FaR Extract Subject.",
-                    extra_dict={"advanced": True},
+                    label="minimum area",
+                    high=0.9,
+                    step=0.01,
                 ),
-                io.Float.Input(
-                    "rotation",
-                    default=FusionConfig.rotation,
-                    min=0.0,
-                    max=180.0,
-                    step=1.0,
-                    optional=True,
-                    tooltip="Subjects are rotated by up to this many degrees.",
-                    extra_dict={"advanced": True},
-                ),
-                io.Float.Input(
+                _setting("rotation", "Subjects are rotated by up to this many degrees.", high=180.0, step=1.0),
+                _setting(
                     "brightness",
-                    display_name="brightness jitter",
-                    default=FusionConfig.brightness,
-                    min=0.0,
-                    max=0.9,
-                    step=0.05,
-                    optional=True,
-                    tooltip="The brightness of subjects is changed by up to this fraction.",
-                    extra_dict={"advanced": True},
+                    "The brightness of subjects is changed by up to this fraction.",
+                    label="brightness jitter",
+                    high=0.9,
                 ),
-                io.Float.Input(
+                _setting(
                     "row_probability",
-                    default=FusionConfig.row_probability,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    optional=True,
-                    tooltip="Probability that several subjects stand close together in a row, at the same size.",
-                    extra_dict={"advanced": True},
+                    "Probability that several subjects stand close together in a row, at the same size.",
                 ),
-                io.Float.Input(
+                _setting(
                     "collage_caption_probability",
-                    default=FusionConfig.collage_caption_probability,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    optional=True,
-                    tooltip="Probability that the caption calls the image a collage, so that the model ties pasting "
+                    "Probability that the caption calls the image a collage, so that the model ties pasting "
                     "artifacts to that word.",
-                    extra_dict={"advanced": True},
                 ),
                 *backgrounds,
             ],
@@ -237,6 +201,21 @@ def shares(chosen: Mapping[str, float], defaults: Mapping[str, float]) -> dict[s
     if all(share < 0 for share in chosen.values()):
         return None
     return {name: defaults[name] if share < 0 else share for name, share in chosen.items()}
+
+
+def _setting(name: str, tooltip: str, *, label: str | None = None, high: float = 1.0, step: float = 0.05) -> io.Input:
+    """A setting that a graph may leave out: one of ``OPTIONAL``."""
+    return io.Float.Input(
+        name,
+        display_name=label,
+        default=getattr(FusionConfig, name),
+        min=0.0,
+        max=high,
+        step=step,
+        optional=True,
+        tooltip=tooltip,
+        extra_dict={"advanced": True},
+    )
 
 
 def _share_input(name: str, label: str, tooltip: str, default: str, optional: bool = False) -> io.Input:

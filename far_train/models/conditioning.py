@@ -108,8 +108,8 @@ class TextConditioner:
         return Conditioning(torch.stack(contexts), pooled, self._size_condition(size, len(prompts)))
 
     def ids(self, prompts: Sequence[TokenizedPrompt]) -> tuple[Tensor, ...]:
-        """Token ids [B, length] of prompts for each text encoder, on the CPU, for :meth:`encode_ids`."""
-        return tuple(torch.tensor(ids) for ids in zip(*(self._own_ids(p.ids) for p in prompts)))
+        """Token ids [B, length] of prompts for each text encoder, on the device, for :meth:`encode_ids`."""
+        return self._stacked_ids([p.ids for p in prompts])
 
     def encode_ids(self, ids: Sequence[Tensor], size: tuple[int, int]) -> Conditioning:
         """As :meth:`encode`, of token ids that are on the device: every row is encoded, with gradients.
@@ -135,19 +135,18 @@ class TextConditioner:
     def _encoder_ids(self, ids: tuple[int, ...]) -> list[Tensor]:
         """Token ids [length] on the device for each text encoder, which share words but not what fills prompts up."""
         if ids not in self._ids:
-            own = zip(self._own_ids(ids), self.encoders)
-            self._ids[ids] = [torch.tensor(i, device=encoder.device) for i, encoder in own]
+            self._ids[ids] = []
+            for spec, encoder in zip(self.family.text_encoders, self.encoders):
+                pad, own = self.tokenizer.convert_tokens_to_ids(spec.pad_token), ids
+                if pad != self.tokenizer.pad_token_id:
+                    end = ids.index(self.tokenizer.eos_token_id) + 1
+                    own = (*ids[:end], *[pad] * (len(ids) - end))
+                self._ids[ids].append(torch.tensor(own, device=encoder.device))
         return self._ids[ids]
 
-    def _own_ids(self, ids: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """A prompt's ids with each text encoder's own padding."""
-        padded = []
-        for spec in self.family.text_encoders:
-            pad = self.tokenizer.convert_tokens_to_ids(spec.pad_token)
-            end = ids.index(self.tokenizer.eos_token_id) + 1
-            own = ids if pad == self.tokenizer.pad_token_id else (*ids[:end], *[pad] * (len(ids) - end))
-            padded.append(own)
-        return padded
+    def _stacked_ids(self, prompts: Sequence[tuple[int, ...]]) -> tuple[Tensor, ...]:
+        """Token ids [B, length] of prompts for each text encoder."""
+        return tuple(torch.stack(ids) for ids in zip(*(self._encoder_ids(ids) for ids in prompts)))
 
     @torch.no_grad()
     def _encode_plain(self, ids: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
@@ -158,7 +157,7 @@ class TextConditioner:
 
     def _encode(self, prompts: Sequence[tuple[int, ...]]) -> list[tuple[Tensor, Tensor | None]]:
         """For each prompt the context [length, width] of all text encoders side by side, and one's pooled output."""
-        context, pooled = self._run([torch.stack(ids) for ids in zip(*(self._encoder_ids(ids) for ids in prompts))])
+        context, pooled = self._run(self._stacked_ids(prompts))
         return list(zip(context, repeat(None) if pooled is None else pooled))
 
     def _run(self, ids: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -91,7 +91,7 @@ def build_run(
     vocabulary = Vocabulary(base.tokenizer, training_set.names, base.tokenizer_size, config.vectors_per_token)
     device, dtype = choose_device(config.device, config.precision)
     world = World.current()
-    uses_cuda_graph(config, device)  # raises where it can't
+    with_graph = uses_cuda_graph(config, device)
     if config.batch_size < world.size:
         raise ConfigError(f"batch_size: {config.batch_size} composites are too few for {world.size} processes")
     if world.is_main_process:
@@ -152,7 +152,7 @@ def build_run(
     check_space(folder, checkpoint_bytes(adapter.named_parameters()))
     restore(state)
     fit_memory(state, -(-samples_per_step // world.size))
-    if uses_cuda_graph(config, device):
+    if with_graph:
         state.graphed_passes = graph_passes(state)
         state.oom_fallback.on_change = state.graphed_passes.release
         undo.callback(state.graphed_passes.release)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -71,17 +71,7 @@ class Batch:
 
     def __getitem__(self, samples: slice) -> Batch:
         """Some of the samples, as a batch."""
-        return Batch(
-            latents=self.latents[samples],
-            noise=self.noise[samples],
-            timesteps=self.timesteps[samples],
-            prompts=self.prompts[samples],
-            is_instance=self.is_instance[samples],
-            cell_masks=self.cell_masks[samples],
-            map_masks=self.map_masks[samples],
-            token_select=self.token_select[samples],
-            noun_select=self.noun_select[samples],
-        )
+        return Batch(**{k: tensor[samples] for k, tensor in self.tensors().items()}, prompts=self.prompts[samples])
 
     @property
     def is_concept(self) -> Tensor:
@@ -99,17 +89,7 @@ class Batch:
         def move(tensor: Tensor) -> Tensor:
             return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
-        return Batch(
-            latents=move(self.latents),
-            noise=move(self.noise),
-            timesteps=move(self.timesteps),
-            prompts=self.prompts,
-            is_instance=move(self.is_instance),
-            cell_masks=move(self.cell_masks),
-            map_masks=move(self.map_masks),
-            token_select=move(self.token_select),
-            noun_select=move(self.noun_select),
-        )
+        return Batch(**{k: move(tensor) for k, tensor in self.tensors().items()}, prompts=self.prompts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +103,7 @@ class LatentCache:
         """The caption of every image, composites first."""
         return [sample.prompt for sample in (*self.composites, *self.class_images)]
 
-    @property
+    @cached_property
     def max_mentions(self) -> int:
         """The largest number of mentions in a caption."""
         return max((len(sample.cell_masks) for sample in (*self.composites, *self.class_images)), default=0)

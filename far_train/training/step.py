@@ -72,11 +72,10 @@ def run_eagerly(state: RunState, batch: Batch, ramp: float) -> Tensor:
 
 def graph_passes(state: RunState, capture: Capture = capture_cuda_graph) -> GraphedPasses:
     """:func:`forward_backward` behind a CUDA graph, called with :func:`graph_inputs`."""
-    names = tuple(f"ids.{spec.part}" for spec in state.base.family.text_encoders)
 
     def compute(inputs: Inputs) -> Tensor:
         tensors = dict(inputs)
-        ramp, ids = tensors.pop("ramp"), [tensors.pop(name) for name in names]
+        ramp, ids = tensors.pop("ramp"), [tensors.pop(name) for name in _ids_names(state)]
         conditioning = state.conditioner.encode_ids(ids, state.size)
         return forward_backward(state, Batch(**tensors, prompts=()), conditioning, ramp)
 
@@ -84,10 +83,13 @@ def graph_passes(state: RunState, capture: Capture = capture_cuda_graph) -> Grap
 
 
 def graph_inputs(state: RunState, batch: Batch, ramp: float) -> dict[str, Tensor]:
-    """Everything that changes from step to step, as tensors on the CPU."""
-    parts = [spec.part for spec in state.base.family.text_encoders]
-    ids = {f"ids.{part}": rows for part, rows in zip(parts, state.conditioner.ids(batch.prompts))}
+    """Everything that changes from step to step, as tensors."""
+    ids = dict(zip(_ids_names(state), state.conditioner.ids(batch.prompts)))
     return {**batch.tensors(), **ids, "ramp": torch.tensor(ramp)}
+
+
+def _ids_names(state: RunState) -> list[str]:
+    return [f"ids.{spec.part}" for spec in state.base.family.text_encoders]
 
 
 def forward_backward(state: RunState, batch: Batch, conditioning: Conditioning, ramp: float | Tensor) -> Tensor:

@@ -87,7 +87,7 @@ class GraphedPasses:
         self._eager = False
 
     def __call__(self, inputs: Inputs) -> Tensor:
-        """The figures of ``compute`` for ``inputs``, which are on the CPU. Raises what ``compute`` raises."""
+        """The figures of ``compute`` for ``inputs``, on the CPU or on the device. Raises what ``compute`` raises."""
         if self._eager:
             return self._compute({name: tensor.to(self._device) for name, tensor in inputs.items()})
         key = tuple((name, tensor.shape, tensor.dtype) for name, tensor in inputs.items())
@@ -103,8 +103,8 @@ class GraphedPasses:
                 return self(inputs)
         captured = self._captured[key]
         for name, tensor in inputs.items():
-            pinned = tensor.pin_memory() if self._device.type == "cuda" else tensor
-            captured.inputs[name].copy_(pinned, non_blocking=True)
+            source = tensor if tensor.device.type == self._device.type else tensor.pin_memory()
+            captured.inputs[name].copy_(source, non_blocking=True)
         return captured.replay().clone()
 
     def release(self) -> None:
