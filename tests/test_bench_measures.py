@@ -47,11 +47,22 @@ def test_a_third_value_is_drift_and_a_foreign_class_is_no_success():
 
 def test_solo_needs_one_subject_with_all_that_tells_it_apart():
     alone = {"kind": "solo", "subject": 0}
-    assert solo_figures([observed(REX, **alone)], BOTH) == {"solo": 1, "solo_leak": 0}
-    assert solo_figures([observed(replace(REX, shape="pointed"), **alone)], BOTH)["solo"] == 1
-    assert solo_figures([observed(MAX, **alone)], BOTH) == {"solo": 0, "solo_leak": 1}
-    assert solo_figures([observed(REX, REX, **alone)], BOTH)["solo"] == 0
-    assert solo_figures([observed(**alone)], BOTH) == {"solo": 0, "solo_leak": 0}
+    right, other = {"solo": 1, "solo_leak": 0, "solo_other": 0}, {"solo": 0, "solo_leak": 1, "solo_other": 1}
+    assert solo_figures([observed(REX, **alone)], BOTH) == right
+    assert solo_figures([observed(replace(REX, shape="pointed"), **alone)], BOTH) == right
+    assert solo_figures([observed(MAX, **alone)], BOTH) == other
+    assert solo_figures([observed(REX, REX, **alone)], BOTH) == right | {"solo": 0}
+    assert solo_figures([observed(**alone)], BOTH) == {"solo": 0, "solo_leak": 0, "solo_other": 0}
+
+
+def test_another_subject_shows_where_one_was_asked_for():
+    alone = {"kind": "solo", "subject": 0}
+    half = replace(REX, accessory="none")  # as near to Rex as to Max
+    pictures = [observed(REX, **alone), observed(half, **alone), observed(REX, MAX, **alone), observed(MAX, **alone)]
+    figures = solo_figures(pictures, BOTH)
+    assert figures["solo_other"] == 0.5
+    assert figures["solo_leak"] == 3 / 8  # of the one nearest to Rex: none, 1 of 2, none, 2 of 2
+    assert solo_figures([observed(MAX, **alone)], [REX])["solo_other"] == 0  # learned alone: nobody else to show
 
 
 def test_binding_goes_from_left_to_right():

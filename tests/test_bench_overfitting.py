@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.quality.groups import dev_groups, larger_groups
+from benchmarks.quality.groups import dev_groups, test_groups
 from benchmarks.quality.overfitting import cut_out, kernel_distance, overfitting_figures, subject_rulers
 from benchmarks.quality.run import concepts
 from far_train.mini.oracle import picture_features, read_pictures
@@ -49,7 +49,7 @@ def test_true_new_pictures_are_neither_copies_nor_stiff(oracle, rulers):
 
 
 def test_five_at_once_have_rulers_too(oracle):
-    five = larger_groups()[-1]
+    five = test_groups()[-1]
     assert len(subject_rulers(five.identities, concepts(five), oracle, SIZE)) == 5
 
 

@@ -17,6 +17,7 @@ from far_train.training.settings import TrainConfig
 from far_train.utils.errors import ConfigError
 
 CLASS_PICTURES = 32
+PHOTOS = 5  # of each subject
 FUSION = FUSING.replace(count=160)
 RESIZED_LOSS = PLAIN_LOSS | {"background_weight": 0.0}  # only the photo counts, not the grey around it
 NO_REFINEMENT = {"refinement_weight": 0.0}
@@ -34,7 +35,8 @@ class Arm:
     ``data``: fused (Concept Fusion with the changes in ``fusion``), true_pairs (the same with true pictures of both),
     resized, seg_mix, true_scenes; without training, none (prompts with bare nouns) or prompt_only (prompts with all
     attributes). ``masks``: exact, shuffled, degraded, sam_refined. ``training``: changes to TRAINING.
-    ``class_pictures``: number per noun, drawn with the changes to DRAWING in ``class_drawing``.
+    ``photos``: number of each subject. ``class_pictures``: number per noun, drawn with the changes to DRAWING in
+    ``class_drawing``.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Arm:
     masks: str = "exact"
     fusion: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
+    photos: int = PHOTOS
     class_pictures: int = CLASS_PICTURES
     class_drawing: Mapping[str, Any] = field(default_factory=dict)
 
@@ -145,6 +148,7 @@ FURTHER = (
     ),
     Arm("far-no-priors", "FaR, no prior loss", "no class pictures in a step", training={"prior_batch_size": 0}),
     Arm("far-bf16", "FaR in bf16", "trained in bfloat16, as on GPUs", training={"precision": "bf16"}),
+    Arm("far-one-photo", "FaR, one photo", "one photo of each subject instead of five", photos=1),
     Arm("far-degraded", "FaR, poor masks", "masks two pixels off, with a part missing", masks="degraded"),
     Arm("far-mended", "FaR, SAM-refined masks", "the poor masks as hints for the small SAM", masks="sam_refined"),
 )

@@ -87,21 +87,31 @@ def solo_figures(observed: Sequence[Observation], wanted: Sequence[Identity]) ->
     """Figures of the pictures whose prompt names one subject.
 
     ``solo``: exactly one subject, with its class, at least four of five attributes and all distinguishing ones.
+    ``solo_leak``: share of the distinguishing attributes of the subject found that show another learned subject's value.
+    ``solo_other``: pictures that show another learned subject: one found has more of its class and distinguishing
+    attributes than of those asked for.
     """
-    right, foreign, told = [], 0, 0
+    right, foreign, told, others_seen = [], 0, 0, []
     distinguishing = differing(wanted)
     for o in observed:
         identity, found = wanted[o.subject], o.identities
         agreed = agreed_fields(identity, found[0]) if len(found) == 1 else set()
         right.append("noun" in agreed and len(agreed) > ENOUGH_ATTRIBUTES and distinguishing <= agreed)
         others = [w for i, w in enumerate(wanted) if i != o.subject]
+        others_seen.append(any(_is_nearer_to(f, others, identity, distinguishing | {"noun"}) for f in found))
         if found and others:
             nearest = found[match_identities([identity], found)[0]]
             for attribute in distinguishing:
                 value = getattr(nearest, attribute)
                 foreign += value != getattr(identity, attribute) and value in {getattr(o, attribute) for o in others}
                 told += 1
-    return {"solo": _mean(right), "solo_leak": foreign / max(told, 1)}
+    return {"solo": _mean(right), "solo_leak": foreign / max(told, 1), "solo_other": _mean(others_seen)}
+
+
+def _is_nearer_to(found: Identity, others: Sequence[Identity], asked: Identity, fields: set[str]) -> bool:
+    """Whether ``found`` agrees in more of the ``fields`` with one of ``others`` than with the subject asked for."""
+    own = len(agreed_fields(asked, found) & fields)
+    return any(len(agreed_fields(other, found) & fields) > own for other in others)
 
 
 def binding_figures(observed: Sequence[Observation], wanted: Sequence[Identity]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from itertools import product
 from far_train.utils.errors import ConfigError
 
 from .arms import ALL, CORE, Arm, find_arms
-from .groups import Group, core_groups, dev_groups, dev_singles, dev_triple, larger_groups, single_groups, test_groups
+from .groups import Group, dev_groups, dev_singles, dev_triple, test_groups
 from .settings import BenchConfig
 
 
@@ -38,8 +38,8 @@ def build_plan(config: BenchConfig) -> Plan:
     plan = {
         "reduced": Plan(CORE, (dev[1], dev[2]), 1, FEW),
         "dev": Plan(ALL, (*dev, dev_triple(), *dev_singles()), 1, FEW),
-        "core": Plan(CORE, core_groups(), 2, MANY),
-        "full": Plan(ALL, (*test_groups(), *larger_groups(), *single_groups()), 3, MANY),
+        "core": Plan((*CORE, *find_arms(("ceiling",))), test_groups(), 2, MANY),
+        "full": Plan(ALL, test_groups(), 3, MANY),
     }[config.plan]
     known = {group.key: group for group in plan.groups}
     for key in config.groups:

@@ -51,14 +51,14 @@ from far_train.training.settings import TrainConfig
 from far_train.utils.errors import CheckpointError, Interrupted
 from far_train.utils.files import write_json, write_tensors, write_text
 
-from .arms import FUSION, Arm
+from .arms import FUSION, PHOTOS, Arm
 from .groups import Group
 from .measures import Observation, binding_figures, corrected_leakage, joint_figures, prior_figures, solo_figures
 from .overfitting import SubjectRuler, kernel_distance, overfitting_figures, subject_rulers
 from .plans import Plan
 from .rivals import ResizedPhotos, SegMix, ShuffledMasks, TruePairs, TrueScenes, degrade, refine_masks
 
-EMPTY_SCENES, REFERENCES = 4, 5
+EMPTY_SCENES = 4
 SHOWN = 16
 PROBES = 16  # held-out renders on which attention is measured
 PROBE_SEED = 91_000
@@ -193,7 +193,7 @@ class Bench:
 
     def training_set(self, arm: Arm, group: Group, seed: int) -> TrainingSet:
         """What an arm learns from, without the prior half."""
-        found = concepts(group)
+        found = concepts(group, arm.photos)
         if arm.masks in ("degraded", "sam_refined"):
             found = [degrade(c, group.seed + i) for i, c in enumerate(found)]
         if arm.masks == "sam_refined":
@@ -310,11 +310,11 @@ def _places_of(group: Group) -> list[list[str]]:
     return [[BACKGROUNDS[j] for j in order[each * i : each * (i + 1)]] for i in range(len(group.identities))]
 
 
-def concepts(group: Group) -> list[Concept]:
-    """The group's subjects with their photos and exact masks."""
+def concepts(group: Group, count: int = PHOTOS) -> list[Concept]:
+    """The group's subjects with ``count`` photos each and exact masks."""
     found = []
     for i, (name, identity, places) in enumerate(zip(group.names, group.identities, _places_of(group))):
-        photos = reference_photos(identity, 10 * group.seed + i, REFERENCES, SIZE, places)
+        photos = reference_photos(identity, 10 * group.seed + i, count, SIZE, places)
         found.append(Concept(name.token, name.noun, tuple(p for p, _ in photos), tuple(m for _, m in photos)))
     return found
 

@@ -15,7 +15,7 @@ class BenchConfig(Config):
     plan: str = setting(
         "reduced",
         "reduced: core arms on two dev pairs; dev: all arms on nine dev pairs, a triple and three alone; core: core "
-        "arms on eight test pairs, two seeds; full: all arms on all test groups, three seeds",
+        "arms and the upper bound on all test groups, two seeds; full: all arms on them, three seeds",
         choices=("reduced", "dev", "core", "full"),
     )
     arms: tuple[str, ...] = setting((), "only these arms, by name")

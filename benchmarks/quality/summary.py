@@ -17,6 +17,8 @@ SAME_CLASS = ("near", "far")
 COLUMNS: dict[str, tuple[str, bool]] = {
     "success": ("joint accuracy", True),
     "solo": ("solo accuracy", True),
+    "solo_other": ("solo, shows another", False),
+    "solo_leak": ("solo, leakage", False),
     "leakage": ("leakage", False),
     "leakage_corrected": ("leakage, corrected", False),
     "mixing": ("mixing", False),
@@ -36,13 +38,13 @@ COLUMNS: dict[str, tuple[str, bool]] = {
     "attention_hit": ("attention pointing accuracy", True),
     "attention_density": ("attention inside/outside, %", True),
 }
-# Contrasts registered before the test pairs were run: (measure, first arm, second arm, kinds of pairs).
+# Contrasts registered before the test groups were run: (measure, first arm, second arm, kinds of pairs).
 CONTRASTS = (
     ("success", "far", "custom-diffusion", SAME_CLASS),
     ("success", "far", "seg-mix", SAME_CLASS),
+    ("success", "far", "fusion", ("near",)),
     ("leakage", "far", "fusion", ("near",)),
-    ("reference_background", "fusion", "custom-diffusion", PAIRS),
-    ("success", "far", "far-shuffled", PAIRS),
+    ("success", "fusion", "far-shuffled", ("near",)),
 )
 
 
