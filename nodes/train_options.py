@@ -38,6 +38,7 @@ ADVANCED = (
     "lora_lr",
     "lr_decay",
     "fp8_base",
+    "output_preservation",
 )
 
 # What the node calls them where the field's own name doesn't say it.
@@ -64,6 +65,7 @@ LABELS = {
     "lora_lr": "LoRA learning rate",
     "lr_decay": "learning rate decay",
     "fp8_base": "fp8 base",
+    "output_preservation": "output preservation",
 }
 TOOLTIPS = {
     "prior_batch_size": "Regularization images per step (prior preservation). 0: off.",
@@ -94,6 +96,8 @@ TOOLTIPS = {
     "lora_rank": "Rank of the LoRA. Only if trained weights is lora.",
     "lora_lr": "Learning rate of the LoRA, multiplied by the samples per step. Only if trained weights is lora.",
     "lr_decay": "Fraction of the steps, at the end, over which all learning rates decay linearly to 0. 0: constant.",
+    "output_preservation": "Around the subjects and in regularization images, learn what the base model predicts instead "
+    "of the image (differential output preservation). Keeps the base's style; steps take about a third longer.",
     "fp8_base": "Hold the UNet's frozen weights in 8 bits: half of their memory, slightly less exact. Only if trained "
     "weights is lora.",
 }
@@ -154,7 +158,7 @@ def _setting_input(setting: dataclasses.Field, advanced: bool) -> io.Input:
     if kind.optional and "0:" not in tooltip:
         tooltip += " 0: none."
     shared = {"display_name": LABELS.get(setting.name), "tooltip": tooltip, "extra_dict": {"advanced": advanced}}
-    shared["optional"] = about["added"]  # graphs in API format that were saved before it lack it
+    shared["optional"] = about["before"] is not ...  # graphs in API format that were saved before it lack it
     if about["choices"]:
         return io.Combo.Input(name, options=[*about["choices"], *about["was_values"]], default=default, **shared)
     if kind.type is bool:

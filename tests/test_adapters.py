@@ -45,6 +45,19 @@ def test_it_begins_as_the_base_and_leaves_it_as_it_was(base, fusion, config):
 
 
 @KINDS
+def test_disabled_it_computes_as_the_base(base, fusion, config):
+    before = outputs(base)
+    adapter = inject_adapter(base, Vocabulary(base.tokenizer, fusion.names, base.tokenizer_size, 1), config)
+    for parameter in adapter.unet_parameters().values():
+        parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    changed = outputs(base)
+    with adapter.disabled():
+        assert torch.allclose(outputs(base), before, atol=1e-6)
+    assert torch.equal(outputs(base), changed) and not torch.allclose(changed, before, atol=1e-3)
+    adapter.remove()
+
+
+@KINDS
 def test_an_adapter_that_fails_halfway_leaves_the_base_as_it_was(base, fusion, config, monkeypatch):
     before = [*base.unet.modules(), *base.unet.attn_processors.values()]
     vocabulary = Vocabulary(base.tokenizer, fusion.names, base.tokenizer_size, 1)

@@ -43,7 +43,7 @@ def test_runs_with_the_same_inputs_share_them(tiny_folder, concepts, tmp_path: P
 
     monkeypatch.setattr(class_images, "draw_pictures", refuse)
     train(load_base(tiny_folder), bare, config.replace(steps=2), tmp_path / "two")
-    assert read_metrics(tmp_path / "two" / "metrics.jsonl")[0]["prior"] > 0
+    assert read_metrics(tmp_path / "two" / "metrics.jsonl")[1]["prior"] > 0
     with pytest.raises(AssertionError, match="drawn again"):
         train(load_base(tiny_folder), bare, config.replace(class_image_steps=2), tmp_path / "three")
     # The cache is this machine's affair: it shapes no result and doesn't travel with the weights.

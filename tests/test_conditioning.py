@@ -51,6 +51,20 @@ def own_ids(base: BaseModel, text: str, pad: int) -> torch.Tensor:
     return torch.tensor([ids + [pad] * (77 - len(ids))])
 
 
+@pytest.mark.parametrize("vectors", (1, 3))
+@pytest.mark.parametrize("filling", ("", " in the snow" * 20))  # the second is cut at the end of the prompt
+def test_a_prompt_without_placeholder_tokens_names_the_class(base: BaseModel, vectors: int, filling: str):
+    vocabulary = Vocabulary(base.tokenizer, [Name("dog", "<my-dog>")], base.tokenizer_size, vectors)
+    with_token = vocabulary.tokenize(f"a <my-dog> dog and a cat{filling}", truncate=True)
+    found = TextConditioner(base).without_placeholders(with_token)
+    plain = vocabulary.tokenize(f"a dog and a cat{filling}", truncate=True)
+    assert len(found.ids) == len(plain.ids) == 77
+    if not filling:
+        assert found.ids == plain.ids
+    else:
+        assert found.ids[: 76 - vectors] == plain.ids[: 76 - vectors]  # what was cut off stays so
+
+
 @torch.no_grad()
 def test_one_encoder_gives_its_last_state(base: BaseModel, vocabulary: Vocabulary):
     found = TextConditioner(base).encode([vocabulary.tokenize("a dog")] * 2, SIZE)

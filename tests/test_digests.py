@@ -51,7 +51,15 @@ def test_a_composite_has_the_pixels_that_it_always_had(fusion):
 def test_a_seeded_training_and_its_export_have_the_values_that_they_always_had(
     base, fusion, tmp_path: Path, trainable: str
 ):
-    config = TrainConfig(steps=4, batch_size=2, prior_batch_size=1, train_seed=7, trainable=trainable, precision="fp32")
+    config = TrainConfig(
+        steps=4,
+        batch_size=2,
+        prior_batch_size=1,
+        train_seed=7,
+        trainable=trainable,
+        precision="fp32",
+        output_preservation=False,
+    )
     weights = train(base, fusion, config, tmp_path / "run")
     weights.save(tmp_path / "weights.safetensors")
     export_lora(weights, tmp_path / "lora.safetensors")

@@ -33,6 +33,19 @@ def test_subject_weight_without_mentions():
     assert torch.allclose(losses.subject_weight(torch.zeros(3, 0, 4, 4), 0.3), torch.full((3, 1, 4, 4), 0.3))
 
 
+def test_output_preservation_learns_the_image_on_subjects_and_one_cell_around_them():
+    target, base = torch.full((2, 4, 5, 5), 1.0), torch.full((2, 4, 5, 5), 7.0)
+    masks = torch.zeros(2, 2, 5, 5)
+    masks[0, 0, 1, 1] = 1.0  # grows over rows and columns 0 to 2
+    masks[0, 1, 4, 4] = 0.01  # too little of a cell to be a subject
+    mixed = losses.preserved_target(target, base, masks)
+    learned = torch.zeros(5, 5, dtype=torch.bool)
+    learned[:3, :3] = True
+    assert (mixed[0, :, learned] == 1).all() and (mixed[0, :, ~learned] == 7).all()
+    assert (mixed[1] == 7).all()  # an image without mentions
+    assert torch.equal(losses.preserved_target(target, base, masks[:, :0]), base)
+
+
 def test_denoising_loss_by_hand():
     prediction, target = torch.zeros(1, 2, 1, 2), torch.tensor([[[[1.0, 2.0]], [[3.0, 0.0]]]])
     # squared errors: cell 0: (1 + 9) / 2 = 5, cell 1: (4 + 0) / 2 = 2

@@ -22,6 +22,7 @@ FUSION = FUSING.replace(count=160)
 RESIZED_LOSS = PLAIN_LOSS | {"background_weight": 0.0}  # only the photo counts, not the grey around it
 NO_REFINEMENT = {"refinement_weight": 0.0}
 KV = {"trainable": "kv"}
+IMAGES_ALONE = {"output_preservation": False}
 # At four times this rate, which FaR used on the first small base, a loss that includes the photos' backgrounds learns
 # their places (benchmarks/reports/2026-11-26/tuning.md).
 PHOTOS_RATE = {"lora_lr": 1.25e-4}
@@ -104,7 +105,7 @@ FURTHER = (
         "Custom Diffusion + masked loss",
         "unchanged photos, with FaR's masked denoising loss",
         fusion=ORIGINALS,
-        training=NO_REFINEMENT | KV,
+        training=NO_REFINEMENT | KV | IMAGES_ALONE,
     ),
     Arm(
         "far-companions",
@@ -123,6 +124,12 @@ FURTHER = (
         "FaR on K/V",
         "FaR's data and loss, with Custom Diffusion's trainable set",
         training=KV,
+    ),
+    Arm(
+        "far-images-alone",
+        "FaR − output preservation",
+        "backgrounds and class pictures are learned as they are, as in DreamBooth",
+        training=IMAGES_ALONE,
     ),
     Arm(
         "far-per-cell",

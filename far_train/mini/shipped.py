@@ -51,8 +51,13 @@ FUSING = FusionConfig(
     row_probability=1.0,
     background_weights={"scene": 0.85, "plain": 0.15},
 )
-# The loss of Custom Diffusion and MuDI: no refinement, all cells and all timesteps weighted equally.
-PLAIN_LOSS = {"refinement_weight": 0.0, "background_weight": 1.0, "min_snr_gamma": None}
+# The loss of Custom Diffusion and MuDI: no refinement, images learned as they are, all cells and timesteps weighted equally.
+PLAIN_LOSS = {
+    "refinement_weight": 0.0,
+    "output_preservation": False,
+    "background_weight": 1.0,
+    "min_snr_gamma": None,
+}
 
 # Two pairs of look-alikes that the small base was not trained on: dogs with different trim, robots with two different
 # details.

@@ -62,6 +62,10 @@ class Adapter(ABC):
         """Put the trainable layers into the UNet, by ``_replace`` alone."""
 
     @abstractmethod
+    def _trained_layers(self) -> Sequence[_StackedLinear] | Sequence[LoRALinear]:
+        """The layers that ``_change_unet`` has put in."""
+
+    @abstractmethod
     def unet_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that change the UNet, by their names in checkpoints."""
 
@@ -84,6 +88,18 @@ class Adapter(ABC):
         Enter it around UNet passes that read this text and around their backward passes. Outside of it, as when
         sample images are drawn, each layer does the work for itself.
         """
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within, the UNet computes as if it had no adapter. Placeholder tokens keep their embeddings."""
+        layers = self._trained_layers()
+        for layer in layers:
+            layer.enabled = False
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.enabled = True
 
     def start_from(self, weights: FarWeights) -> None:
         """Continue from earlier weights. Placeholder tokens that they lack keep their initial rows.
@@ -200,13 +216,16 @@ class _StackedLinear(nn.Module):
         super().__init__()
         self.stack, self.rows = stack, rows
         self.projected: Tensor | None = None  # within prepared_for
+        self.enabled = True
 
     def forward(self, context: Tensor) -> Tensor:
         """[B, length, width] → [B, length, channels]."""
         if self.projected is not None:
             return self.projected
-        weight, delta = self.stack.weight[self.rows], self.stack.delta[self.rows]
-        return F.linear(context, weight) + F.linear(context, delta.to(context.dtype))
+        projected = F.linear(context, self.stack.weight[self.rows])
+        if not self.enabled:
+            return projected
+        return projected + F.linear(context, self.stack.delta[self.rows].to(context.dtype))
 
 
 class CrossAttentionKV(Adapter):
@@ -218,6 +237,9 @@ class CrossAttentionKV(Adapter):
         self._stack = StackedProjections([getattr(owner, part) for owner, part in layers.values()])
         for (owner, part), layer in zip(layers.values(), self._stack.layers):
             self._replace(owner, part, layer)
+
+    def _trained_layers(self) -> Sequence[_StackedLinear]:
+        return self._stack.layers
 
     @property
     def deltas(self) -> dict[str, Tensor]:
@@ -249,9 +271,12 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base_layer, self.up, self.down = base_layer, up, down
         self.cast: tuple[Tensor, Tensor] | None = None  # up and down in the dtype of the pass, within prepared_for
+        self.enabled = True
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, n, in] → [B, n, out]."""
+        if not self.enabled:
+            return self.base_layer(x)
         up, down = self.cast or (self.up.to(x.dtype), self.down.to(x.dtype))
         return self.base_layer(x) + F.linear(F.linear(x, down), up)
 
@@ -296,6 +321,9 @@ class LoRAAttention(Adapter):
             name: (up.view(-1, self.rank), down.view(self.rank, -1))
             for name, up, down in zip(self._matrix_shapes, parts[::2], parts[1::2])
         }
+
+    def _trained_layers(self) -> Sequence[LoRALinear]:
+        return list(self.layers.values())
 
     def unet_parameters(self) -> dict[str, nn.Parameter]:
         return {"low_rank": self._flat}

@@ -60,6 +60,10 @@ class TextConditioner:
         self._ids: dict[tuple[int, ...], list[Tensor]] = {}
         self._plain: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
         self._time_ids: dict[tuple[int, int], Tensor] = {}
+        self.prepare(prompts)
+
+    def prepare(self, prompts: Sequence[TokenizedPrompt]) -> None:
+        """Put on the device what can't change of these prompts."""
         for ids in dict.fromkeys(p.ids for p in prompts):
             prepare = self._encoder_ids if self._is_learned(ids) else self._encode_plain
             prepare(ids)
@@ -106,6 +110,12 @@ class TextConditioner:
         contexts, pools = zip(*(encoded[p.ids] for p in prompts))
         pooled = None if pools[0] is None else torch.stack(pools)
         return Conditioning(torch.stack(contexts), pooled, self._size_condition(size, len(prompts)))
+
+    def without_placeholders(self, prompt: TokenizedPrompt) -> TokenizedPrompt:
+        """The prompt without its placeholder tokens, as the base knows it: "a dog" for "a <corgi-dog> dog"."""
+        ids = tuple(i for i in prompt.ids if i < self.table_size)
+        padding = (self.tokenizer.pad_token_id,) * (len(prompt.ids) - len(ids))
+        return TokenizedPrompt((*ids, *padding), ())
 
     def ids(self, prompts: Sequence[TokenizedPrompt]) -> tuple[Tensor, ...]:
         """Token ids [B, length] of prompts for each text encoder, on the device, for :meth:`encode_ids`."""

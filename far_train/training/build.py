@@ -116,6 +116,8 @@ def build_run(
     report = callbacks.progress_of("encoding")
     latent_cache = cache_latents(training_set, base, vocabulary, stride, seed=config.train_seed, on_progress=report)
     conditioner = TextConditioner(base, latent_cache.prompts())
+    if config.output_preservation:
+        conditioner.prepare([conditioner.without_placeholders(p) for p in latent_cache.prompts()])
 
     # What learns, and what it learns by.
     undo.callback(set_checkpointing, base.unet, False)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 EPS = 1e-8
+EMPTY_CELL = 0.02  # a mask's share of a cell, below which its subject isn't there
 
 
 def add_noise(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
@@ -44,12 +45,30 @@ def subject_weight(masks: Tensor, background_weight: float, per_mention: bool = 
     """
     if not masks.shape[1]:
         return torch.full_like(masks[:, :1].sum(1, keepdim=True), background_weight)
-    grown = F.max_pool2d(masks, 3, stride=1, padding=1).clamp(0, 1)
+    grown = _grown(masks)
     if per_mention:
         areas = grown.sum((2, 3), keepdim=True)
         mean = areas.sum(1, keepdim=True) / (areas > 0).sum(1, keepdim=True).clamp(min=1)
         grown = grown * mean / areas.clamp(min=EPS)
     return background_weight + (1 - background_weight) * grown.amax(1, keepdim=True)
+
+
+def _grown(masks: Tensor) -> Tensor:
+    """Masks [B, N, h, w] grown by one cell."""
+    return F.max_pool2d(masks, 3, stride=1, padding=1).clamp(0, 1)
+
+
+def preserved_target(target: Tensor, base_prediction: Tensor, masks: Tensor) -> Tensor:
+    """Target [B, C, h, w] of the denoising loss with output preservation.
+
+    ``target`` on the subjects and one cell around them, elsewhere what the frozen base predicts for the caption
+    without placeholder tokens. ``masks``: [B, N, h, w]; a sample without mentions gets ``base_prediction`` alone. After
+    the differential output preservation of ai-toolkit (https://github.com/ostris/ai-toolkit), which does so for whole
+    images; by region it is FaR's own.
+    """
+    if not masks.shape[1]:
+        return base_prediction
+    return torch.where(_grown(masks).amax(1, keepdim=True) > EMPTY_CELL, target, base_prediction)
 
 
 def denoising_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:

@@ -60,6 +60,12 @@ class TrainConfig(Config):
     prior_loss_weight: float = setting(
         1.0, "weight of the prior preservation loss", low=0, high=100, was=("prior_weight",)
     )
+    output_preservation: bool = setting(
+        True,
+        "around the subjects and in regularization images, learn what the base model predicts there instead of the "
+        "image (differential output preservation): keeps the base's style and knowledge; steps take about a third longer",
+        before=False,
+    )
     background_weight: float = setting(0.3, "weight of the denoising loss outside the subjects' masks", low=0, high=1)
     per_mention: bool = setting(
         True,  # better on each of three dev pairs (benchmarks/reports/2026-11-27)
@@ -129,7 +135,7 @@ class TrainConfig(Config):
     fp8_base: bool = setting(
         False,
         "hold the UNet's frozen weights in 8 bits, half of their memory in bf16: for SDXL on 8 GB; only with lora",
-        added=True,
+        before=False,
     )
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps, xpu …", shapes_result=False)
     save_every: int = setting(100, "steps between checkpoints", low=1, high=10_000_000, shapes_result=False)

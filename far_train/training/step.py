@@ -7,6 +7,7 @@ arguments, and its result stays on the device, so that a GPU can run ahead of th
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -67,7 +68,14 @@ def accumulate_gradients(state: RunState, batch: Batch, micro_batch: int) -> Ten
 def run_eagerly(state: RunState, batch: Batch, ramp: float) -> Tensor:
     """:func:`forward_backward` of a batch on the CPU; equal prompts are encoded once."""
     conditioning = state.conditioner.encode(batch.prompts, state.size)
-    return forward_backward(state, batch.to(state.device), conditioning, ramp)
+    return forward_backward(state, batch.to(state.device), conditioning, base_conditioning(state, batch), ramp)
+
+
+def base_conditioning(state: RunState, batch: Batch) -> Conditioning | None:
+    """Conditioning of the batch's prompts without placeholder tokens, if the run preserves the base's output."""
+    if not state.config.output_preservation:
+        return None
+    return state.conditioner.encode([state.conditioner.without_placeholders(p) for p in batch.prompts], state.size)
 
 
 def graph_passes(state: RunState, capture: Capture = capture_cuda_graph) -> GraphedPasses:
@@ -77,28 +85,39 @@ def graph_passes(state: RunState, capture: Capture = capture_cuda_graph) -> Grap
         tensors = dict(inputs)
         ramp, ids = tensors.pop("ramp"), [tensors.pop(name) for name in _ids_names(state)]
         conditioning = state.conditioner.encode_ids(ids, state.size)
-        return forward_backward(state, Batch(**tensors, prompts=()), conditioning, ramp)
+        base = {name: tensors.pop(f"base.{name}") for name in _CONDITIONING if f"base.{name}" in tensors}
+        return forward_backward(
+            state, Batch(**tensors, prompts=()), conditioning, Conditioning(**base) if base else None, ramp
+        )
 
     return GraphedPasses(compute, list(state.adapter.named_parameters().values()), state.device, capture)
 
 
 def graph_inputs(state: RunState, batch: Batch, ramp: float) -> dict[str, Tensor]:
     """Everything that changes from step to step, as tensors."""
-    ids = dict(zip(_ids_names(state), state.conditioner.ids(batch.prompts)))
-    return {**batch.tensors(), **ids, "ramp": torch.tensor(ramp)}
+    inputs = {**batch.tensors(), "ramp": torch.tensor(ramp)}
+    inputs |= zip(_ids_names(state), state.conditioner.ids(batch.prompts))
+    if base := base_conditioning(state, batch):
+        inputs |= {f"base.{name}": value for name in _CONDITIONING if (value := getattr(base, name)) is not None}
+    return inputs
+
+
+_CONDITIONING = tuple(field.name for field in fields(Conditioning))
 
 
 def _ids_names(state: RunState) -> list[str]:
     return [f"ids.{spec.part}" for spec in state.base.family.text_encoders]
 
 
-def forward_backward(state: RunState, batch: Batch, conditioning: Conditioning, ramp: float | Tensor) -> Tensor:
+def forward_backward(
+    state: RunState, batch: Batch, conditioning: Conditioning, base: Conditioning | None, ramp: float | Tensor
+) -> Tensor:
     """Add the gradient of a part of the step's batch (docs/explanation/method.md, The loss) to the parameters.
 
-    ``batch`` is on the device; ``ramp`` is the refinement loss's weight in this step. Returns the loss and its
-    denoising, refinement and prior-preservation terms, [4] on the device; the last three without their weights in the
-    loss. All are scaled for the whole step's batch: those of its parts add up to those of the step, however it is
-    divided. It reads nothing back to the host.
+    ``batch`` is on the device; ``base`` is the :func:`base_conditioning`; ``ramp`` is the refinement loss's weight in
+    this step. Returns the loss and its denoising, refinement and prior-preservation terms, [4] on the device; the last
+    three without their weights in the loss. All are scaled for the whole step's batch: those of its parts add up to
+    those of the step, however it is divided. It reads nothing back to the host.
     """
     config, prediction_type = state.config, state.base.prediction_type
     alphas = state.alphas_cumprod[batch.timesteps]
@@ -107,10 +126,15 @@ def forward_backward(state: RunState, batch: Batch, conditioning: Conditioning, 
     composite_share = batch.is_instance / config.batch_size
     prior_share = ~batch.is_instance / max(config.prior_batch_size, 1)
     select = torch.cat([batch.token_select, batch.noun_select], 1)
-    context, more = conditioning.context, conditioning.unet_kwargs()
+    if base is not None:
+        with torch.no_grad(), state.adapter.disabled():
+            base_prediction = _predict(state, noisy, batch.timesteps, base).float()
+        learned = batch.cell_masks * batch.is_instance[:, None, None, None]
+        target = losses.preserved_target(target, base_prediction, learned)
+    context = conditioning.context
     recording = state.recorder.recording(select) if state.recorder else nullcontext()
     with recording, state.adapter.prepared_for(context):
-        prediction = state.base.unet(noisy.to(context.dtype), batch.timesteps, context, **more).sample
+        prediction = _predict(state, noisy, batch.timesteps, conditioning)
         cell_weight = losses.subject_weight(batch.cell_masks, config.background_weight, config.per_mention)
         cell_weight = torch.where(batch.is_instance[:, None, None, None], cell_weight, 1.0)
         snr_weight = losses.min_snr_weight(alphas, prediction_type, config.min_snr_gamma)
@@ -122,6 +146,12 @@ def forward_backward(state: RunState, batch: Batch, conditioning: Conditioning, 
         loss = loss + config.refinement_weight * (composite_share * schedule * refinement).sum()
         state.scaler.scale(loss).backward()  # in this context, since checkpointed layers run forward again
     return torch.stack([loss, denoising, (composite_share * refinement).sum(), prior]).detach()
+
+
+def _predict(state: RunState, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    """The UNet's prediction [B, C, h, w] for noisy latents [B, C, h, w]."""
+    context = conditioning.context
+    return state.base.unet(noisy.to(context.dtype), timesteps, context, **conditioning.unet_kwargs()).sample
 
 
 def refinement_loss(state: RunState, batch: Batch) -> Tensor:

@@ -37,7 +37,7 @@ def setting(
     high: float | None = None,
     choices: tuple[str, ...] | None = None,
     shapes_result: bool = True,
-    added: bool = False,
+    before: Any = ...,
     was: tuple[str, ...] = (),
     was_values: Mapping[str, str] | None = None,
 ) -> Any:
@@ -46,8 +46,8 @@ def setting(
     ``shapes_result=False`` marks a setting that may differ between a run and its resumption: it changes what is
     reported or saved, never what is learned.
 
-    ``added=True`` marks one that came later and whose default changes nothing: at its default it is no part of what
-    identifies a run, so that runs begun before it can still be resumed.
+    ``before`` is given for a setting that came later: the value that does what was done before it. At that value it is
+    no part of what identifies a run, so that earlier runs can still be resumed.
 
     ``was`` are names that the setting had before, the first one first; ``was_values`` maps former choices to those of
     today. Both are still read, and digests are made from the first name and the former choices, so that a better name
@@ -61,7 +61,7 @@ def setting(
             "high": high,
             "choices": choices,
             "shapes_result": shapes_result,
-            "added": added,
+            "before": before,
             "was": was,
             "was_values": dict(was_values or {}),
         },
@@ -108,8 +108,9 @@ class Config:
 
     def result_shaping(self) -> dict[str, Any]:
         """What identifies a run: the settings that decide what is learned, under their first names."""
-        unused = {f.name for f in fields(self) if f.metadata["added"] and getattr(self, f.name) == f.default}
-        names = {f.name for f in fields(self) if f.metadata["shapes_result"]} - unused
+        names = {
+            f.name for f in fields(self) if f.metadata["shapes_result"] and getattr(self, f.name) != f.metadata["before"]
+        }
         return self.first_names({k: v for k, v in self.to_dict().items() if k in names})
 
     @classmethod
