@@ -43,6 +43,7 @@ Progress = Callable[[str, int, int], None]
 MODES: dict[str, dict[str, Any]] = {
     "fast": {"memory": "fast"},
     "fast eager": {"memory": "fast", "cuda_graph": "off"},
+    "preserving": {"memory": "fast", "output_preservation": True},
     "lean": {"memory": "lean"},
     "lean eager": {"memory": "lean", "cuda_graph": "off"},
     "compiled": {"memory": "fast", "compile": True},
@@ -64,9 +65,9 @@ def measure_speed(out: Path, config: SpeedConfig, on_progress: Progress = lambda
     loading = time.perf_counter() - started
     for size in sizes:
         check_size(base, size, size)
-    modes = ("reference", "fast", "lean")
+    modes = ("reference", "fast", "preserving", "lean")
     if device.type == "cuda":
-        modes = ("reference", "fast", "fast eager", "lean", "lean eager")
+        modes = ("reference", "fast", "fast eager", "preserving", "lean", "lean eager")
     if config.compile:
         modes = (*modes, "compiled")
 

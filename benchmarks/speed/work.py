@@ -108,7 +108,11 @@ class _Built(BaseModel):
 
 
 def work_config(batch: int, **settings: Any) -> TrainConfig:
-    """A training with ``batch`` samples per step, half of them class pictures; a single sample is a composite."""
+    """A training with ``batch`` samples per step, half of them class pictures; a single sample is a composite.
+
+    By default it learns the images alone, as the reference does.
+    """
+    settings = {"output_preservation": False} | settings
     return TrainConfig(steps=10**6, batch_size=batch - batch // 2, prior_batch_size=batch // 2, **settings)
 
 
