@@ -61,7 +61,9 @@ def live_bytes() -> int:
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and not thing.is_meta:
+        if type(thing) not in (torch.Tensor, torch.nn.Parameter):
+            continue  # the fake tensors that compiling leaves behind hold no memory
+        if not thing.is_meta and not torch._is_functional_tensor(thing):
             storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
     return sum(storages.values())
 
@@ -159,7 +161,9 @@ def test_ten_runs_in_one_process_leave_nothing_behind(small: BaseModel, balls, t
                 run(number, Callbacks(on_step=lambda *_: 1 / 0))
         else:
             assert same_weights(first, run(number))
-        assert live_bytes() == before, number
+        now = live_bytes()
+        assert now <= before, number  # less, where what an earlier test left behind has gone meanwhile
+        before = now
         resident.append(resident_bytes() if Path("/proc/self/status").exists() else 0)
     after = state_of(small)
     assert all(torch.equal(state[k], after[k]) for k in state)
@@ -178,9 +182,9 @@ def test_out_of_memory_is_tried_again_with_less_at_once(small, balls, tmp_path: 
     sizes = []
 
     class Spy(Failing):
-        def __call__(self, state, batch, conditioning, ramp):
+        def __call__(self, state, batch, *rest):
             sizes.append(len(batch))
-            return super().__call__(state, batch, conditioning, ramp)
+            return super().__call__(state, batch, *rest)
 
     monkeypatch.setattr(step, "forward_backward", Spy(step.forward_backward, error, 3, 4))
     weights = train(small, balls, CONFIG.replace(steps=3), tmp_path / "run")
