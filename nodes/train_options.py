@@ -96,8 +96,8 @@ TOOLTIPS = {
     "lora_rank": "Rank of the LoRA. Only if trained weights is lora.",
     "lora_lr": "Learning rate of the LoRA, multiplied by the samples per step. Only if trained weights is lora.",
     "lr_decay": "Fraction of the steps, at the end, over which all learning rates decay linearly to 0. 0: constant.",
-    "output_preservation": "Around the subjects and in regularization images, learn what the base model predicts instead "
-    "of the image (differential output preservation). Keeps the base's style; steps take about a third longer.",
+    "output_preservation": "Around the subjects and in regularization images, learn what the base model predicts "
+    "instead of the image (differential output preservation). Keeps the base's style, for about 40 % more computation.",
     "fp8_base": "Hold the UNet's frozen weights in 8 bits: half of their memory, slightly less exact. Only if trained "
     "weights is lora.",
 }

@@ -53,6 +53,16 @@ def test_the_optimizer_and_the_projections_are_single_launches(counts):
 def test_lean_keeps_less_and_computes_more(counts):
     assert counts["lean"].saved_bytes < counts["fast"].saved_bytes / 3
     assert counts["fast"].flops < counts["lean"].flops < 1.5 * counts["fast"].flops
+
+
+def test_output_preservation_adds_a_forward_pass_and_keeps_nothing_of_it(counts):
+    added = counts["preserving"].flops - counts["fast"].flops
+    assert added == pytest.approx(4 * counts["unet forward"].flops, rel=0.02)
+    assert counts["preserving"].saved_bytes == pytest.approx(counts["fast"].saved_bytes, rel=0.02)
+    assert counts["preserving"].waits.total() == 0
+
+
+def test_the_reference_encodes_its_pictures_in_every_step(counts):
     assert counts["fast"].flops < counts["reference"].flops - 3 * counts["vae encode"].flops
 
 

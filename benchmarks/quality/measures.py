@@ -87,9 +87,9 @@ def solo_figures(observed: Sequence[Observation], wanted: Sequence[Identity]) ->
     """Figures of the pictures whose prompt names one subject.
 
     ``solo``: exactly one subject, with its class, at least four of five attributes and all distinguishing ones.
-    ``solo_leak``: share of the distinguishing attributes of the subject found that show another learned subject's value.
-    ``solo_other``: pictures that show another learned subject: one found has more of its class and distinguishing
-    attributes than of those asked for.
+    ``solo_leak``: share of the distinguishing attributes of the subject found that have another learned subject's
+    value. ``solo_other``: pictures that show another learned subject: one found has more of its class and
+    distinguishing attributes than of those asked for.
     """
     right, foreign, told, others_seen = [], 0, 0, []
     distinguishing = differing(wanted)

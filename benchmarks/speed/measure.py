@@ -33,18 +33,15 @@ from .launches import profile_step
 from .phases import Phase, measure_phases
 from .settings import SpeedConfig
 from .tables import Row, Swept, as_markdown, milliseconds
-from .work import RandomPictures, count_steps, our_run, random_base, reference_run, work_config
+from .work import STEP_MODES, RandomPictures, count_steps, our_run, random_base, reference_run, work_config
 
 log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 
-# Settings of each of our modes; where there is no CUDA device, every step is eager.
-MODES: dict[str, dict[str, Any]] = {
-    "fast": {"memory": "fast"},
+# Where there is no CUDA device, every step is eager.
+MODES: dict[str, dict[str, Any]] = STEP_MODES | {
     "fast eager": {"memory": "fast", "cuda_graph": "off"},
-    "preserving": {"memory": "fast", "output_preservation": True},
-    "lean": {"memory": "lean"},
     "lean eager": {"memory": "lean", "cuda_graph": "off"},
     "compiled": {"memory": "fast", "compile": True},
 }
@@ -83,7 +80,8 @@ def measure_speed(out: Path, config: SpeedConfig, on_progress: Progress = lambda
             for mode in modes:
                 on_progress("steps", len(rows), total)
                 row = measure_step(base, size, batch, mode, config, device)
-                rows.append(_rated(row, counts[size]["fast"].flops / 4, peak))
+                useful = counts[size]["preserving" if mode == "preserving" else "fast"].flops / 4
+                rows.append(_rated(row, useful, peak))
                 took = milliseconds(row.seconds, row.quartiles)
                 log.info("%d px, %d samples, %s: %s ms a step", size, batch, mode, took)
     on_progress("steps", total, total)

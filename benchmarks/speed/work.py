@@ -107,6 +107,14 @@ class _Built(BaseModel):
         return self
 
 
+# Modes of a step: settings that change what it computes, or what it keeps for the backward pass.
+STEP_MODES: dict[str, dict[str, Any]] = {
+    "fast": {"memory": "fast"},
+    "preserving": {"memory": "fast", "output_preservation": True},
+    "lean": {"memory": "lean"},
+}
+
+
 def work_config(batch: int, **settings: Any) -> TrainConfig:
     """A training with ``batch`` samples per step, half of them class pictures; a single sample is a composite.
 
@@ -141,7 +149,7 @@ def reference_run(base: BaseModel, size: int, batch: int) -> Iterator[CustomDiff
 def count_steps(configs: dict[str, Any], size: int, batch: int, dtype: torch.dtype) -> dict[str, Counts]:
     """Counts of one step of each mode, and of the parts of a run, on fake tensors: nothing is computed.
 
-    Modes are ``fast``, ``lean`` and ``reference``. Parts, for one sample: ``unet forward``, ``text encoder``,
+    Modes are ``reference`` and those of ``STEP_MODES``. Parts, for one sample: ``unet forward``, ``text encoder``,
     ``vae encode``, ``vae decode``.
     """
     counted = {}
@@ -151,8 +159,8 @@ def count_steps(configs: dict[str, Any], size: int, batch: int, dtype: torch.dty
         constants: list[Tensor] = []
         for part in base.parts.values():
             constants += [*part.parameters(), *part.buffers()]
-        for mode in ("fast", "lean"):
-            config = work_config(batch, device="cpu", precision=precision, memory=mode)
+        for mode, settings in STEP_MODES.items():
+            config = work_config(batch, device="cpu", precision=precision, **settings)
             with our_run(base, size, config) as run:
                 run.take_step()
                 with counting(constants) as counts:

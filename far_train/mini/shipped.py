@@ -51,7 +51,7 @@ FUSING = FusionConfig(
     row_probability=1.0,
     background_weights={"scene": 0.85, "plain": 0.15},
 )
-# The loss of Custom Diffusion and MuDI: no refinement, images learned as they are, all cells and timesteps weighted equally.
+# The loss of Custom Diffusion and MuDI: no refinement, images learned as they are, all cells and timesteps alike.
 PLAIN_LOSS = {
     "refinement_weight": 0.0,
     "output_preservation": False,

@@ -63,7 +63,7 @@ class TrainConfig(Config):
     output_preservation: bool = setting(
         True,
         "around the subjects and in regularization images, learn what the base model predicts there instead of the "
-        "image (differential output preservation): keeps the base's style and knowledge; steps take about a third longer",
+        "image (differential output preservation): keeps the base's style, for about 40 % more computation",
         before=False,
     )
     background_weight: float = setting(0.3, "weight of the denoising loss outside the subjects' masks", low=0, high=1)

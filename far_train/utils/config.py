@@ -108,9 +108,8 @@ class Config:
 
     def result_shaping(self) -> dict[str, Any]:
         """What identifies a run: the settings that decide what is learned, under their first names."""
-        names = {
-            f.name for f in fields(self) if f.metadata["shapes_result"] and getattr(self, f.name) != f.metadata["before"]
-        }
+        shaping = [f for f in fields(self) if f.metadata["shapes_result"]]
+        names = {f.name for f in shaping if getattr(self, f.name) != f.metadata["before"]}
         return self.first_names({k: v for k, v in self.to_dict().items() if k in names})
 
     @classmethod
