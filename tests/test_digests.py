@@ -59,6 +59,7 @@ def test_a_seeded_training_and_its_export_have_the_values_that_they_always_had(
         trainable=trainable,
         precision="fp32",
         output_preservation=False,
+        background_weight=0.3,
     )
     weights = train(base, fusion, config, tmp_path / "run")
     weights.save(tmp_path / "weights.safetensors")

@@ -17,13 +17,13 @@ from far_train.training.run_folder import read_metrics
 LORA = [1.122934, 1.021930, 0.597775, 0.599806, 0.486074, 0.716527]
 KV = [1.122934, 1.021223, 0.596346, 0.603378, 0.482773, 0.718195]
 # Trained on the images alone, as before there was output preservation, and with it.
-IMAGES = ["--no-output-preservation"]
+IMAGES = ["--no-output-preservation", "--background-weight", "0.3"]
 GOLDEN = {
     "lora": (["--lora-lr", "1e-3", *IMAGES], LORA),
     "attention": (["--low-rank-lr", "1e-3", *IMAGES], LORA),  # what it was called before, with the former flag
     "kv": (["--kv-lr", "1e-3", *IMAGES], KV),
-    "lora, preserved": (["--lora-lr", "1e-3"], [0.457004, 0.197928, 0.029952, 0.489354, 0.413520, 0.158261]),
-    "kv, preserved": (["--kv-lr", "1e-3"], [0.457004, 0.198223, 0.030482, 0.494433, 0.409838, 0.162433]),
+    "lora, preserved": (["--lora-lr", "1e-3"], [0.505844, 0.206257, 0.030642, 0.533358, 0.450154, 0.169905]),
+    "kv, preserved": (["--kv-lr", "1e-3"], [0.505844, 0.206542, 0.031197, 0.538313, 0.446366, 0.174087]),
 }
 
 

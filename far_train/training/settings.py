@@ -66,7 +66,7 @@ class TrainConfig(Config):
         "image (differential output preservation): keeps the base's style, for about 40 % more computation",
         before=False,
     )
-    background_weight: float = setting(0.3, "weight of the denoising loss outside the subjects' masks", low=0, high=1)
+    background_weight: float = setting(0.1, "weight of the denoising loss outside the subjects' masks", low=0, high=1)
     per_mention: bool = setting(
         True,  # better on each of three dev pairs (benchmarks/reports/2026-11-27)
         "average the losses over subjects, so that small and large ones count alike; off: over latent pixels, so that "
