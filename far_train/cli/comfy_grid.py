@@ -20,14 +20,14 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image, UnidentifiedImageError
-
-from ..evaluation.sheets import contact_sheet, save_sheet
 from ..utils.errors import HostLost, Interrupted, QueueError, RunFailed
 from ..utils.files import make_folder, write_json, write_text
 from .comfy_client import RunningHost, Workflow, find_input, replace_input, run_to_end, title_of, value_of
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 RUN_FILE, TABLE_FILE, SHEET_FILE = "run.json", "runs.csv", "contact-sheet.jpg"
 MOST_VALUES = 100_000  # of one axis, and runs of a grid: more is a slip
@@ -272,6 +272,8 @@ def collect(runs: Sequence[Run], out: Path, columns: int) -> list[Path]:
     ``columns``: runs in one row of a sheet, as many as the last axis has values. A run shows the pictures that it
     saved, or if it saved none, those that its nodes showed. Raises OutputError.
     """
+    from ..evaluation.sheets import contact_sheet, save_sheet  # here, since it brings torch: a refusal needs none
+
     reports = [finished(run, make_folder(out)) for run in runs]
     table = io.StringIO()
     rows = csv.writer(table, lineterminator="\n")
@@ -299,6 +301,10 @@ def collect(runs: Sequence[Run], out: Path, columns: int) -> list[Path]:
 
 def _tile(folder: Path, about: dict[str, Any] | None) -> Image.Image:
     """The pictures of one run as one; a grey field where there is none."""
+    from PIL import Image, UnidentifiedImageError
+
+    from ..evaluation.sheets import contact_sheet
+
     pictures = []
     for name in (about["saved"] or about["shown"]) if about else ():
         try:
