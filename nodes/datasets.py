@@ -40,6 +40,7 @@ class SaveDataset(io.ComfyNode):
             display_name="FaR Save Dataset",
             description="Save a dataset as a folder of images, masks and captions. You can edit it and load it again "
             "with FaR Load Dataset or the command line. Nothing is overwritten.",
+            search_aliases=["training set", "dataset"],
             is_output_node=True,
             inputs=[
                 FarDataset.Input("dataset", tooltip="From FaR Concept Fusion."),
@@ -97,6 +98,7 @@ class LoadDataset(io.ComfyNode):
             display_name="FaR Load Dataset",
             description="Load a dataset folder made by FaR Save Dataset or by 'fuse' on the command line, including "
             "your edits.",
+            search_aliases=["training set", "dataset"],
             inputs=[
                 io.Combo.Input(
                     "folder",

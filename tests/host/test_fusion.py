@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from far_train.data.dataset import DatasetFolder
 
 from .comfy_server import ComfyServer, ExecutionFailed, PromptRejected
 from .graphs import node
+from .listener import Listener
 from .photos import photo_folder, pictures, refusal
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "two_dogs"
@@ -304,7 +306,11 @@ def among_scenes(comfy: ComfyServer, folders: dict[str, str], scenes: str, **cha
 
 def test_empty_scenes_are_drawn_once_and_stand_behind_the_subjects(comfy: ComfyServer, folders: dict[str, str]):
     prompt = among_scenes(comfy, folders, "an empty beach | on the beach\n\nan empty room")
-    outputs = comfy.run(prompt)
+    with Listener(comfy) as listener:
+        outputs = comfy.run(prompt)
+        listener.catch_up()
+    told = [words for node_id, words in listener.texts if node_id == "45"]
+    assert told[0] == "images: 0 of 4" and re.fullmatch(r"images: 3 of 4, \d+ s left", told[3])
     text = outputs["45"]["text"][0]
     assert text.startswith("4 empty scenes in ")
     folder = Path(text.rpartition(" in ")[2])
