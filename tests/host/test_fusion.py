@@ -139,7 +139,7 @@ def test_one_concept_alone(comfy: ComfyServer):
     assert "1 concept: <lone-disc> disc" in report(outputs)
 
 
-# FaR_SaveDataset, FaR_LoadDataset
+# FaR_SaveDataset, FaR_LoadDataset, FaR_DatasetDoctor
 
 
 def test_a_dataset_survives_saving_and_loading(comfy: ComfyServer, folders: dict[str, str]):
@@ -363,3 +363,20 @@ def test_two_dogs(comfy: ComfyServer):
     dataset = DatasetFolder(comfy.folder("output") / "far" / "datasets" / "two_dogs")
     assert dataset.composite_count() == 8 and dataset.prior_count() == 12
     assert all(m.mask.max() > 0.5 for i in range(8) for m in dataset.composite(i).mentions)
+
+
+def test_the_doctor_examines_concepts_and_a_dataset(comfy: ComfyServer, folders: dict[str, str]):
+    """The photos of both discs have one ground, and those of the second are but two."""
+    prompt = fusing(comfy, folders, count=2) | {
+        "60": node("FaR_DatasetDoctor", concepts=["21", 0], dataset=["50", 0], size=192),
+        "61": node("PreviewAny", source=["60", 0]),
+    }
+    outputs = comfy.run(prompt)
+    assert outputs["60"]["text"] == outputs["61"]["text"]
+    told = report(outputs, "60")
+    assert "warning: <disc-one>: its 3 photos seem to be taken in one place" in told
+    assert "warning: <disc-two>: it has only 2 photos" in told
+    assert "warning: <disc-two>, photo 1: it has 140×90 px, less than the base's native 192 px" in told
+    assert "warning: its pictures are 128 px a side, less than the base's native 192 px" in told
+    words = refusal(comfy, {"60": node("FaR_DatasetDoctor", size=0)})[1]
+    assert "concepts, dataset: neither is connected" in words

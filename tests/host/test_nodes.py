@@ -18,6 +18,7 @@ NODES = (
     "FaR_ConceptFusion",
     "FaR_SaveDataset",
     "FaR_LoadDataset",
+    "FaR_DatasetDoctor",
     "FaR_MiniCheckpoint",
     "FaR_MiniPhotos",
     "FaR_TrainOptions",
