@@ -254,6 +254,7 @@ class ExtractSubject(io.ComfyNode):
                 io.Mask.Output("masks", is_output_list=True, tooltip="Their masks, 1 = subject, in the same order."),
                 io.String.Output("report", tooltip="One line per photo: SAM's score, or why it was skipped."),
                 io.Image.Output("preview", tooltip="The subjects on a checkerboard, as one image."),
+                io.String.Output("names", is_output_list=True, tooltip="The names of the photos with a subject."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -273,6 +274,7 @@ class ExtractSubject(io.ComfyNode):
     ) -> io.NodeOutput:
         pictures = unroll_images(images)
         labels = photo_labels(len(pictures), names)
+        named = dict(zip(labels, names if len(names) == len(labels) else labels))
         given: list[Tensor | None] = [None] * len(pictures)
         if len(masks):
             given = match_masks(pictures, unroll_masks(masks), invert=None, labels=labels)
@@ -309,6 +311,7 @@ class ExtractSubject(io.ComfyNode):
             [m[None] for m in cut],
             "\n".join(report),
             as_image(sheet),
+            [named[s.name] for s in subjects],
             ui=shown(cls, sheet, text, warnings),
         )
 
