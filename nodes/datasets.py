@@ -17,7 +17,6 @@ from ..far_train.evaluation.sheets import dataset_sheet, overlay, save_sheet
 from ..far_train.utils.files import parse_json
 from . import host_folders, host_ui
 from .naming import file_name
-from .photos import files_fingerprint
 from .pictures import counted
 from .previews import refusal_shown, shown
 from .sockets import FarDataset, check_choice, check_sockets, schema
@@ -121,7 +120,7 @@ class LoadDataset(io.ComfyNode):
     def fingerprint_inputs(cls, folder: str) -> str:
         if folder is None:
             return "none"
-        return files_fingerprint(sorted(p for p in dataset_path(folder).glob("**/*") if p.is_file()))
+        return host_folders.files_fingerprint(sorted(p for p in dataset_path(folder).glob("**/*") if p.is_file()))
 
     @classmethod
     def execute(cls, folder: str) -> io.NodeOutput:
