@@ -146,15 +146,15 @@ class ExtractSubject(io.ComfyNode):
                     "masks",
                     optional=True,
                     tooltip="Existing masks, such as those of FaR Load Photos or SAM3 Detect. SAM only segments photos "
-                    "whose mask is empty. Of several masks for a photo, 'index', box or points choose one, else the "
-                    "largest is used.",
+                    "whose mask is empty. Of several masks for a photo, 'subject number', box or points choose one, "
+                    "else the largest is used.",
                 ),
                 io.MultiType.Input(
                     "box",
                     [io.BBOX, BoundingBox],
                     optional=True,
                     tooltip="A bounding box around the subject, in pixels: one for all photos, or a list with one per "
-                    "photo. Of several boxes in a photo, 'index' chooses one, else the highest score or the largest.",
+                    "photo. Of several in a photo, 'subject number' chooses, else the highest score or the largest.",
                 ),
                 io.String.Input(
                     "names",

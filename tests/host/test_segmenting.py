@@ -89,6 +89,19 @@ def test_masks_of_several_photos_are_told_apart_by_boxes_or_refused(segmenter: C
         segmenter.run(with_masks("many"))
 
 
+@pytest.mark.parametrize("images, index, side", [(["1", 0], 0, 30), (["1", 0], 2, 60), (["21", 0], 0, 30)])
+def test_a_detectors_masks_and_boxes_go_together(segmenter: ComfyServer, images: list, index: int, side: int):
+    """For a list of photos, where the detector runs once for each, and for a batch; the surest one by default."""
+    photo_folder(segmenter, "large", masks=False, sizes={"a": (120, 160), "b": (120, 160)})
+    prompt = extraction("large", masks=["20", 0], box=["20", 1], images=images, index=index)
+    del prompt["2"], prompt["3"]["inputs"]["sam_model"]
+    prompt["20"] = node("FaRTest_Instances", image=images)
+    prompt["21"] = node("ImageBatch", image1=["22", 0], image2=["22", 0])
+    prompt["22"] = node("LoadImage", image="large/a.png")
+    masks = pictures(segmenter, segmenter.run(prompt)["92"])
+    assert [int((mask[..., 0] > 127).sum()) for mask in masks] == [side * side] * 2
+
+
 def two_extractions(seed: float = 0.0) -> dict:
     """Two loaders of one file, each with an Extract Subject of its own. ``seed``: changes what is computed."""
     prompt = extraction("many", seed)
