@@ -35,7 +35,7 @@ class MakeConcept(io.ComfyNode):
             display_name="FaR Concept",
             description="Define a subject to train: its photos, masks, placeholder token and class noun. For several "
             "subjects, connect one node's output to the next node's 'concepts'.",
-            search_aliases=["subject", "token", "dreambooth", "personalization"],
+            search_aliases=["subject", "character", "token", "dreambooth", "personalization"],
             is_input_list=True,
             inputs=[
                 io.Image.Input("images", tooltip="Photos of the subject, as a list or a batch. 4 to 20 work well."),

@@ -1,4 +1,4 @@
-"""Datasets as folders that people can look at and edit, the same as the command line's ``fuse`` makes."""
+"""Datasets as folders that people can look at and edit, as the command line's ``fuse`` makes them; and their doctor."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..far_train.data.concepts import Composite, TrainingSet
+from ..far_train.data.concepts import Composite, Concept, TrainingSet
 from ..far_train.data.dataset import DatasetFolder, plain_name, write_dataset
+from ..far_train.data.doctor import examine_concepts, examine_dataset, sort_findings
 from ..far_train.data.images import from_pil
 from ..far_train.evaluation.sheets import dataset_sheet, overlay, save_sheet
+from ..far_train.utils.errors import ConfigError
 from ..far_train.utils.files import parse_json
 from . import host_folders, host_ui
 from .naming import file_name
 from .pictures import counted
 from .previews import refusal_shown, shown
-from .sockets import FarDataset, check_choice, check_sockets, schema
+from .sockets import FarConcepts, FarDataset, all_of, check_choice, check_sockets, schema
 
 PREVIEWS = 16
+MAX_SIZE = 2048  # of composites, in pixels
 PREVIEW_SIDE = 512
 INPUT_PREFIX = "input/"  # of a dataset that lies in the input folder, in the list of datasets
 
@@ -36,6 +39,7 @@ class SaveDataset(io.ComfyNode):
             display_name="FaR Save Dataset",
             description="Save a dataset as a folder of images, masks and captions. You can edit it and load it again "
             "with FaR Load Dataset or the command line. Nothing is overwritten.",
+            search_aliases=["training set", "dataset"],
             is_output_node=True,
             inputs=[
                 FarDataset.Input("dataset", tooltip="From FaR Concept Fusion."),
@@ -93,6 +97,7 @@ class LoadDataset(io.ComfyNode):
             display_name="FaR Load Dataset",
             description="Load a dataset folder made by FaR Save Dataset or by 'fuse' on the command line, including "
             "your edits.",
+            search_aliases=["training set", "dataset"],
             inputs=[
                 io.Combo.Input(
                     "folder",
@@ -130,6 +135,65 @@ class LoadDataset(io.ComfyNode):
         report = describe(dataset, dataset.notes)
         sheet = dataset_sheet(composites, dataset.names)
         return io.NodeOutput(dataset, overlays(composites, dataset), report, ui=shown(cls, sheet, report))
+
+
+class DatasetDoctor(io.ComfyNode):
+    """Examines concepts and datasets before they are trained on."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="FaR_DatasetDoctor",
+            display_name="FaR Dataset Doctor",
+            description="Examine concepts and datasets for what will spoil a training: near-duplicate photos, one "
+            "place in all of them, cropped subjects, wrong masks, words that the captions of one concept share. Each "
+            "finding comes with its fix.",
+            search_aliases=["check dataset", "validate", "lint", "warnings"],
+            is_output_node=True,
+            inputs=[
+                FarConcepts.Input("concepts", optional=True, tooltip="Concepts to examine, from FaR Concept."),
+                FarDataset.Input(
+                    "dataset",
+                    optional=True,
+                    tooltip="A dataset to examine, best from FaR Load Dataset or FaR Save Dataset. All its images are "
+                    "read; those of FaR Concept Fusion are composed for it.",
+                ),
+                io.Int.Input(
+                    "size",
+                    default=0,
+                    min=0,
+                    max=MAX_SIZE,
+                    step=64,
+                    optional=True,
+                    tooltip="The native size of the base model, to find photos and subjects that are smaller: Stable "
+                    "Diffusion 1.5: 512, 2.1: 768, XL: 1024. 0: sizes are not examined.",
+                ),
+            ],
+            outputs=[io.String.Output("report", tooltip="One line per finding, warnings first.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, concepts: Sequence[Concept] | None = None, dataset: TrainingSet | None = None, size: int = 0
+    ) -> io.NodeOutput:
+        if concepts is None and dataset is None:
+            raise ConfigError("concepts, dataset: neither is connected; connect what shall be examined")
+        findings = []
+        if concepts is not None:
+            findings += examine_concepts(all_of("concepts", [concepts], Concept, "FAR_CONCEPTS"), size or None)
+        if dataset is not None:
+            check_sockets(dataset=(dataset, TrainingSet, "FAR_DATASET"))
+            progress = host_ui.Progress(dataset.composite_count() + dataset.prior_count(), cls.hidden.unique_id)
+
+            def on_progress(done: int, total: int) -> None:
+                host_ui.stop_if_interrupted()
+                progress.update(done, total)
+
+            findings += examine_dataset(dataset, size or None, on_progress)
+        report = "\n".join(finding.line for finding in sort_findings(findings)) or "no findings"
+        host_ui.log_and_show(report, cls.hidden.unique_id)
+        return io.NodeOutput(report, ui={"text": (report,)})
 
 
 def datasets_folder() -> Path:
@@ -209,4 +273,4 @@ def overlays(composites: Sequence[Composite], dataset: TrainingSet) -> Tensor:
     return torch.stack([from_pil(p) for p in pictures])
 
 
-NODES = [SaveDataset, LoadDataset]
+NODES = [SaveDataset, LoadDataset, DatasetDoctor]

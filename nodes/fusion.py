@@ -61,7 +61,7 @@ class FuseConcepts(io.ComfyNode):
             display_name="FaR Concept Fusion",
             description="Compose training images with captions and masks from your subjects, regularization images and "
             "backgrounds. They are composed when needed; the preview shows the first 16.",
-            search_aliases=["dataset", "composite", "collage", "augmentation"],
+            search_aliases=["dataset", "training set", "composite", "collage", "augmentation"],
             is_input_list=True,
             is_output_node=True,
             inputs=[

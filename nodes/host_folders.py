@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import folder_paths
@@ -28,9 +29,15 @@ def output_folder() -> Path:
 
 
 def register_model_folders() -> None:
-    """Make models/far and models/sams known, keeping what other packs registered under these names."""
+    """Make models/far and models/sams known, keeping what other packs registered under these names.
+
+    The folders are made, too, so that people find where their files go; where that can't be, reading needs none.
+    """
     for kind, extensions in MODEL_FOLDERS.items():
-        folder_paths.add_model_folder_path(kind, str(Path(folder_paths.models_dir) / kind))
+        folder = Path(folder_paths.models_dir) / kind
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+        folder_paths.add_model_folder_path(kind, str(folder))
         paths, known = folder_paths.folder_names_and_paths[kind]
         folder_paths.folder_names_and_paths[kind] = (paths, set(known) | extensions)
 

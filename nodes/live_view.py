@@ -14,7 +14,7 @@ from torch import Tensor
 from ..far_train.evaluation.sheets import loss_curves, picture_grid
 from ..far_train.training.checkpoints import newest_step
 from ..far_train.training.run_folder import METRICS_FILE, read_metrics
-from ..far_train.utils.wording import duration, rate, size_in_words
+from ..far_train.utils.wording import Countdown, duration, rate, size_in_words
 from . import host_memory, host_ui
 
 log = logging.getLogger(__name__)
@@ -84,6 +84,21 @@ class LiveView:
 
     def _show(self, line: str) -> None:
         host_ui.log_and_show(f"{self.note}\n{line}" if self.note else line, self.node_id)
+
+
+class DrawingView:
+    """What a node shows while it works through pictures: the newest, how many are done, and how long the others take.
+
+    ``what``: which work that is, where a node does several in turn.
+    """
+
+    def __init__(self, node_id: str | None, what: str):
+        self.progress = host_ui.Progress(1, node_id)
+        self.node_id, self.what, self.countdown = node_id, what, Countdown()
+
+    def update(self, done: int, total: int, picture: Image.Image | None = None) -> None:
+        host_ui.show_text(f"{self.what}: {self.countdown.words(done, total)}", self.node_id)
+        self.progress.update(done, total, picture)
 
 
 def preview(draw: Callable[[], Image.Image]) -> Image.Image | None:

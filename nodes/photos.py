@@ -131,7 +131,7 @@ class ExtractSubject(io.ComfyNode):
             display_name="FaR Extract Subject",
             description="Segment the subject of each photo with Segment Anything, from a box, points, or the center of "
             "the photo. Photos without a usable subject are skipped and listed in the report.",
-            search_aliases=["segment", "cut out", "remove background", "mask"],
+            search_aliases=["segment", "sam", "sam2", "sam3", "rembg", "cut out", "remove background", "mask"],
             is_input_list=True,
             is_output_node=True,
             inputs=[

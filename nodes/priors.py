@@ -33,6 +33,7 @@ from ..far_train.utils.devices import choose_device
 from ..far_train.utils.errors import FarError
 from ..far_train.utils.files import make_folder, write_json
 from . import host_folders, host_memory, host_models, host_ui
+from .live_view import DrawingView
 from .pictures import INVERT_TOOLTIP, counted, doubts, match_masks, photo_labels, tidy_noun, unroll_images, unroll_masks
 from .previews import MAX_SHOWN, as_image, shown, subject_sheet
 from .segmentation import find_subjects
@@ -98,7 +99,6 @@ class ClassPrior(io.ComfyNode):
         if sam_model is not None:
             SubjectExtractor(sam_model)  # so that a wrong one is refused before the pictures are drawn
         wanted = [(noun, i) for noun in nouns for i in range(count)]
-        progress = host_ui.Progress(len(wanted), cls.hidden.unique_id)
         config = sampling(prior_seed, steps, guidance)
         pictures, folder = draw_once(
             "priors",
@@ -107,10 +107,11 @@ class ClassPrior(io.ComfyNode):
             size,
             lambda folder: [picture_path(folder, *w) for w in wanted],
             lambda base, folder, **on: draw_class_images(base, nouns, count, folder, config, size=size or None, **on),
-            progress,
+            DrawingView(cls.hidden.unique_id, "images"),
         )
         if sam_model is not None:
-            pictures = with_masks(pictures, [picture_path(folder, *w) for w in wanted], sam_model, progress)
+            view = DrawingView(cls.hidden.unique_id, "masks")
+            pictures = with_masks(pictures, [picture_path(folder, *w) for w in wanted], sam_model, view)
         masked = sum(p.mask is not None for p in pictures)
         text = f"{counted(len(pictures), 'regularization image')}, {masked} of them with a mask, in {folder}"
         return prior_output(cls, pictures, text)
@@ -172,7 +173,6 @@ class EmptyScenes(io.ComfyNode):
         size: int,
     ) -> io.NodeOutput:
         places = parse_scenes(scenes.splitlines())
-        progress = host_ui.Progress(len(places) * each, cls.hidden.unique_id)
         config = sampling(scene_seed, steps, guidance)
         drawn, folder = draw_once(
             "scenes",
@@ -181,7 +181,7 @@ class EmptyScenes(io.ComfyNode):
             size,
             lambda folder: [scene_path(folder, place.prompt, i) for place in places for i in range(each)],
             lambda base, folder, **on: draw_empty_scenes(base, places, each, folder, config, size=size or None, **on),
-            progress,
+            DrawingView(cls.hidden.unique_id, "images"),
         )
         some = drawn[:MAX_SHOWN]
         sheet = subject_sheet([b.image for b in some], [None] * len(some), [b.phrase for b in some])
@@ -240,7 +240,7 @@ def draw_once(
     size: int,
     paths: Callable[[Path], Sequence[Path]],
     draw: Callable[..., list[Drawn]],
-    progress: host_ui.Progress,
+    view: DrawingView,
 ) -> tuple[list[Drawn], Path]:
     """What ``draw(base, folder, on_progress=, on_step=)`` gives, and the folder in which it keeps the pictures.
 
@@ -256,7 +256,7 @@ def draw_once(
             drawn = draw(
                 base,
                 folder,
-                on_progress=lambda done, total: _show_progress(progress, folder, done, total),
+                on_progress=lambda done, total: _show_progress(view, folder, done, total),
                 on_step=lambda _done, _total: host_ui.stop_if_interrupted(),
             )
         finally:
@@ -266,11 +266,11 @@ def draw_once(
     return drawn, folder
 
 
-def _show_progress(progress: host_ui.Progress, folder: Path, done: int, total: int) -> None:
+def _show_progress(view: DrawingView, folder: Path, done: int, total: int) -> None:
     """Report the pictures drawn so far and show the newest. What is drawn is on disk, so a cancel loses nothing."""
     host_ui.stop_if_interrupted()
     newest = max(folder.rglob("*[0-9][0-9][0-9][0-9].png"), key=lambda p: p.stat().st_mtime_ns, default=None)
-    progress.update(done, total, None if newest is None else to_pil(load_photo(newest).image))
+    view.update(done, total, None if newest is None else to_pil(load_photo(newest).image))
 
 
 def drawn_folder(kind: str, base: BaseModel, config: SampleConfig, size: int) -> Path:
@@ -298,7 +298,7 @@ def drawn_folder(kind: str, base: BaseModel, config: SampleConfig, size: int) ->
 
 
 def with_masks(
-    pictures: Sequence[ClassPicture], paths: Sequence[Path], sam: Any, progress: host_ui.Progress
+    pictures: Sequence[ClassPicture], paths: Sequence[Path], sam: Any, view: DrawingView
 ) -> list[ClassPicture]:
     """The pictures with their subjects' masks, made once and kept beside them, where people can mend them."""
     masks = [load_mask(mask_path(p)) if mask_path(p).exists() else None for p in paths]
@@ -309,7 +309,7 @@ def with_masks(
             if not isinstance(subject, FarError):
                 save_mask(mask_path(paths[i]), subject.mask)
                 masks[i] = subject.mask
-            progress.update(done + 1, len(missing))
+            view.update(done + 1, len(missing))
     return [ClassPicture(p.noun, p.image, mask) for p, mask in zip(pictures, masks)]
 
 

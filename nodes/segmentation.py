@@ -35,7 +35,7 @@ class LoadSam(io.ComfyNode):
             display_name="FaR Load SAM",
             description="Load a Segment Anything model (ViT-B, ViT-L or ViT-H) from models/sams. Files are read "
             "without running pickled code.",
-            search_aliases=["segment anything", "SAMLoader"],
+            search_aliases=["segment anything", "segment", "sam", "SAMLoader"],
             inputs=[
                 io.Combo.Input(
                     "model_name",

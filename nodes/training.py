@@ -44,7 +44,19 @@ class Train(io.ComfyNode):
                 "saved in output/far/NAME: a finished run is loaded instead of trained again, and a canceled run "
                 "resumes."
             ),
-            search_aliases=["fuse and refine", "dreambooth", "custom diffusion", "textual inversion", "finetune"],
+            search_aliases=[
+                "lora",
+                "lora training",
+                "train",
+                "dreambooth",
+                "personalization",
+                "character",
+                "multi concept",
+                "fuse and refine",
+                "custom diffusion",
+                "textual inversion",
+                "finetune",
+            ],
             inputs=[
                 *sockets.base_inputs(
                     model="The base model: Stable Diffusion 1.5, 2.1 or XL, with any LoRA applied. It is not changed.",

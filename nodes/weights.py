@@ -40,7 +40,7 @@ class SaveWeights(io.ComfyNode):
                 "Save FaR weights to models/far, and optionally as a LoRA (models/loras) and embeddings "
                 "(models/embeddings) for stock nodes. Nothing is overwritten: a number is added to a name in use."
             ),
-            search_aliases=["export lora", "export embedding"],
+            search_aliases=["lora", "export lora", "export embedding"],
             inputs=[
                 sockets.FarWeightsSocket.Input("weights", tooltip="From FaR Train or FaR Load Weights."),
                 io.String.Input("name", default="my-concepts", tooltip="File name without folder and extension."),
@@ -100,6 +100,7 @@ class LoadWeights(io.ComfyNode):
             node_id="FaR_LoadWeights",
             display_name="FaR Load Weights",
             description="Load FaR weights from models/far, saved by FaR Save Weights or the command line.",
+            search_aliases=["lora", "load lora"],
             inputs=[io.Combo.Input("file", options=host_folders.model_files("far"), tooltip="A file in models/far.")],
             outputs=[
                 sockets.FarWeightsSocket.Output(display_name="weights", tooltip="For FaR Apply Weights."),
@@ -144,7 +145,7 @@ class ApplyWeights(io.ComfyNode):
                 "Apply FaR weights to MODEL and CLIP. Then use the placeholder tokens in any prompt: <corgi-dog> dog. "
                 "Several of these nodes can be chained."
             ),
-            search_aliases=["fuse and refine", "lora loader"],
+            search_aliases=["fuse and refine", "lora", "lora loader"],
             inputs=[
                 *sockets.base_inputs(
                     model="The base model that the weights were trained on.",

@@ -212,8 +212,17 @@ def test_tuned_rates_leave_alone_what_an_arm_does_not_learn(models, tmp_path):
     assert changes == {"lora_lr": 8e-5, "embedding_lr": 1e-2}
     bench = bench_run.Bench(tmp_path, build_plan(BenchConfig()), shipped.BASE, *models, {}, changes=changes)
     far, inversion = find_arms(("far", "textual-inversion"))
-    assert bench.train_config(far, 0).lora_lr == 8e-5 and bench.train_config(inversion, 0).lora_lr == 0
-    assert bench.train_config(inversion, 0).embedding_lr == 1e-2
+    assert bench.train_config(far, PAIR, 0).lora_lr == 8e-5 and bench.train_config(inversion, PAIR, 0).lora_lr == 0
+    assert bench.train_config(inversion, PAIR, 0).embedding_lr == 1e-2
+
+
+def test_more_than_two_subjects_get_more_steps(models, tmp_path):
+    bench = bench_run.Bench(tmp_path, build_plan(BenchConfig()), shipped.BASE, *models, {})
+    far, *_ = find_arms(("far",))
+    steps = {g.kind: bench.train_config(far, g, 0).steps for g in test_groups()}
+    assert steps == {"near": 300, "far": 300, "classes": 300, "single": 300, "triple": 450, "five": 750}
+    fixed = bench_run.Bench(tmp_path, build_plan(BenchConfig()), shipped.BASE, *models, {}, changes={"steps": 7})
+    assert fixed.train_config(far, test_groups()[-1], 0).steps == 7
 
 
 @pytest.fixture(scope="module")

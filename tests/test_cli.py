@@ -81,11 +81,32 @@ def test_bad_command_lines(capsys, argv, words):
     refused(capsys, argv, *words)
 
 
-def test_help_loads_no_model_code():
+def slow_imports(*argv: str) -> tuple[int, str, set[str]]:
+    """Exit status and standard error of a command in a process of its own, and which slow packages it imported."""
+    names = "'torch', 'scipy', 'diffusers', 'transformers', 'PIL'"
+    code = (
+        "import runpy, sys\n"
+        "try:\n    runpy.run_module('far_train', run_name='__main__', alter_sys=True)\n"
+        f"finally:\n    print('imported', *{{{names}}} & sys.modules.keys())"
+    )
+    command = [sys.executable, "-c", code, *argv]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    last = ended.stdout.splitlines()[-1].split()
+    assert last[0] == "imported"
+    return ended.returncode, ended.stderr, set(last[1:])
+
+
+@pytest.mark.parametrize("argv", [("--help",), ("queue", "--help"), ("train", "--help")])
+def test_help_loads_no_model_code(argv):
     """Torch and diffusers take seconds to import: the commands do so only when they run."""
-    code = "import sys, far_train.cli.main; print(*{'torch', 'diffusers', 'transformers', 'PIL'} & sys.modules.keys())"
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert (ended.stdout, ended.stderr) == ("\n", "")
+    assert slow_imports(*argv) == (0, "", set())
+
+
+@pytest.mark.parametrize("grid", [(), ("--grid", "Draw.seed=1..2")])
+def test_a_workflow_is_queued_without_model_code(tmp_path, grid):
+    workflow = str(ROOT / "workflows" / "api" / "3 Draw two dogs.json")
+    status, said, slow = slow_imports("queue", workflow, "--host", "127.0.0.1:9", "--out", str(tmp_path), *grid)
+    assert status == 2 and "no ComfyUI answers at http://127.0.0.1:9" in said and slow == set()
 
 
 # ---- settings files

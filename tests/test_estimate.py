@@ -18,7 +18,7 @@ from far_train.training.estimate import TRIAL_SAMPLING, TRIAL_STEPS, Cost, LiveB
 from far_train.training.recipe import train
 from far_train.training.settings import TrainConfig
 from far_train.utils.errors import Interrupted
-from far_train.utils.wording import duration, rate, size_in_words
+from far_train.utils.wording import Countdown, duration, rate, size_in_words
 
 CONFIG = TrainConfig(steps=40, sample_every=10, sample_steps=2, num_class_images=7, device="cpu")
 
@@ -137,6 +137,10 @@ def test_the_words():
     ]
     assert [duration(s) for s in (40, 200, 12_000)] == ["40 s", "3 min", "3 h 20 min"]
     assert [rate(s) for s in (0.4, 4.0)] == ["2.5 steps/s", "4.0 s/step"]
+    times = iter((100.0, 110.0, 130.0, 500.0))
+    countdown = Countdown(lambda: next(times))
+    told = [countdown.words(done, 32) for done in (10, 11, 12, 32)]  # 10 were there before
+    assert told == ["10 of 32", "11 of 32, 4 min left", "12 of 32, 5 min left", "32 of 32"]
     assert size_in_words(51e6) == "51 MB"
 
 

@@ -20,10 +20,10 @@ def results(path: Path, group: str, far: float, rival: float) -> Path:
 
 
 def test_pairs_of_several_benches_are_compared_each_within_its_own(tmp_path):
-    first, second = results(tmp_path / "a.csv", "near-1", 0.5, 0.1), results(tmp_path / "b.csv", "near-2", 0.3, 0.1)
+    first, second = results(tmp_path / "a.csv", "near-1", 0.9, 0.1), results(tmp_path / "b.csv", "near-2", 0.7, 0.1)
     lines = pool(first, second).stdout.splitlines()
-    assert "| joint accuracy | far − custom-diffusion (2 pairs) | +30.0 | +20.0 … +40.0 | 0.5 | 0.5 |" in lines
-    assert any("far to custom-diffusion (2) | +30.0" in line and line.endswith("| yes |") for line in lines)
+    assert "| joint accuracy | far − custom-diffusion (2 pairs) | +70.0 | +60.0 … +80.0 | 0.5 | 0.5 |" in lines
+    assert any("far to custom-diffusion (2) | +70.0" in line and line.endswith("| yes |") for line in lines)
 
 
 def test_what_can_not_be_pooled_is_named(tmp_path):

@@ -44,6 +44,8 @@ class Farm(ThreadingHTTPServer):
         self.fails: Callable[[dict], bool] = lambda prompt: False
         self.refuses = self.dies = self.hangs = False
         self.looks = 0
+        self.saves = True
+        self.cached: list[str] = []
 
     @property
     def url(self) -> str:
@@ -104,8 +106,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.fails(self.server.prompts[number]):
             message = {"node_id": "2", "exception_message": "out of memory"}
             return {"status": {"status_str": "error", "messages": [["execution_error", message]]}, "outputs": {}}
-        image = {"filename": f"p{number}.png", "subfolder": "", "type": "output"}
-        return {"status": {"status_str": "success", "messages": []}, "outputs": {"3": {"images": [image]}}}
+        image = {"filename": f"p{number}.png", "subfolder": "", "type": "output" if self.server.saves else "temp"}
+        messages = [["execution_cached", {"nodes": self.server.cached}]]
+        outputs = {"1": {"text": ["encoded"]}, "2": {"text": ["drawn"]}, "3": {"images": [image]}}
+        return {"status": {"status_str": "success", "messages": messages}, "outputs": outputs}
 
 
 @pytest.fixture
@@ -242,6 +246,27 @@ def test_a_half_done_grid_goes_on(farm, tmp_path):
     assert farm.seeds == [1, 2, 0, 2, 3] and told[0].startswith("1 of 4 runs are in")
     assert all(finished(run, tmp_path) for run in runs)
     assert run_grid(runs, [farm], tmp_path)[0].startswith("4 of 4") and len(farm.prompts) == 5
+
+
+def test_what_cached_nodes_say_is_told_once(farm, tmp_path):
+    farm.cached = ["1"]  # from a run before the grid
+    told = run_grid(grid("Draw.seed=1..3"), [farm], tmp_path)
+    assert [line for line in told if "encoded" in line] == ["seed=1: Prompt: encoded"]
+    assert [line for line in told if "drawn" in line] == [f"seed={seed}: Draw: drawn" for seed in (1, 2, 3)]
+    texts = [json.loads(path.read_text(encoding="utf-8"))["texts"] for path in tmp_path.glob("*/run.json")]
+    assert texts == [[["Prompt", "encoded"], ["Draw", "drawn"]]] * 3
+
+
+def test_previews_of_a_finished_grid_can_be_fetched_later(farm, file, tmp_path, capsys):
+    farm.saves = False
+    argv = ["queue", str(file), "--host", farm.url, "--grid", "Draw.seed=1,2", "--out", str(tmp_path / "out")]
+    assert main(argv) == 0 and "--previews fetches them" in capsys.readouterr().out
+    assert not list(tmp_path.glob("out/*/*.png"))
+    assert main(argv) == 0 and len(farm.prompts) == 2
+    assert main([*argv, "--previews"]) == 0 and len(farm.prompts) == 4
+    assert {path.name for path in tmp_path.glob("out/*/*.png")} == {"Pictures.png"}
+    for more in ([], ["--previews"]):
+        assert main([*argv, *more]) == 0 and len(farm.prompts) == 4  # now they are there
 
 
 def test_a_failing_run_does_not_stop_the_others(farm, file, tmp_path, capsys):

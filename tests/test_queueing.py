@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from far_train.cli import comfy_client
-from far_train.cli.comfy_client import RunningHost, read_workflow, run_workflow, save, set_inputs
+from far_train.cli.comfy_client import RunningHost, read_workflow, set_inputs
+from far_train.cli.comfy_progress import Step, running_step
+from far_train.cli.comfy_run import run_workflow, save
 from far_train.cli.main import main
 from far_train.utils.errors import Interrupted, QueueError
 
@@ -40,6 +42,8 @@ class FakeHost(ThreadingHTTPServer):
         self.running = True
         self.posts: list[tuple[str, dict]] = []
         self.viewed: list[str] = []
+        self.frames: list[bytes] = []  # what a listener to the WebSocket is sent
+        self.heard = b""  # what it sends
 
     @property
     def url(self) -> str:
@@ -83,6 +87,12 @@ class Handler(BaseHTTPRequestHandler):
             query = dict(urllib.parse.parse_qsl(path.query))
             host.viewed.append(query["filename"])
             self.reply(f"content of {query['filename']}".encode())
+        elif path.path == "/ws" and host.frames:
+            assert dict(urllib.parse.parse_qsl(path.query)).keys() == {"clientId"}
+            self.close_connection = True
+            self.wfile.write(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n\r\n" + b"".join(host.frames))
+            while heard := self.rfile.read1(64):
+                host.heard += heard
         else:
             self.reply(b"", 404)
 
@@ -177,11 +187,98 @@ def test_results_are_fetched(fake, tmp_path):
     }
     told = []
     files = run_workflow(WORKFLOW, RunningHost(fake.url), tmp_path / "out", told.append)
-    assert [f.name for f in files] == ["Learn.png", "dogs_1.png"]  # previews are named by their node
+    assert [f.name for f in files] == ["dogs_1.png"] and fake.viewed == ["dogs_1.png"]
     assert (tmp_path / "out" / "dogs_1.png").read_text() == "content of dogs_1.png"
     assert any("running" in t for t in told) and "Learn: trained" in told
     path, body = fake.posts[0]
     assert path == "/prompt" and body["prompt"] == WORKFLOW and body["client_id"]
+
+
+def test_previews_are_fetched_where_they_are_wanted(fake, tmp_path):
+    workflow = {"1": node("PreviewImage", "Loss curve: with/without"), "2": node("PreviewImage", "···")}
+    shown = [{"filename": f"tmp_{i}.png", "subfolder": "", "type": "temp"} for i in range(3)]
+    fake.entry["outputs"] = {"1": {"images": shown[:2]}, "2": {"images": shown[2:]}}
+    told = []
+    assert run_workflow(workflow, RunningHost(fake.url), tmp_path, told.append) == [] and fake.viewed == []
+    assert told[-1] == "nothing was saved, and 3 temporary previews were left on the host; --previews fetches them"
+    fake.turns = 2
+    files = run_workflow(workflow, RunningHost(fake.url), tmp_path, previews=True)
+    names = ["Loss curve with without.png", "Loss curve with without-2.png", "preview.png"]  # named by their node
+    assert [f.name for f in files] == names
+    assert [f.read_text() for f in files] == [f"content of tmp_{i}.png" for i in range(3)]
+
+
+# ---- progress
+
+
+def frame(payload: bytes | dict, opcode: int = 1, final: bool = True) -> bytes:
+    """One frame of a server: lengths beyond 125 have two bytes of their own."""
+    payload = json.dumps(payload).encode() if isinstance(payload, dict) else payload
+    size = bytes([len(payload)]) if len(payload) < 126 else b"\x7e" + len(payload).to_bytes(2, "big")
+    return bytes([0x80 * final | opcode]) + size + payload
+
+
+def state(value: float, total: float = 300.0, running: str = "running", **more: str) -> dict:
+    return {"value": value, "max": total, "state": running, "prompt_id": "p", **more}
+
+
+def progress(**nodes: dict) -> dict:
+    return {"type": "progress_state", "data": {"prompt_id": "p", "nodes": nodes}}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "step"),
+    [
+        ({}, None),
+        ({"1": state(1, 1, "finished")}, None),
+        ({"1": state(1, 1, "finished"), "2": state(12.0)}, Step("2", 12, 300)),
+        ({"2": state(12.0), "3": state(0, 1)}, Step("3", 0, 1)),
+        ({"2.0.0.7": state(5, 9, display_node_id="2")}, Step("2", 5, 9)),
+    ],
+)
+def test_the_node_that_began_last_is_at_work(nodes, step):
+    assert running_step(nodes) == step
+
+
+def test_a_step_in_words():
+    assert Step("2", 12, 300).words("Learn") == "Learn: 12 of 300"
+    assert Step("2", 0, 1).words("Learn") == "Learn"  # it doesn't count
+
+
+def test_node_and_step_are_told_while_it_runs(fake):
+    """The host's frames come in pieces, with pictures and pings between them."""
+    text = json.dumps(progress(**{"1": state(1, 1, "finished"), "2": state(12.0)})).encode()
+    assert len(text) > 125
+    fake.frames = [
+        frame({"type": "status", "data": {}}),
+        frame(b"\0\0\0\1 a picture", opcode=2),
+        frame(text[:40], final=False),
+        frame(b"ping", opcode=9),
+        frame(text[40:], opcode=0),
+    ]
+    fake.turns = 1000  # ends when the step is told
+    told: list[str] = []
+
+    def say(line: str) -> None:
+        told.append(line)
+        if line.startswith("Learn"):
+            fake.turns = 1
+
+    run_workflow(WORKFLOW, RunningHost(fake.url), None, say)
+    assert fake.turns < 1 and [line.split(" (")[0] for line in told if line.startswith("Learn")] == ["Learn: 12 of 300"]
+    assert fake.heard == bytes([0x8A, 0x84]) + bytes(4) + b"ping"  # a pong, masked with zeros
+
+
+@pytest.mark.parametrize("frames", [[b"\x81\x02[]"], [b"\x81\x01{"], [b"\x88\x00"], [frame(progress(x={}))]])
+def test_a_run_goes_on_without_progress(fake, frames):
+    """Messages that can't be understood, and a connection that is closed, end no run."""
+    fake.frames = frames
+    told: list[str] = []
+    run_workflow(WORKFLOW, RunningHost(fake.url), None, told.append)
+    assert any(line.startswith("running") for line in told)
+
+
+# ---- files
 
 
 def test_a_file_of_the_same_name_is_kept(tmp_path):

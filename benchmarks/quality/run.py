@@ -119,7 +119,8 @@ class Bench:
         base, vocabulary = load_base(self.base_folder).to(self.device), None
         if arm.learns:
             training_set = WithClassImages(self.training_set(arm, group, seed), self._class_pictures(arm, group))
-            vocabulary = self._train(base, training_set, arm, seed, folder / "training")
+            config = self.train_config(arm, group, seed)
+            vocabulary = self._train(base, training_set, config, arm.title, folder / "training")
         trained = time.monotonic()
         figures, observed, pictures = self._judge(base, vocabulary, arm, group, seed)
         if vocabulary is not None:
@@ -141,7 +142,7 @@ class Bench:
         about = {
             "arm": asdict(arm)
             | {"training": TrainConfig.first_names(arm.training), "fusion": FusionConfig.first_names(arm.fusion)},
-            "training": self.train_config(arm, seed).result_shaping(),
+            "training": self.train_config(arm, group, seed).result_shaping(),
             "fusion": FusionConfig.first_names(arm.fusion_config(seed).to_dict()),
             "class_drawing": arm.class_config().to_dict(),
             "scenes": EMPTY_PLACES.to_dict() | {"each": EMPTY_SCENES},
@@ -151,9 +152,13 @@ class Bench:
         }
         return json.loads(json.dumps(about))
 
-    def train_config(self, arm: Arm, seed: int) -> TrainConfig:
-        """An arm's training with the benchmark's changes. Rates of 0 stay: the arm doesn't learn those weights."""
+    def train_config(self, arm: Arm, group: Group, seed: int) -> TrainConfig:
+        """An arm's training with the benchmark's changes. Rates of 0 stay: the arm doesn't learn those weights.
+
+        An arm's steps are those of up to two subjects; more take more, in proportion, as in the product.
+        """
         own = arm.train_config(seed)
+        own = own.replace(steps=own.steps * max(len(group.identities), 2) // 2)
         changes = {k: v for k, v in self.changes.items() if getattr(own, k) != 0}
         return own.replace(**changes)
 
@@ -210,13 +215,15 @@ class Bench:
             return TruePairs(fused, scenes)
         return ShuffledMasks(fused) if arm.masks == "shuffled" else fused
 
-    def _train(self, base: BaseModel, training_set: TrainingSet, arm: Arm, seed: int, folder: Path) -> Vocabulary:
-        config = self.train_config(arm, seed).replace(device=str(self.device))
+    def _train(
+        self, base: BaseModel, training_set: TrainingSet, config: TrainConfig, title: str, folder: Path
+    ) -> Vocabulary:
         callbacks = Callbacks(
             on_phase=self.on_progress,
-            on_step=lambda step, _: self.on_progress(arm.title, step, config.steps_for(2)),
+            on_step=lambda step, _: self.on_progress(title, step, config.steps),
             should_stop=self.should_stop,
         )
+        config = config.replace(device=str(self.device))
         weights = train(base, training_set, config, folder, resume=folder.exists(), callbacks=callbacks)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return apply_weights(weights, base)

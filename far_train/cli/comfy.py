@@ -10,46 +10,49 @@ from .parsing import SWITCH, Argument, Command, Inputs, repeatable
 from .shared import texts
 
 if TYPE_CHECKING:
-    from .comfy_client import RunningHost
-    from .comfy_grid import Run
+    from .comfy_grid import GridRunner
 
 
 def queue(inputs: Inputs, _: None) -> None:
     """Run a workflow, or a grid of its variants, and save the pictures."""
-    from .comfy_client import DEFAULT_HOST, RunningHost, read_workflow, run_workflow, set_inputs
-    from .comfy_grid import plan, read_axis
+    from .comfy_client import DEFAULT_HOST, RunningHost, read_workflow, set_inputs
+    from .comfy_grid import GridRunner, plan, read_axis
+    from .comfy_run import run_workflow
 
     workflow = set_inputs(read_workflow(Path(inputs["workflow"])), texts(inputs.get("set")))
     axes = [read_axis(workflow, text) for text in texts(inputs.get("grid"))]
     hosts = [RunningHost(url) for url in texts(inputs.get("host")) or [DEFAULT_HOST]]
     out = Path(inputs["out"]) if inputs.get("out") else None
+    previews, dry_run = bool(inputs.get("previews")), bool(inputs.get("dry_run"))
     if axes:
-        _queue_grid(plan(workflow, axes), len(axes[-1].values), hosts, out, bool(inputs.get("dry_run")))
+        if out is None:
+            raise ConfigError("out: a --grid needs a folder; it keeps there what is done, and goes on where it stopped")
+        runner = GridRunner(plan(workflow, axes), hosts, out, _say, previews)
+        _queue_grid(runner, len(axes[-1].values), dry_run)
         return
     if len(hosts) > 1:
         raise ConfigError("host: several hosts share the runs of a --grid; without one, name a single host")
-    if inputs.get("dry_run"):
+    if dry_run:
         print("1 run; nothing was queued")
         return
-    files = run_workflow(workflow, hosts[0], out, _say)
+    files = run_workflow(workflow, hosts[0], out, _say, previews)
     if out is not None:
         print(f"{len(files)} {'file' if len(files) == 1 else 'files'} → {out}")
 
 
-def _queue_grid(runs: list[Run], columns: int, hosts: list[RunningHost], out: Path | None, dry_run: bool) -> None:
+def _queue_grid(runner: GridRunner, columns: int, dry_run: bool) -> None:
     from ..utils.files import make_folder
-    from .comfy_grid import GridRunner, collect, finished
+    from .comfy_grid import collect, finished
 
-    if out is None:
-        raise ConfigError("out: a --grid needs a folder; it keeps there what is done, and goes on where it stopped")
+    runs, out, todo = runner.runs, runner.out, runner.todo()
     if dry_run:
         for run in runs:
-            print(f"{'done' if finished(run, out) else 'to do'}: {run.label}")
+            print(f"{'to do' if run in todo else 'done'}: {run.label}")
         print(f"{len(runs)} runs; nothing was queued")
         return
     make_folder(out)
     try:
-        GridRunner(runs, hosts, out, _say).run()
+        runner.run()
     finally:
         done = [run for run in runs if finished(run, out)]
         if done:
@@ -92,8 +95,10 @@ QUEUE = Command(
         ),
         Argument(
             "out",
-            "folder for the pictures (without it they stay on the host); a grid resumes in the same folder",
+            "folder for the pictures that the workflow saves (without it they stay on the host); a grid resumes in the "
+            "same folder",
         ),
+        Argument("previews", "fetch the nodes' temporary previews, too", options=SWITCH),
         Argument("dry_run", "check the inputs and list the runs, but queue nothing", options=SWITCH),
     ),
     queue,

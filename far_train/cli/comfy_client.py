@@ -1,7 +1,7 @@
-"""Run a workflow on a ComfyUI that is running already: queue it, wait, say what went wrong, fetch the pictures.
+"""A ComfyUI that is running already: read a workflow, set its inputs, queue it, wait, say what is wrong with it.
 
-It speaks HTTP with the standard library alone. The host tells its progress within a run only over a WebSocket, so what
-is reported here is the place in the queue, the time, and the end.
+It speaks HTTP with the standard library alone. The host tells its progress within a run only over a WebSocket, to which
+``comfy_progress`` listens; ``comfy_run`` fetches what came out.
 """
 
 from __future__ import annotations
@@ -9,22 +9,17 @@ from __future__ import annotations
 import copy
 import difflib
 import http.client
-import itertools
 import json
-import re
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..utils.errors import HostLost, Interrupted, QueueError, RunFailed, UnreadableFile
-from ..utils.files import make_folder, replacing
+from ..utils.errors import HostLost, QueueError, UnreadableFile
 from ..utils.text_files import read_words
 
 DEFAULT_HOST = "http://127.0.0.1:8188"
@@ -138,22 +133,7 @@ def _suggestion(name: str, known: Mapping[str, Any], there_is: str) -> str:
 # ---- the host
 
 
-@dataclass(frozen=True)
-class Result:
-    """One thing that a node showed or saved: a file on the host, with its ``path`` here once fetched, or a text."""
-
-    title: str
-    file: Mapping[str, str] | None = None  # filename, subfolder, type
-    text: str = ""
-    path: Path | None = None
-
-    @property
-    def saved(self) -> bool:
-        """Whether the host keeps it: a preview lies in its temporary folder."""
-        return self.file is not None and self.file.get("type") != "temp"
-
-
-class _Stopped(Exception):
+class StoppedWaiting(Exception):
     """Asked to stop while waiting."""
 
 
@@ -188,11 +168,14 @@ class RunningHost:
                     raise HostLost(f"{self.url} no longer answers ({e}); look at its log") from e
                 time.sleep(POLL_SECONDS)
 
-    def submit(self, workflow: Workflow) -> str:
-        """Queue a workflow; returns its id. Raises QueueError, with every complaint, if any part of it is invalid."""
+    def submit(self, workflow: Workflow, client_id: str) -> str:
+        """Queue a workflow for a client of the host's WebSocket; returns its id.
+
+        Raises QueueError, with every complaint, if any part of it is invalid.
+        """
         try:
             # What cached nodes show gets into the history only for prompts of a client, even if it isn't listening.
-            answer = json.loads(self.ask("/prompt", {"prompt": workflow, "client_id": uuid.uuid4().hex}))
+            answer = json.loads(self.ask("/prompt", {"prompt": workflow, "client_id": client_id}))
         except urllib.error.HTTPError as e:
             answer = _json_of(e)
             raise QueueError(f"the host refuses the workflow:\n{_complaints(workflow, answer)}") from e
@@ -231,10 +214,12 @@ class RunningHost:
         prompt_id: str,
         say: Callable[[str], None] = lambda text: None,
         stopped: Callable[[], bool] = lambda: False,
+        at_work: Callable[[], tuple[str, str]] = lambda: ("running", "running"),
     ) -> dict[str, Any]:
         """Wait for a prompt's end; returns its entry in the history. ``say`` gets a line now and then.
 
-        Raises HostLost, and _Stopped once ``stopped`` says yes.
+        ``at_work``: the node at work, of which a change is told at once, and what to say of it.
+        Raises HostLost, and StoppedWaiting once ``stopped`` says yes.
         """
         began, told, state = time.monotonic(), 0.0, ""
         path = f"/history/{urllib.parse.quote(prompt_id)}"
@@ -249,13 +234,16 @@ class RunningHost:
             if ahead is None and all(item[1] != prompt_id for item in queue["queue_running"]):
                 raise HostLost("the host knows this workflow no more: it was restarted, or the queue was cleared")
             before = state
-            state = "running" if ahead is None else f"waiting, {ahead + len(queue['queue_running'])} before it"
+            if ahead is None:
+                state, words = at_work()
+            else:
+                state = words = f"waiting, {ahead + len(queue['queue_running'])} before it"
             now = time.monotonic()
             if state != before or now - told > REPORT_SECONDS:
-                say(f"{state} ({now - began:.0f} s)")
+                say(f"{words} ({now - began:.0f} s)")
                 told = now
             if stopped():
-                raise _Stopped
+                raise StoppedWaiting
             time.sleep(POLL_SECONDS)
 
     def fetch(self, file: Mapping[str, str]) -> bytes:
@@ -288,93 +276,3 @@ def _complaints(workflow: Workflow, answer: Mapping[str, Any]) -> str:
         error = answer.get("error") or {}
         lines = [f"{error.get('message', error)} {error.get('details') or ''}".strip()]
     return "\n".join(lines)
-
-
-def check_success(workflow: Workflow, entry: Mapping[str, Any]) -> None:
-    """Raises RunFailed with the node's title if a run failed, Interrupted if somebody stopped it."""
-    status = entry.get("status") or {}
-    if status.get("status_str", "success") == "success":
-        return
-    for event, data in status.get("messages", ()):
-        where = f"'{title_of(workflow, str(data.get('node_id')))}'"
-        if event == "execution_interrupted":
-            raise Interrupted(f"stopped on the host, at {where}")
-        if event == "execution_error":
-            raise RunFailed(f"{where} failed: {str(data.get('exception_message', '')).strip()}")
-    raise RunFailed("the run failed; the host's log says why")
-
-
-def results(workflow: Workflow, entry: Mapping[str, Any]) -> Iterator[Result]:
-    """Everything that the nodes showed or saved, in the workflow's order."""
-    outputs = entry.get("outputs") or {}
-    for node_id in sorted(outputs, key=list(workflow).index if set(outputs) <= set(workflow) else str):
-        for values in outputs[node_id].values():
-            for value in values if isinstance(values, list) else ():
-                if isinstance(value, Mapping) and value.get("filename"):
-                    yield Result(title_of(workflow, node_id), file=value)
-                elif isinstance(value, str):
-                    yield Result(title_of(workflow, node_id), text=value)
-
-
-def save(content: bytes, folder: Path, name: str) -> Path:
-    """Write a file as ``folder``/``name``, or with a number where another file has that name. Returns its path."""
-    plain = Path(name.replace("\\", "/")).name  # the host chose it, and must not choose the folder
-    for number in itertools.count(1):
-        path = folder / plain if number == 1 else folder / f"{Path(plain).stem}-{number}{Path(plain).suffix}"
-        if not path.exists():
-            with replacing(path) as temporary:
-                temporary.write_bytes(content)
-            return path
-        if path.read_bytes() == content:
-            return path
-
-
-def run_workflow(
-    workflow: Workflow,
-    host: RunningHost,
-    out: Path | None = None,
-    say: Callable[[str], None] = lambda text: None,
-) -> list[Path]:
-    """Queue a workflow, wait for its end, and fetch what it showed and saved into ``out``; returns those files.
-
-    Ctrl-C takes it out of the host's queue or interrupts it there. Raises QueueError, Interrupted, OutputError.
-    """
-    return [result.path for result in run_to_end(workflow, host, out, say) if result.path]
-
-
-def run_to_end(
-    workflow: Workflow,
-    host: RunningHost,
-    out: Path | None = None,
-    say: Callable[[str], None] = lambda text: None,
-    stopped: Callable[[], bool] = lambda: False,
-) -> list[Result]:
-    """As :func:`run_workflow`, with all that was shown; once ``stopped`` says yes, it ends as with Ctrl-C."""
-    if out is not None:
-        make_folder(out)  # now: a place that can't be written should not show after hours of training
-    prompt_id = host.submit(workflow)
-    try:
-        say(f"queued as {prompt_id}")
-        entry = host.wait(prompt_id, say, stopped)
-    except (KeyboardInterrupt, _Stopped):
-        say("asking the host to stop; press Ctrl-C again to leave at once")
-        try:
-            host.cancel(prompt_id)
-        except HostLost as e:
-            raise Interrupted(f"{e}, so what was queued may still run there") from None
-        try:
-            host.wait(prompt_id, say)  # a training saves before it stops
-        except QueueError:
-            pass  # it had not begun, and is gone from the queue
-        raise Interrupted("the host was asked to stop, and did") from None
-    check_success(workflow, entry)
-    shown = list(results(workflow, entry))
-    for i, result in enumerate(shown):
-        if result.text:
-            say(f"{result.title}: {result.text}")
-        elif out is not None:
-            name = result.file["filename"]
-            if not result.saved:  # previews have names that say nothing
-                name = re.sub(r"[^\w.+ -]+", "-", result.title) + Path(name).suffix
-            shown[i] = replace(result, path=save(host.fetch(result.file), out, name))
-    return shown

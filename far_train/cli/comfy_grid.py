@@ -20,14 +20,15 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image, UnidentifiedImageError
-
-from ..evaluation.sheets import contact_sheet, save_sheet
 from ..utils.errors import HostLost, Interrupted, QueueError, RunFailed
 from ..utils.files import make_folder, write_json, write_text
-from .comfy_client import RunningHost, Workflow, find_input, replace_input, run_to_end, title_of, value_of
+from .comfy_client import RunningHost, Workflow, find_input, replace_input, title_of, value_of
+from .comfy_run import run_to_end
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 RUN_FILE, TABLE_FILE, SHEET_FILE = "run.json", "runs.csv", "contact-sheet.jpg"
 MOST_VALUES = 100_000  # of one axis, and runs of a grid: more is a slip
@@ -149,8 +150,16 @@ class GridRunner:
     would be refused as well; a run that fails is told, and the others go on.
     """
 
-    def __init__(self, runs: Sequence[Run], hosts: Sequence[RunningHost], out: Path, say: Callable[[str], None]):
-        self.runs, self.hosts, self.out, self._say = list(runs), list(hosts), out, say
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        hosts: Sequence[RunningHost],
+        out: Path,
+        say: Callable[[str], None],
+        previews: bool = False,
+    ):
+        self.runs, self.hosts, self.out, self.previews, self._say = list(runs), list(hosts), out, previews, say
+        self._told: dict[str, set[tuple[str, str]]] = {host.url: set() for host in self.hosts}
         self._waiting: queue.SimpleQueue[Run] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._telling = threading.Lock()
@@ -160,9 +169,15 @@ class GridRunner:
         self._done = self._open = 0
         self._began = 0.0
 
+    def todo(self) -> list[Run]:
+        """The runs that aren't finished, or whose previews are wanted now and were not when they were run."""
+        reports = [finished(run, self.out) for run in self.runs]
+        done = [about is not None and (about.get("previews", True) or not self.previews) for about in reports]
+        return [run for run, is_done in zip(self.runs, done) if not is_done]
+
     def run(self) -> None:
         """Raises QueueError, RunFailed, Interrupted, OutputError; what is done by then is kept."""
-        todo = [run for run in self.runs if finished(run, self.out) is None]
+        todo = self.todo()
         if len(todo) < len(self.runs):
             self._say(f"{len(self.runs) - len(todo)} of {len(self.runs)} runs are in {self.out} already")
         for run in todo:
@@ -227,12 +242,14 @@ class GridRunner:
                 self._tell(f"{run.label}{where}: {text}")
 
         began, folder = time.monotonic(), run.folder(self.out)
-        shown = run_to_end(run.workflow, host, folder, say, self._stop.is_set)
+        told = self._told[host.url]
+        shown = run_to_end(run.workflow, host, folder, say, self._stop.is_set, previews=self.previews, told=told)
         files = [result for result in shown if result.path]
         about = {
             "values": run.values,
             "saved": list(dict.fromkeys(r.path.name for r in files if r.saved)),
             "shown": list(dict.fromkeys(r.path.name for r in files if not r.saved)),
+            "previews": self.previews,
             "texts": [[r.title, r.text] for r in shown if r.text],
             "seconds": round(time.monotonic() - began, 1),
             "host": host.url,
@@ -270,8 +287,10 @@ def collect(runs: Sequence[Run], out: Path, columns: int) -> list[Path]:
     """Write the table and the contact sheets of all runs that are finished; returns their paths.
 
     ``columns``: runs in one row of a sheet, as many as the last axis has values. A run shows the pictures that it
-    saved, or if it saved none, those that its nodes showed. Raises OutputError.
+    saved, or if it saved none, those previews that were fetched. Raises OutputError.
     """
+    from ..evaluation.sheets import contact_sheet, save_sheet  # here, since it brings torch: a refusal needs none
+
     reports = [finished(run, make_folder(out)) for run in runs]
     table = io.StringIO()
     rows = csv.writer(table, lineterminator="\n")
@@ -299,6 +318,10 @@ def collect(runs: Sequence[Run], out: Path, columns: int) -> list[Path]:
 
 def _tile(folder: Path, about: dict[str, Any] | None) -> Image.Image:
     """The pictures of one run as one; a grey field where there is none."""
+    from PIL import Image, UnidentifiedImageError
+
+    from ..evaluation.sheets import contact_sheet
+
     pictures = []
     for name in (about["saved"] or about["shown"]) if about else ():
         try:

@@ -1,4 +1,4 @@
-"""Commands that make training data: extract, fuse, scenes."""
+"""Commands that make and examine training data: extract, fuse, doctor, scenes."""
 
 from __future__ import annotations
 
@@ -179,6 +179,63 @@ FUSE = Command(
     ),
     fuse,
     FusionConfig,
+)
+
+
+# ---- doctor
+
+
+def doctor(inputs: Inputs, _: None) -> None:
+    """Print what will spoil a training with these photos, concepts or dataset: a line for each, warnings first."""
+    from ..data.dataset import DatasetFolder
+    from ..data.doctor import examine_concepts, examine_dataset, examine_photos, sort_findings
+    from ..data.folder_inputs import read_concept, read_photos
+
+    folders = texts(inputs.get("photos"))
+    entries = _entries(inputs, "concept", ("token", "noun", "folder"))
+    if not folders and not entries and not inputs.get("dataset"):
+        raise ConfigError("photos, concept, dataset: none given; give at least one of them to examine")
+    size = inputs.get("size")
+    if size is not None and size < 1:
+        raise ConfigError(f"size: {size!r} is no size in pixels; use 1 or more, such as 768")
+    side = 4 * size if size else ExtractConfig.max_side  # with a size, photos as 'fuse' reads them
+    findings = []
+    for folder in folders:
+        findings += examine_photos(read_photos(Path(folder), side), size, folder)
+    concepts = [read_concept(token, noun, Path(folder), side) for token, noun, folder in entries]
+    findings += examine_concepts(concepts, size)
+    if inputs.get("dataset"):
+        dataset = DatasetFolder(Path(inputs["dataset"]))
+        for note in dataset.notes:
+            log.warning("%s", note)
+        with progress_bars() as bars:
+            findings += examine_dataset(dataset, size, bars.phase("examining"))
+    for finding in sort_findings(findings):
+        print(finding.line)
+    if not findings:
+        print("no findings")
+
+
+DOCTOR = Command(
+    "doctor",
+    "examine photos, concepts or a dataset for what will spoil a training",
+    (
+        Argument("photos", "folder of photos of one subject; repeat for several", options=repeatable("FOLDER")),
+        Argument(
+            "concept",
+            "a concept: its placeholder token, class noun and folder of subjects; repeat for each",
+            False,
+            repeatable(("TOKEN", "NOUN", "FOLDER"), 3),
+        ),
+        Argument("dataset", "dataset folder, made by 'fuse'; every picture of it is read"),
+        Argument(
+            "size",
+            "the base's native size in pixels, to find photos and subjects that are smaller: SD 1.5 512, 2.1 768, "
+            "XL 1024 (default: sizes are not examined)",
+            options=NUMBER,
+        ),
+    ),
+    doctor,
 )
 
 

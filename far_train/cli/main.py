@@ -16,6 +16,7 @@ PROGRAM = Program(
     (
         data.EXTRACT,
         data.FUSE,
+        data.DOCTOR,
         training.TRAIN,
         use.GENERATE,
         data.SCENES,

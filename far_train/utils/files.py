@@ -11,13 +11,14 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
 
 from .errors import BaseModelError, OutputError, UnreadableFile
+
+if TYPE_CHECKING:  # what only writes texts and pictures, such as `queue`, begins without torch
+    from torch import Tensor, nn
 
 MAX_HEADER = 16 * 2**20  # bytes of a safetensors file's header; that of a whole Stable Diffusion is below a megabyte
 SPARE_BYTES = 16 * 2**20  # of free space that a write leaves to everybody else
@@ -80,6 +81,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file atomically, the same bytes for the same content; ``metadata`` holds plain strings."""
+    from safetensors.torch import save_file
+
     check_space(path.parent, sum(t.numel() * t.element_size() for t in tensors.values()))
     with replacing(path) as temporary:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from far_train.data.dataset import DatasetFolder
 
 from .comfy_server import ComfyServer, ExecutionFailed, PromptRejected
 from .graphs import node
+from .listener import Listener
 from .photos import photo_folder, pictures, refusal
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "two_dogs"
@@ -137,7 +139,7 @@ def test_one_concept_alone(comfy: ComfyServer):
     assert "1 concept: <lone-disc> disc" in report(outputs)
 
 
-# FaR_SaveDataset, FaR_LoadDataset
+# FaR_SaveDataset, FaR_LoadDataset, FaR_DatasetDoctor
 
 
 def test_a_dataset_survives_saving_and_loading(comfy: ComfyServer, folders: dict[str, str]):
@@ -304,7 +306,11 @@ def among_scenes(comfy: ComfyServer, folders: dict[str, str], scenes: str, **cha
 
 def test_empty_scenes_are_drawn_once_and_stand_behind_the_subjects(comfy: ComfyServer, folders: dict[str, str]):
     prompt = among_scenes(comfy, folders, "an empty beach | on the beach\n\nan empty room")
-    outputs = comfy.run(prompt)
+    with Listener(comfy) as listener:
+        outputs = comfy.run(prompt)
+        listener.catch_up()
+    told = [words for node_id, words in listener.texts if node_id == "45"]
+    assert told[0] == "images: 0 of 4" and re.fullmatch(r"images: 3 of 4, \d+ s left", told[3])
     text = outputs["45"]["text"][0]
     assert text.startswith("4 empty scenes in ")
     folder = Path(text.rpartition(" in ")[2])
@@ -357,3 +363,20 @@ def test_two_dogs(comfy: ComfyServer):
     dataset = DatasetFolder(comfy.folder("output") / "far" / "datasets" / "two_dogs")
     assert dataset.composite_count() == 8 and dataset.prior_count() == 12
     assert all(m.mask.max() > 0.5 for i in range(8) for m in dataset.composite(i).mentions)
+
+
+def test_the_doctor_examines_concepts_and_a_dataset(comfy: ComfyServer, folders: dict[str, str]):
+    """The photos of both discs have one ground, and those of the second are but two."""
+    prompt = fusing(comfy, folders, count=2) | {
+        "60": node("FaR_DatasetDoctor", concepts=["21", 0], dataset=["50", 0], size=192),
+        "61": node("PreviewAny", source=["60", 0]),
+    }
+    outputs = comfy.run(prompt)
+    assert outputs["60"]["text"] == outputs["61"]["text"]
+    told = report(outputs, "60")
+    assert "warning: <disc-one>: its 3 photos seem to be taken in one place" in told
+    assert "warning: <disc-two>: it has only 2 photos" in told
+    assert "warning: <disc-two>, photo 1: it has 140×90 px, less than the base's native 192 px" in told
+    assert "warning: its pictures are 128 px a side, less than the base's native 192 px" in told
+    words = refusal(comfy, {"60": node("FaR_DatasetDoctor", size=0)})[1]
+    assert "concepts, dataset: neither is connected" in words

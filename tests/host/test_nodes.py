@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from .comfy_server import ComfyServer
 from .graphs import node
 
@@ -16,6 +18,7 @@ NODES = (
     "FaR_ConceptFusion",
     "FaR_SaveDataset",
     "FaR_LoadDataset",
+    "FaR_DatasetDoctor",
     "FaR_MiniCheckpoint",
     "FaR_MiniPhotos",
     "FaR_TrainOptions",
@@ -40,6 +43,32 @@ def test_every_node_appears_without_a_warning(comfy: ComfyServer):
     log = comfy.start_log()
     assert "IMPORT FAILED" not in log and "Traceback" not in log
     assert "WARNING" not in log.split("Import times")[0]
+
+
+@pytest.mark.parametrize(
+    ("word", "nodes"),
+    [
+        ("lora", {"Train", "SaveWeights", "LoadWeights", "ApplyWeights"}),
+        ("train", {"Train", "TrainOptions"}),
+        ("dreambooth", {"Train", "Concept"}),
+        ("personalization", {"Train", "Concept"}),
+        ("sam", {"LoadSAM", "ExtractSubject"}),
+        ("segment", {"LoadSAM", "ExtractSubject"}),
+        ("rembg", {"ExtractSubject"}),
+        ("subject", {"Concept", "ExtractSubject"}),
+        ("character", {"Train", "Concept"}),
+        ("training set", {"ConceptFusion", "SaveDataset", "LoadDataset"}),
+        ("dataset", {"ConceptFusion", "SaveDataset", "LoadDataset"}),
+    ],
+)
+def test_a_word_finds_the_nodes_that_are_meant(comfy: ComfyServer, word: str, nodes: set[str]):
+    """A search word is a whole word of a node's name or one of its aliases; the front end finds parts of words, too."""
+    info = comfy.object_info()
+    if "search_aliases" not in info["FaR_Train"]:
+        pytest.skip("this host knows no search aliases")
+    found = {name for name in NODES if f" {word} " in f" {info[name]['display_name'].lower()} "}
+    found |= {name for name in NODES if word in info[name]["search_aliases"]}
+    assert {f"FaR_{name}" for name in nodes} <= found
 
 
 def test_every_node_has_a_help_page(comfy: ComfyServer):

@@ -106,6 +106,7 @@ def newer(comfy: ComfyServer) -> dict[str, Any]:
                    encoder="FaR mini oracle (built in)"),
         "23": node("FaR_EmptyScenes", model=["1", 0], clip=["1", 1], vae=["1", 2], scenes="a wall | at a wall", each=1,
                    scene_seed=0, steps=1, guidance=1.0, size=64),
+        "24": node("FaR_DatasetDoctor", concepts=["5", 0], dataset=["9", 0], size=64),
     }  # fmt: skip
     known = comfy.object_info()
     return {number: about for number, about in graph.items() if about["class_type"] in known}

@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from far_train.cli.comfy_client import RunningHost, run_workflow, set_inputs
+from far_train.cli.comfy_client import RunningHost, set_inputs
+from far_train.cli.comfy_run import run_workflow
 from far_train.data.sam import build_sam
 
 from ..tiny_sam import TINY, save_tiny
@@ -156,7 +157,7 @@ def test_the_small_one_runs_to_the_end_as_it_is(comfy: ComfyServer, tmp_path):
         "Draw.steps=2",
     )
     logged = len(comfy.log())
-    shown = run_workflow(set_inputs(twin(SMALL), changes), RunningHost(comfy.url), tmp_path)
+    shown = run_workflow(set_inputs(twin(SMALL), changes), RunningHost(comfy.url), tmp_path, previews=True)
     assert "read as plain text" not in comfy.log()[logged:]
     pictures = [path for path in shown if path.stem.startswith("small-dogs_")]
     assert len({path.read_bytes() for path in pictures}) == 4
@@ -193,7 +194,7 @@ def dogs(host: Host) -> Iterator[ComfyServer]:
 
 
 def queue(server: ComfyServer, workflow: dict, out: Path, *changes: str) -> list[Path]:
-    return run_workflow(set_inputs(with_tiny_base(workflow), changes), RunningHost(server.url), out)
+    return run_workflow(set_inputs(with_tiny_base(workflow), changes), RunningHost(server.url), out, previews=True)
 
 
 def with_few_steps(server: ComfyServer, workflow: dict) -> dict:
