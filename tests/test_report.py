@@ -89,8 +89,18 @@ def test_a_contact_sheet_holds_all_pictures(count, labels):
     for i in range(count):
         assert cells(sheet, (255, 0, i)) == 32 * round(30 * 32 / (30 + i)), i
     pixels = np.asarray(sheet).astype(int)
-    is_text = (np.ptp(pixels, axis=-1) == 0) & (pixels[..., 0] < 128)
+    is_text = (np.ptp(pixels, axis=-1) == 0) & (pixels[..., 0] > 128)
     assert is_text.any() == labels
+    assert sheet.getpixel((0, 0)) == (32, 32, 32)  # white would glare in a dark front end
+
+
+@pytest.mark.parametrize(
+    ("count", "columns", "rows"),
+    [(1, 1, 1), (3, 3, 1), (4, 4, 1), (5, 5, 1), (6, 3, 2), (7, 4, 2), (9, 3, 3), (10, 5, 2), (13, 5, 3), (24, 4, 6)],
+)
+def test_a_contact_sheet_has_few_empty_cells(count, columns, rows):
+    sheet = contact_sheet([Image.new("RGB", (30, 30), "red")] * count, cell=32)
+    assert sheet.size == (40 * columns + 8, 40 * rows + 8)
 
 
 def test_contact_sheets_of_nothing_and_of_odd_shapes():

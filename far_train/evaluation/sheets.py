@@ -27,6 +27,7 @@ from .detect_and_compare import Evaluation
 # Of concepts, in order; class subjects are grey. Distinguishable for colour-blind readers (Okabe & Ito).
 COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (204, 121, 167), (240, 228, 66), (213, 94, 0))
 CLASS_COLOUR = (150, 150, 150)
+GROUND, WRITING = (32, 32, 32), (224, 224, 224)  # of contact sheets: white would glare in a dark front end
 
 
 def overlay(composite: Composite, names: Sequence[Name]) -> Image.Image:
@@ -60,17 +61,20 @@ def checkerboard(image: Tensor, mask: Tensor) -> Image.Image:
 
 
 def contact_sheet(
-    pictures: Sequence[Image.Image], labels: Sequence[str] = (), *, columns: int = 4, cell: int = 256
+    pictures: Sequence[Image.Image], labels: Sequence[str] = (), *, columns: int | None = None, cell: int = 256
 ) -> Image.Image:
-    """Pictures in a grid of cells of ``cell`` pixels, each with its label below."""
+    """Pictures in a grid of cells of ``cell`` pixels, each with its label below, on a dark ground.
+
+    ``columns``: by default as :func:`full_columns` has them.
+    """
     font = ImageFont.load_default(max(cell // 18, 11))
     lines = [textwrap.wrap(label, max(cell // 7, 12))[:3] for label in labels]
     lines += [[]] * (len(pictures) - len(lines))
     line_height = max(cell // 18, 11) + 4
     text_height = line_height * max((len(x) for x in lines), default=0) + 8 * bool(labels)
-    columns = min(columns, max(len(pictures), 1))
+    columns = min(columns or full_columns(len(pictures)), max(len(pictures), 1))
     rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (cell + 8) + 8, rows * (cell + text_height + 8) + 8), "white")
+    sheet = Image.new("RGB", (columns * (cell + 8) + 8, rows * (cell + text_height + 8) + 8), GROUND)
     draw = ImageDraw.Draw(sheet)
     for i, picture in enumerate(pictures):
         x, y = 8 + i % columns * (cell + 8), 8 + i // columns * (cell + text_height + 8)
@@ -79,12 +83,17 @@ def contact_sheet(
         fitted = picture.resize((width, height), Image.Resampling.LANCZOS)
         sheet.paste(fitted, (x + (cell - fitted.width) // 2, y + (cell - fitted.height) // 2))
         for k, line in enumerate(lines[i]):
-            draw.text((x, y + cell + 4 + k * line_height), line, "black", font)
+            draw.text((x, y + cell + 4 + k * line_height), line, WRITING, font)
     return sheet
 
 
+def full_columns(count: int) -> int:
+    """Of 3 to 5 columns those that leave the fewest cells empty; of equals 4, then 5."""
+    return min((4, 5, 3), key=lambda columns: -count % columns)
+
+
 def dataset_sheet(
-    composites: Sequence[Composite], names: Sequence[Name], *, columns: int = 4, cell: int = 256
+    composites: Sequence[Composite], names: Sequence[Name], *, columns: int | None = None, cell: int = 256
 ) -> Image.Image:
     """Contact sheet of composites with coloured masks, layout and caption."""
     labels = [f"[{c.layout}] {c.caption}" for c in composites]
@@ -92,7 +101,7 @@ def dataset_sheet(
 
 
 def picture_grid(
-    pictures: Iterable[Tensor], labels: Sequence[str] = (), *, columns: int = 4, cell: int = 256
+    pictures: Iterable[Tensor], labels: Sequence[str] = (), *, columns: int | None = None, cell: int = 256
 ) -> Image.Image:
     """Contact sheet of pictures, each [H, W, 3]."""
     return contact_sheet([to_pil(p) for p in pictures], labels, columns=columns, cell=cell)

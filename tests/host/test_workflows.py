@@ -347,7 +347,7 @@ def test_ctrl_c_stops_the_run_on_the_host(dogs: ComfyServer, trained, tmp_path):
         for line in process.stdout:
             if line.startswith("queued as"):
                 prompt_id = line.split()[-1]
-            if line.startswith("running"):
+            if line.startswith(("running", "Draw")):
                 break
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=120)
