@@ -20,7 +20,7 @@ from . import host_folders, host_ui
 from .instances import group_masks, own_masks
 from .pictures import HOW_TO_GET_MASKS, counted, doubts, photo_labels, some_of, unroll_images
 from .previews import as_image, refusal_shown, shown, subject_sheet
-from .prompts import BOX_FORMATS, boxes_by_photo, read_prompts, unscored
+from .prompts import BOX_FORMATS, boxes_by_photo, cut_at_edges, read_prompts, unscored
 from .segmentation import LoadSam, find_subjects
 from .sockets import BoundingBox, SamModel, check_choice, schema
 
@@ -237,6 +237,7 @@ class ExtractSubject(io.ComfyNode):
         pictures = unroll_images(images)
         labels = photo_labels(len(pictures), names)
         prompts = read_prompts(len(pictures), box, box_format[0], points, names, negative_points, index[0])
+        prompts = [cut_at_edges(p, image.shape[1], image.shape[0]) for p, image in zip(prompts, pictures)]
         boxes = boxes_by_photo(box, len(pictures))
         sam = sam_model[0] if len(sam_model) else None
         given: list[Tensor | SubjectError | None] = [None] * len(pictures)

@@ -27,6 +27,9 @@ POINTS_HELP = (
     'write [[x, y], [x, y, 0]] (0 = not the subject) or, per photo, {"1": [[x, y]], "3": {"box": [x0, y0, x1, y1]}}'
 )
 
+# Detectors place edges freely: a subject that the photo crops may get a box that reaches out by this share of a side.
+BEYOND_THE_EDGE = 0.05
+
 Box = tuple[float, float, float, float]
 Points = tuple[tuple[float, float, int], ...]
 
@@ -76,6 +79,21 @@ def read_prompts(
         points += tuple((x, y, 0) for x, y, _ in _points(negative_of[i]))
         prompts.append(Prompt(box, points))
     return prompts
+
+
+def cut_at_edges(prompt: Prompt, width: int, height: int) -> Prompt:
+    """The prompt for a photo of this size in pixels, without what a detector's box has beyond the photo's edges.
+
+    A box that reaches out by more than BEYOND_THE_EDGE is of another size of the photo: it stays, and is refused.
+    """
+    if prompt.box is None:
+        return prompt
+    limits = (width, height, width, height)
+    box = tuple(min(max(side, 0.0), float(limit)) for side, limit in zip(prompt.box, limits))
+    far = any(abs(a - b) > BEYOND_THE_EDGE * limit for a, b, limit in zip(prompt.box, box, limits))
+    if far or box[0] >= box[2] or box[1] >= box[3]:
+        return prompt
+    return Prompt(box, prompt.points)
 
 
 def read_boxes(values: Sequence[Any], box_format: str = BOX_FORMATS[0]) -> list[Box]:

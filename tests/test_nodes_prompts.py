@@ -60,6 +60,16 @@ def test_nothing_given_is_an_automatic_prompt_for_each():
     assert prompts.read_prompts(2, [], CORNERS, [""]) == [Prompt(), Prompt()]
 
 
+def test_a_box_that_reaches_a_little_out_of_the_photo_is_cut_at_its_edges():
+    """SAM3 Detect's box of a dog that the photo crops: center and size are estimated, its edges are not."""
+    points = ((3, 4, 1),)
+    cut = prompts.cut_at_edges(Prompt((-2.5, 10.0, 101.5, 50.2), points), 100, 50)
+    assert cut == Prompt((0, 10, 100, 50), points)
+    for box in ((-6, 10, 50, 40), (10, 10, 50, 53), (-3, 10, -1, 40), (100, 10, 101, 40)):
+        assert prompts.cut_at_edges(Prompt(box), 100, 50) == Prompt(box)
+    assert prompts.cut_at_edges(Prompt(), 100, 50) == Prompt()
+
+
 def test_one_box_serves_all_photos_and_several_one_each():
     assert prompts.read_prompts(2, [BOX], CORNERS, [""]) == [Prompt(BOX)] * 2
     other = (1.0, 2.0, 3.0, 4.0)
