@@ -158,8 +158,8 @@ def _boxes_in(value: Any) -> list[Any]:
         value = value.tolist()
     if isinstance(value, str):
         value = _read_json(value)
-    if value is None:
-        return []
+    if value is None or (isinstance(value, Mapping) and all(side is None for side in value.values())):
+        return []  # a points editor sends the latter for a box that nobody has drawn
     if isinstance(value, Mapping) or _are_numbers(value, 4):
         return [value]
     if isinstance(value, Sequence) and not isinstance(value, str) and not any(isinstance(v, Real) for v in value):
@@ -186,7 +186,7 @@ def _one_box(value: Any, box_format: str) -> Box:
 
 def _points(value: Any) -> Points:
     """Points from [[x, y], [x, y, label], {"x": …, "y": …, "label": …}], or from a single [x, y]."""
-    if value is None:
+    if value is None or value == "":
         return ()
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise ConfigError(f"points: {json.dumps(value)} is no list of points; {POINTS_HELP}")
@@ -202,6 +202,12 @@ def _points(value: Any) -> Points:
             points.append((float(point[0]), float(point[1]), int(point[2]) if len(point) == 3 else 1))
         except (OverflowError, ValueError) as e:  # numbers of hundreds of digits, or a label that is none
             raise ConfigError(f"points: {str(point)[:60]} is no point; {POINTS_HELP}") from e
+    sides = [side for x, y, _ in points for side in (x, y)]
+    if all(0 <= side <= 1 for side in sides) and not all(side.is_integer() for side in sides):
+        raise ConfigError(
+            f"points: {points[0][:2]} is a share of the photo's sides and not pixels; switch 'normalize' off in the "
+            "points editor"
+        )
     return tuple(points)
 
 

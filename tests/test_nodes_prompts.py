@@ -60,6 +60,20 @@ def test_nothing_given_is_an_automatic_prompt_for_each():
     assert prompts.read_prompts(2, [], CORNERS, [""]) == [Prompt(), Prompt()]
 
 
+def test_a_points_editor_that_was_left_empty_asks_for_nothing():
+    """KJNodes' editor: no negative points are the JSON text of "", and a box that nobody drew has no sides."""
+    sent = [[{}], [{"startX": None, "startY": None, "endX": None, "endY": None}]]
+    for box in sent:
+        found = prompts.read_prompts(2, [box], CORNERS, ['[{"x": 3, "y": 4}]'], negative=['""'])
+        assert found == [Prompt(points=((3, 4, 1),))] * 2
+
+
+def test_points_as_shares_of_the_sides_are_refused():
+    with pytest.raises(ConfigError, match=r"\(0.25, 1.0\) is a share .*switch 'normalize' off"):
+        prompts.read_prompts(1, [], CORNERS, ['[{"x": 0.25, "y": 1}]'])
+    assert prompts.read_prompts(1, [], CORNERS, ["[[1, 0]]"]) == [Prompt(points=((1, 0, 1),))]
+
+
 def test_a_box_that_reaches_a_little_out_of_the_photo_is_cut_at_its_edges():
     """SAM3 Detect's box of a dog that the photo crops: center and size are estimated, its edges are not."""
     points = ((3, 4, 1),)
