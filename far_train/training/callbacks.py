@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,19 +10,23 @@ from torch import Tensor
 
 from ..utils.errors import Interrupted
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Callbacks:
     """Functions that a training calls. All are optional; none may change what is learned.
 
     ``on_phase(name, done, total)`` reports progress before the first step, ``on_step(step, metrics)`` each step,
-    ``on_samples(step, prompts, pictures [n, H, W, 3])`` sample pictures. ``should_stop()`` is asked between steps, and
+    ``on_samples(step, prompts, pictures [n, H, W, 3])`` sample pictures, ``on_note(text)`` what the user should know
+    meanwhile; by default that is logged. ``should_stop()`` is asked between steps, and
     between pictures of a phase.
     """
 
     on_phase: Callable[[str, int, int], None] = lambda phase, done, total: None
     on_step: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
     on_samples: Callable[[int, Sequence[str], Tensor], None] = lambda step, prompts, pictures: None
+    on_note: Callable[[str], None] = log.warning
     should_stop: Callable[[], bool] = lambda: False
 
     def check_stop(self, phase: str) -> None:

@@ -7,11 +7,14 @@ several processes share each step.
 
 from __future__ import annotations
 
+import logging
 import math
 from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import torch
 
 from ..data.captions import default_prompts
 from ..data.concepts import TrainingSet
@@ -21,16 +24,19 @@ from ..models.layers import uncompiled
 from ..models.sampling import draw_pictures
 from ..models.settings import SampleConfig
 from ..models.weights import FarWeights, Provenance
-from ..utils.errors import Interrupted
+from ..utils.errors import Interrupted, TrainingDiverged
 from ..utils.out_of_memory import skip_without_memory
 from .build import build_run
 from .callbacks import Callbacks
-from .checkpoints import save_checkpoint
+from .checkpoints import newest_step, save_checkpoint
 from .distributed import World
 from .metrics import Readback, StepReports
 from .run_folder import METRICS_FILE, WEIGHTS_FILE, MetricsLog
 from .settings import TrainConfig
 from .step import take_step
+from .watch import DivergenceWatch, PaceWatch
+
+log = logging.getLogger(__name__)
 
 SAMPLE_BATCH = 4  # sample images drawn at once on a GPU
 MAX_NON_FINITE_STEPS = 3  # in a row, after which a run ends
@@ -130,12 +136,39 @@ class TrainingRun:
         return self.readback.drain()[-1][1]
 
     def fit(self) -> None:
-        """Take all remaining steps, with checkpoints and sample pictures."""
+        """Take all remaining steps, with checkpoints and sample pictures.
+
+        Raises TrainingDiverged once :class:`DivergenceWatch` calls the run broken, or at the end if it is suspect.
+        """
+        try:
+            self._take_all_steps(DivergenceWatch(with_base=self.state.config.output_preservation))
+        except TrainingDiverged as e:
+            raise TrainingDiverged(f"the training diverged: {e}. {self._after_divergence()}") from None
+
+    def _after_divergence(self) -> str:
+        """What is left of a run that diverged, and which setting to change."""
+        config, kept = self.state.config, newest_step(self.state.checkpoints)
+        checkpoint = f"; the checkpoint of step {kept} is kept" if kept else ""
+        rate = "kv_lr" if config.trainable == "kv" else "lora_lr"
+        precise = "" if self.state.dtype == torch.float32 else ", or use precision fp32"
+        return (
+            f"No weights are saved{checkpoint}. Lower {rate} (now {config.change_lr:g}) or embedding_lr (now "
+            f"{config.embedding_lr:g}){precise}"
+        )
+
+    def _take_all_steps(self, divergence: DivergenceWatch) -> None:
         state, config, is_main = self.state, self.state.config, self.state.world.is_main_process
         saved_step = state.step
         max_non_finite = MAX_NON_FINITE_STEPS + int(math.log2(state.scaler.initial_scale))  # fp16 first finds its scale
         with MetricsLog(state.folder / METRICS_FILE) if is_main else nullcontext() as history:
-            reports = StepReports(self.readback, history, self.callbacks.on_step, max_non_finite)
+            reports = StepReports(
+                self.readback,
+                history,
+                self.callbacks,
+                max_non_finite=max_non_finite,
+                divergence=divergence,
+                pace=PaceWatch(on_gpu=state.device.type == "cuda"),
+            )
             while state.step < state.steps:
                 if state.world.any_process(self.callbacks.should_stop()):
                     reports.flush()
@@ -143,13 +176,18 @@ class TrainingRun:
                         self.save_checkpoint()
                     raise Interrupted(f"stopped at step {state.step} of {state.steps}, which is saved; resume to go on")
                 self.take_step()
-                save = state.step % config.save_every == 0 or state.step == state.steps
+                is_last = state.step == state.steps
+                save = state.step % config.save_every == 0 or is_last
                 sample = bool(config.sample_every) and state.step % config.sample_every == 0
                 if save or sample:
                     reports.flush()
                 else:
                     reports.report()
-                if save and is_main:
+                if is_last and divergence.suspect:
+                    raise TrainingDiverged(f"the loss of the last steps is {divergence.words()}")
+                if save and divergence.suspect:
+                    log.warning("Step %d isn't saved: the loss is %s.", state.step, divergence.words())
+                elif save and is_main:
                     self.save_checkpoint()
                     saved_step = state.step
                 if sample and is_main:
