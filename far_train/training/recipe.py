@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..data.captions import default_prompts
 from ..data.concepts import TrainingSet
@@ -39,6 +41,7 @@ from .watch import DivergenceWatch, PaceWatch
 log = logging.getLogger(__name__)
 
 SAMPLE_BATCH = 4  # sample images drawn at once on a GPU
+CHECK_PICTURES = 4  # of each prompt
 MAX_NON_FINITE_STEPS = 3  # in a row, after which a run ends
 
 
@@ -75,7 +78,9 @@ def train(
         ) as run,
     ):
         run.fit()
-        return run.save_weights()
+        weights = run.save_weights()
+        run.draw_check()
+        return weights
 
 
 class TrainingRun:
@@ -199,22 +204,37 @@ class TrainingRun:
     def _draw_samples(self) -> None:
         state = self.state
         prompts = state.config.sample_prompts or default_prompts(state.training_set.names)
+        pictures = self._draw(prompts, "sample pictures")
+        for i, picture in enumerate(pictures):
+            save_picture(state.folder / "samples" / f"step-{state.step:06d}-{i}.png", picture)
+        self.callbacks.on_samples(state.step, prompts, pictures)
+
+    def draw_check(self) -> None:
+        """Draw what ``on_check`` wants, if it is given. An interruption or a lack of memory only leaves it out."""
+        on_check, state = self.callbacks.on_check, self.state
+        if on_check is None or not state.world.is_main_process:
+            return
+        prompts = [p for p in default_prompts(state.training_set.names) for _ in range(CHECK_PICTURES)]
+        self.callbacks.on_phase("check", 0, len(prompts))
+        with suppress(Interrupted), skip_without_memory("the pictures of the check"):
+            on_check(prompts, self._draw(prompts, "check"))
+
+    def _draw(self, prompts: Sequence[str], phase: str) -> Tensor:
+        """Pictures [n, H, W, 3] of the prompts by what has been learned so far. Raises Interrupted."""
+        state = self.state
         settings = SampleConfig(
             sampling_steps=state.config.sample_steps, sample_batch=SAMPLE_BATCH if state.device.type == "cuda" else 1
         )
         state.release_graphs()
         with uncompiled(state.base.unet):
-            pictures = draw_pictures(
+            return draw_pictures(
                 state.base,
                 state.vocabulary,
                 prompts,
                 settings,
-                size=(state.training_set.size, state.training_set.size),
-                on_progress=lambda *_: self.callbacks.check_stop("sample pictures"),
+                size=state.size,
+                on_progress=lambda *_: self.callbacks.check_stop(phase),
             )
-        for i, picture in enumerate(pictures):
-            save_picture(state.folder / "samples" / f"step-{state.step:06d}-{i}.png", picture)
-        self.callbacks.on_samples(state.step, prompts, pictures)
 
     # ---- files
 
