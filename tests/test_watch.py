@@ -119,7 +119,7 @@ def dogs() -> ConceptFusion:
         photos = reference_photos(identity, seed=1, count=2, size=FUSING.size)
         masks = tuple(mask.float() for _, mask in photos)
         concepts.append(Concept(name.token, name.noun, tuple(image for image, _ in photos), masks))
-    return ConceptFusion(concepts, config=FUSING.replace(count=6))
+    return ConceptFusion(concepts, config=FUSING.replace(count=2, size=64))
 
 
 def test_a_run_of_an_absurd_rate_is_never_saved(dogs, tmp_path: Path, caplog):
