@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
 import torch
 
 from far_train.cli.main import main
@@ -24,7 +23,6 @@ from far_train.evaluation.trained import (
 )
 from far_train.mini.shipped import SAM, small_sam
 from far_train.training import recipe
-from far_train.utils.errors import SubjectError
 
 from .tiny_encoders import write_encoder
 
@@ -96,8 +94,6 @@ def test_who_finds_the_subjects():
         detect = staticmethod(squares)
 
     assert len(subject_finder(Detecting(), None)(picture(RED, BLUE))) == 2
-    with pytest.raises(SubjectError, match="finds no subjects by itself"):
-        subject_finder(ColourEncoder(), None)
     assert subject_finder(ColourEncoder(), small_sam())(torch.ones(64, 64, 3)) == []
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..training.settings import TrainConfig
-from ..utils.errors import CheckpointError, ConfigError
+from ..utils.errors import CheckpointError, ConfigError, FarError
 from ..utils.terminal import progress_bars, stop_on_interrupt
 from .parsing import SWITCH, Argument, Command, Inputs
 from .shared import BASE, open_base
@@ -16,6 +16,7 @@ from .shared import BASE, open_base
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..data.dataset import DatasetFolder
     from ..evaluation.image_encoders import FolderEncoder
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,6 @@ def train(inputs: Inputs, config: TrainConfig) -> None:
     """Train in a run folder, or estimate what it would cost."""
     from ..data.dataset import DatasetFolder
     from ..evaluation.sheets import loss_curves, save_sheet
-    from ..evaluation.trained import CHECK_SHEET, check_trained, check_words, save_check, subject_finder
     from ..models.weights import FarWeights
     from ..training.callbacks import Callbacks
     from ..training.distributed import distributed_context
@@ -35,7 +35,6 @@ def train(inputs: Inputs, config: TrainConfig) -> None:
     from ..training.latent_cache import check_captions
     from ..training.recipe import train as train_recipe
     from ..training.run_folder import METRICS_FILE, read_metrics
-    from ..utils.devices import choose_device
     from ..utils.files import write_json
 
     out = Path(inputs["out"])
@@ -71,7 +70,7 @@ def train(inputs: Inputs, config: TrainConfig) -> None:
             should_stop=should_stop,
         )
         if not world.is_main_process:
-            callbacks = Callbacks(should_stop=should_stop)
+            callbacks = Callbacks(on_note=lambda _: None, should_stop=should_stop)
         resume = bool(inputs.get("resume"))
         try:
             train_recipe(base, dataset, config, out, start=start, resume=resume, keep_base=False, callbacks=callbacks)
@@ -85,12 +84,32 @@ def train(inputs: Inputs, config: TrainConfig) -> None:
     print(f"{steps} steps → {out / 'weights.safetensors'}; look at {out / 'curves.png'}{samples}")
     for prompts, pictures in to_check:
         base.to("meta")  # makes room for what judges
-        encoder, sam = judges
-        device, _ = choose_device(config.device)
-        encoder.model.to(device)
-        checks = check_trained(dataset, prompts, pictures, encoder, subject_finder(encoder, sam.to(device)))
-        save_check(out, checks, prompts, pictures)
-        print(f"{check_words(checks)}\nlook at {out / CHECK_SHEET}")
+        _check(dataset, prompts, pictures, judges, config.device, out)
+
+
+def _check(
+    dataset: DatasetFolder,
+    prompts: Sequence[str],
+    pictures: Tensor,
+    judges: tuple[FolderEncoder, Any],
+    device: str,
+    out: Path,
+) -> None:
+    """Judge what a finished run has drawn. The weights are saved: what keeps it from being judged is only said."""
+    from ..evaluation.trained import CHECK_SHEET, check_trained, check_words, save_check, subject_finder
+    from ..utils.devices import choose_device
+    from ..utils.out_of_memory import skip_without_memory
+
+    encoder, sam = judges
+    try:
+        with skip_without_memory("the check's results"):
+            encoder.model.to(choose_device(device)[0])
+            sam.to(choose_device(device)[0])
+            checks = check_trained(dataset, prompts, pictures, encoder, subject_finder(encoder, sam))
+            save_check(out, checks, prompts, pictures)
+            print(f"{check_words(checks)}\nlook at {out / CHECK_SHEET}")
+    except FarError as e:
+        log.warning("The weights are saved, but not checked: %s", e)
 
 
 def _judges(inputs: Inputs) -> tuple[FolderEncoder, Any] | None:

@@ -111,12 +111,8 @@ def dataset_concepts(training_set: TrainingSet) -> list[Concept]:
 
 
 def subject_finder(encoder: Encoder, sam: object | None) -> Callable[[Tensor], list[Tensor]]:
-    """What finds a picture's subjects: an encoder that can, such as the oracle, or a SAM. Raises SubjectError."""
-    if detect := getattr(encoder, "detect", None):
-        return detect
-    if sam is None:
-        raise SubjectError("sam: this encoder finds no subjects by itself; give a segment-anything model")
-    return lambda picture: propose_masks(sam, picture)
+    """What finds a picture's subjects: the encoder itself where it can, as the oracle, which needs no ``sam``."""
+    return getattr(encoder, "detect", None) or (lambda picture: propose_masks(sam, picture))
 
 
 def save_check(folder: Path, checks: Sequence[PromptCheck], prompts: Sequence[str], pictures: Sequence[Tensor]) -> None:

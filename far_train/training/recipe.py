@@ -143,7 +143,7 @@ class TrainingRun:
     def fit(self) -> None:
         """Take all remaining steps, with checkpoints and sample pictures.
 
-        Raises TrainingDiverged once :class:`DivergenceWatch` calls the run broken, or at the end if it is suspect.
+        Raises TrainingDiverged when :class:`DivergenceWatch` calls the run broken, or suspect where it ends or stops.
         """
         try:
             self._take_all_steps(DivergenceWatch(with_base=self.state.config.output_preservation))
@@ -177,6 +177,7 @@ class TrainingRun:
             while state.step < state.steps:
                 if state.world.any_process(self.callbacks.should_stop()):
                     reports.flush()
+                    _refuse_suspect(divergence)  # rather than save what a resumed run would go on from
                     if saved_step != state.step and is_main:
                         self.save_checkpoint()
                     raise Interrupted(f"stopped at step {state.step} of {state.steps}, which is saved; resume to go on")
@@ -188,8 +189,8 @@ class TrainingRun:
                     reports.flush()
                 else:
                     reports.report()
-                if is_last and divergence.suspect:
-                    raise TrainingDiverged(f"the loss of the last steps is {divergence.words()}")
+                if is_last:
+                    _refuse_suspect(divergence)
                 if save and divergence.suspect:
                     log.warning("Step %d isn't saved: the loss is %s.", state.step, divergence.words())
                 elif save and is_main:
@@ -271,3 +272,8 @@ class TrainingRun:
         if state.world.is_main_process:
             weights.save(state.folder / WEIGHTS_FILE)
         return weights
+
+
+def _refuse_suspect(divergence: DivergenceWatch) -> None:
+    if divergence.suspect:
+        raise TrainingDiverged(f"the loss of the last steps is {divergence.words()}")
