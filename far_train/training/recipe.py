@@ -172,6 +172,7 @@ class TrainingRun:
                 prompts,
                 settings,
                 size=(state.training_set.size, state.training_set.size),
+                like_ksampler=True,
                 on_progress=lambda *_: self.callbacks.check_stop("sample pictures"),
             )
         for i, picture in enumerate(pictures):
