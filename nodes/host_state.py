@@ -48,7 +48,8 @@ def check_weights_are_all(called: str, patcher: Any) -> None:
 
     LoRAs in bypass mode and those of hooks are. A training would leave them out. Raises BaseModelError.
     """
-    changes = [*getattr(patcher, "injections", ()), *getattr(patcher, "weight_wrapper_patches", ())]
+    changes = list(getattr(patcher, "injections", ()))
+    changes += [f"a wrapper of {key}" for key in getattr(patcher, "weight_wrapper_patches", ())]
     changes += ["hooks"] if getattr(patcher, "forced_hooks", None) else []
     if changes:
         raise BaseModelError(

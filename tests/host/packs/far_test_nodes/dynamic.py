@@ -27,10 +27,8 @@ from .tiny import randomize, unet_config
 
 CPU = torch.device("cpu")
 LAYER = "middle_block.1.transformer_blocks.0.attn2.to_k"
-KEY, BIAS = (
-    f"diffusion_model.{LAYER}.weight",
-    "diffusion_model.out.0.bias",
-)  # a large matrix, and what is loaded at once
+KEY = f"diffusion_model.{LAYER}.weight"  # large enough to be loaded when it is used
+BIAS = "diffusion_model.out.0.bias"  # so small that it is loaded, with its patch, before
 
 
 def prepare_dynamic_loading() -> bool:
@@ -197,7 +195,7 @@ class OtherTensors(io.ComfyNode):
         class PackedTensor(torch.Tensor):
             pass
 
-        layer = model.model.diffusion_model.get_submodule("middle_block.1.transformer_blocks.0.attn2.to_k")
+        layer = model.model.diffusion_model.get_submodule(LAYER)
         weight = torch.ones(layer.weight.shape)
         weight = weight.as_subclass(PackedTensor) if form == "class" else weight.to(torch.int8)
         layer.weight = torch.nn.Parameter(weight, requires_grad=False)
