@@ -234,6 +234,7 @@ class TrainingRun:
                 prompts,
                 settings,
                 size=state.size,
+                like_ksampler=True,
                 on_progress=lambda *_: self.callbacks.check_stop(phase),
             )
 
