@@ -28,6 +28,13 @@ def output_folder() -> Path:
     return Path(folder_paths.get_output_directory())
 
 
+def dataset_roots() -> list[Path]:
+    """The host's folders for training sets; none before ComfyUI 0.33, which made "datasets" a kind of model folder."""
+    kind = "datasets"
+    known = kind in folder_paths.folder_names_and_paths
+    return [Path(root) for root in folder_paths.get_folder_paths(kind)] if known else []
+
+
 def register_model_folders() -> None:
     """Make models/far and models/sams known, keeping what other packs registered under these names.
 

@@ -215,6 +215,7 @@ class ExtractSubject(io.ComfyNode):
                 io.Mask.Output("masks", is_output_list=True, tooltip="Their masks, 1 = subject, in the same order."),
                 io.String.Output("report", tooltip="One line per photo: SAM's score, or why it was skipped."),
                 io.Image.Output("preview", tooltip="The subjects on a checkerboard, as one image."),
+                io.String.Output("names", is_output_list=True, tooltip="The names of the photos with a subject."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -264,6 +265,7 @@ class ExtractSubject(io.ComfyNode):
                 progress.update(done)
         subjects = [outcome for outcome in outcomes if isinstance(outcome, Subject)]
         report = [_report_line(outcome) for outcome in outcomes]
+        called = names if len(names) == len(labels) else labels
         if not subjects:
             raise SubjectError(f"none of the {len(outcomes)} photos shows a usable subject:\n" + "\n".join(report[:5]))
         cutouts, cut = [s.image for s in subjects], [s.mask for s in subjects]
@@ -289,6 +291,7 @@ class ExtractSubject(io.ComfyNode):
             [m[None] for m in cut],
             "\n".join(report),
             as_image(sheet),
+            [called[i] for i, outcome in enumerate(outcomes) if isinstance(outcome, Subject)],
             ui=shown(cls, sheet, text, warnings),
         )
 

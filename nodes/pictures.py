@@ -154,6 +154,16 @@ def photo_labels(count: int, names: Sequence[str] = ()) -> list[str]:
     return [f"photo {i + 1} ({names[i]})" if named else f"photo {i + 1}" for i in range(count)]
 
 
+def name_photos(count: int, names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What messages call the photos: their ``names``, or their numbers unless each has a name; and what to warn of."""
+    if len(names) == count:
+        return list(names), []
+    if not names:
+        return photo_labels(count), []
+    warning = f"got {counted(count, 'photo')} but {counted(len(names), 'name')}; connect images and names of one node"
+    return photo_labels(count), [warning]
+
+
 def counted(number: int, noun: str) -> str:
     """A number with its noun: 1 photo, 2 photos."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

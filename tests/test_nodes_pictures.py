@@ -151,6 +151,13 @@ def test_labels_carry_names_only_if_there_is_one_for_each_photo():
     assert pictures.photo_labels(2, ["a"]) == ["photo 1", "photo 2"]
 
 
+def test_photos_are_called_by_their_names_if_each_has_one():
+    assert pictures.name_photos(2, ["garden", "park"]) == (["garden", "park"], [])
+    assert pictures.name_photos(2, []) == (["photo 1", "photo 2"], [])
+    warning = "got 2 photos but 1 name; connect images and names of one node"
+    assert pictures.name_photos(2, ["garden"]) == (["photo 1", "photo 2"], [warning])
+
+
 def test_nouns_are_tidied_but_not_guessed():
     assert pictures.tidy_noun("  Teddy  Bear ") == "teddy bear"
     with pytest.raises(errors.CaptionError, match="not a class noun"):

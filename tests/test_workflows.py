@@ -105,6 +105,13 @@ def test_every_node_has_a_title_of_its_own_and_says_where_it_comes_from(graph):
             assert source == (("comfyui-far", VERSION) if ours else ("comfy-core", NEWER.get(node["type"], "0.8.0")))
 
 
+def test_concepts_get_the_names_of_their_photos():
+    """So that messages name files."""
+    twins = [json.loads((path.parent / "api" / path.name).read_text(encoding="utf-8")) for path in WORKFLOWS]
+    concepts = [n["inputs"] for twin in twins for n in twin.values() if n["class_type"] == "FaR_Concept"]
+    assert concepts and all(c.get("names", [None])[0] == c["images"][0] for c in concepts)
+
+
 def test_checkpoint_loaders_offer_their_model(graph):
     loaders = [node for node in graph["nodes"] if node["type"] == "CheckpointLoaderSimple"]
     built_in = [node for node in graph["nodes"] if node["type"] == "FaR_MiniCheckpoint"]

@@ -64,7 +64,8 @@ class Concept:
     """A subject to learn: its placeholder token, its class noun, and its photos with masks.
 
     ``images``: each [H, W, 3]; ``masks``: one [H, W] per image, of the same size, kept as :class:`ByteMasks`.
-    ``labels``: how messages name the photos, such as their files. Raises TokenError, CaptionError, SubjectError.
+    ``labels``: what messages call the photos, such as their files; default "photo 1" and so on. Raises TokenError,
+    CaptionError, SubjectError.
     """
 
     token: str
@@ -83,13 +84,17 @@ class Concept:
                 f"concept {self.token}: {len(self.images)} photos but {len(self.masks)} masks; give one mask per photo"
             )
         for i, (image, mask) in enumerate(zip(self.images, self.masks)):
-            check_subject(image, mask, self.label(i))
+            check_subject(image, mask, self.where(i))
         if not isinstance(self.masks, ByteMasks):
             object.__setattr__(self, "masks", ByteMasks.of(self.masks))
 
     def label(self, index: int) -> str:
-        """How messages name a photo."""
-        return self.labels[index] if self.labels else f"concept {self.token}, photo {index + 1}"
+        """What messages that name the concept call a photo."""
+        return self.labels[index] if self.labels else f"photo {index + 1}"
+
+    def where(self, index: int) -> str:
+        """What messages call a photo, with the concept: two concepts may have photos of one name."""
+        return f"concept {self.token}, {self.label(index)}"
 
     @property
     def name(self) -> Name:
