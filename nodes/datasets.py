@@ -19,7 +19,6 @@ from ..far_train.utils.errors import ConfigError
 from ..far_train.utils.files import parse_json
 from . import host_folders, host_ui
 from .naming import file_name
-from .photos import files_fingerprint
 from .pictures import counted
 from .previews import refusal_shown, shown
 from .sockets import FarConcepts, FarDataset, all_of, check_choice, check_sockets, schema
@@ -125,7 +124,9 @@ class LoadDataset(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, folder: str) -> str:
         path = dataset_folders().get(folder)
-        return "none" if path is None else files_fingerprint(sorted(p for p in path.glob("**/*") if p.is_file()))
+        if path is None:
+            return "none"
+        return host_folders.files_fingerprint(sorted(p for p in path.glob("**/*") if p.is_file()))
 
     @classmethod
     def execute(cls, folder: str) -> io.NodeOutput:

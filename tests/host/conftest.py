@@ -46,7 +46,11 @@ def saved(comfy: ComfyServer, request: pytest.FixtureRequest) -> Callable[[FarWe
 def template_files(comfy: ComfyServer) -> Iterator[None]:
     """Whatever the templates name, as empty files and folders: enough to open and to validate them."""
     names = {
-        "checkpoints": ("v2-1_768-ema-pruned.safetensors", "sd_xl_base_1.0.safetensors"),
+        "checkpoints": (
+            "v2-1_768-ema-pruned.safetensors",
+            "sd_xl_base_1.0.safetensors",
+            "sam3.1_multiplex_fp16.safetensors",
+        ),
         "sams": ("sam_vit_b_01ec64.pth",),
         "far": ("two-dogs.safetensors", "two-dogs-sdxl.safetensors"),
     }
