@@ -265,7 +265,6 @@ class ExtractSubject(io.ComfyNode):
                 progress.update(done)
         subjects = [outcome for outcome in outcomes if isinstance(outcome, Subject)]
         report = [_report_line(outcome) for outcome in outcomes]
-        called = names if len(names) == len(labels) else labels
         if not subjects:
             raise SubjectError(f"none of the {len(outcomes)} photos shows a usable subject:\n" + "\n".join(report[:5]))
         cutouts, cut = [s.image for s in subjects], [s.mask for s in subjects]
@@ -286,6 +285,7 @@ class ExtractSubject(io.ComfyNode):
                 if which
             ]
         warnings += doubts(cutouts, cut, [s.name for s in subjects])
+        called = names if len(names) == len(labels) else labels
         return io.NodeOutput(
             [i[None] for i in cutouts],
             [m[None] for m in cut],
