@@ -277,8 +277,8 @@ def test_prepare_with_sam3_runs_to_the_end(dogs: ComfyServer, tmp_path):
         del workflow[by_title(workflow, title)]
     detector = workflow[by_title(workflow, "Find every dog")]
     detector.update({"class_type": "FaRTest_Instances", "inputs": {"image": detector["inputs"]["image"]}})
-    small = ("Photos of the dog.max_side=256", f"Training pictures.size={SIZE}", "Training pictures.count=2")
-    shown = {path.stem for path in queue(dogs, workflow, tmp_path, *small, "Cut out the dog.min_area=0.01")}
+    small = ("Photos of the dog.max_side=160", f"Training pictures.size={SIZE}", "Training pictures.count=2")
+    shown = {path.stem for path in queue(dogs, workflow, tmp_path, *small)}
     assert {"Cut out the dog", "Name the dog", "Training pictures"} <= shown
     about = json.loads((dogs.base / "output/far/datasets/my-dog/dataset.json").read_text(encoding="utf-8"))
     assert about["size"] == SIZE and "<corgi-dog>" in json.dumps(about)
