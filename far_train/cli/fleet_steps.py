@@ -187,9 +187,10 @@ class ClassPictures:
 
 
 def shared_pictures(jobs: list[Job]) -> dict[str, list[ClassPictures]]:
-    """What is to be drawn before each job, by the job's name. Equal ones are the same object.
+    """What is to be drawn before each job, by the job's name: one object for all jobs that need the same.
 
-    Jobs with a dataset of their own, or with what rounds the base, draw what they lack themselves.
+    What a single job needs it draws itself; so do jobs with a dataset, whose nouns aren't known here, and with a base
+    in 8 bits.
     """
     wanted: dict[tuple[Any, ...], list[Job]] = {}
     for job in jobs:
@@ -203,6 +204,8 @@ def shared_pictures(jobs: list[Job]) -> dict[str, list[ClassPictures]]:
                 wanted.setdefault((*base, noun), []).append(job)
     found: dict[str, list[ClassPictures]] = {job.name: [] for job in jobs}
     for key, users in wanted.items():
+        if len(users) == 1:
+            continue
         count = max(job.settings("train").num_class_images for job in users)
         pictures = ClassPictures(users[0], key[-1], count)
         for job in users:
