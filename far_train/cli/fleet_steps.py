@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import platform
 import shutil
-import socket
 import sys
 import time
 import traceback
@@ -65,7 +65,7 @@ def run_job(work: Work) -> dict[str, Any]:
         "state": RUNNING,
         "step": "",
         "error": "",
-        "machine": socket.gethostname(),
+        "machine": platform.node(),
         "attempts": int(before.get("attempts", 0)) + 1,
         "steps": steps if isinstance(steps, dict) else {},
     }
