@@ -12,9 +12,10 @@ import pytest
 
 from far_train.cli import fleet_page, training
 from far_train.cli.fleet_jobs import read_jobs
-from far_train.cli.fleet_steps import read_state, run_job
+from far_train.cli.fleet_steps import is_done, read_state, run_job
 from far_train.cli.fleet_table import Table, last_metrics
 from far_train.cli.main import main
+from far_train.data.dataset import DatasetFolder
 from far_train.mini import shipped
 
 from .command_line import refused
@@ -59,9 +60,11 @@ def test_what_is_done_is_not_done_again_and_never_with_other_settings(whole: Pat
     (job,) = read_jobs(whole).jobs
     folder = place / "fleet" / "red"
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and not p.name.startswith("job.")}
+    assert is_done(work_of(job, place / "fleet"))
     state = run_job(work_of(job, place / "fleet"))
     assert state["state"] == "done" and state["attempts"] == 2
     job.sections["train"]["steps"] = 5
+    assert not is_done(work_of(job, place / "fleet"))
     state = run_job(work_of(job, place / "fleet"))
     assert state["state"] == "failed" and "train: was done with other settings (steps: 4 then, 5 now)" in state["error"]
     assert {p: p.stat().st_mtime_ns for p in before} == before
@@ -90,6 +93,20 @@ def test_a_stopped_training_goes_on_to_the_same_bits(whole: Path, place: Path, m
     assert (work.folder / "run" / "checkpoints" / "checkpoint-00000003.safetensors").exists()
     assert run_job(work)["state"] == "done"
     check_equal(work.folder, place / "fleet" / "red", 4)
+
+
+def test_what_a_killed_step_left_is_made_anew(whole: Path, place: Path):
+    """Killed after the dataset got its name, and before the step was noted as done."""
+    (job,) = read_jobs(whole).jobs
+    del job.sections["train"], job.sections["export"], job.sections["generate"], job.sections["evaluate"]
+    work = work_of(job, place / "killed")
+    run_job(work)
+    state = read_state(work.folder)
+    state["steps"]["fuse"]["done"] = False
+    (work.folder / "job.json").write_text(json.dumps({**state, "state": "running"}))
+    (work.folder / "dataset" / "dataset.json").write_text("cut off")
+    assert run_job(work)["state"] == "done"
+    assert DatasetFolder(work.folder / "dataset").composite_count() == 2
 
 
 def test_a_job_fails_by_its_input_with_the_file_in_its_error(place: Path, tiny_folder: Path):

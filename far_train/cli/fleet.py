@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..utils.errors import ConfigError, JobsFailed
 from ..utils.files import make_folder
-from .fleet_jobs import Job, Jobs, read_jobs
+from .fleet_jobs import Jobs, read_jobs
 from .parsing import SWITCH, Argument, Command, Inputs
 
 
@@ -29,15 +29,16 @@ def fleet(inputs: Inputs, _: None) -> None:
     table = Table(jobs.jobs, jobs.out)
     with connected(ray, inputs.get("address")):
         try:
-            Fleet(ray, jobs, table).run()
+            Fleet(ray, jobs, table, may_grow=inputs.get("address") is not None).run()
         finally:
             table.close()
             page = write_page(jobs.jobs, jobs.out)
     print(f"{len(jobs.jobs)} jobs → {page}")
-    failed = [job for job in jobs.jobs if read_state(jobs.out / job.name).get("state") != DONE]
+    states = {job.name: read_state(jobs.out / job.name) for job in jobs.jobs}
+    failed = [f"  {name}: {state.get('error')}" for name, state in states.items() if state.get("state") != DONE]
     if failed:
         count = f"{len(failed)} of {len(jobs.jobs)} jobs failed (--resume tries them again)"
-        raise JobsFailed("\n".join([f"{count}:", *(_reason(job, jobs.out) for job in failed)]))
+        raise JobsFailed("\n".join([f"{count}:", *failed]))
 
 
 def _refuse_begun(jobs: Jobs) -> None:
@@ -46,12 +47,6 @@ def _refuse_begun(jobs: Jobs) -> None:
             f"resume: {jobs.out} holds {', '.join(begun[:3])}{' …' if len(begun) > 3 else ''} already; give --resume "
             "to go on, or another out in the job file"
         )
-
-
-def _reason(job: Job, out: Path) -> str:
-    from .fleet_steps import read_state
-
-    return f"  {job.name}: {read_state(out / job.name).get('error') or 'unknown'}"
 
 
 FLEET = Command(

@@ -20,13 +20,13 @@ from ..utils.errors import ConfigError, Interrupted
 from ..utils.files import write_json
 from .fleet_jobs import SHARED, Job, Jobs
 from .fleet_steps import (
-    DONE,
     FAILED,
     STATE_FILE,
     STOPPED,
     ClassPictures,
     Work,
     draw_shared,
+    is_done,
     read_state,
     run_job,
     shared_pictures,
@@ -78,27 +78,29 @@ def connected(ray: Any, address: str | None) -> Iterator[None]:
 
 
 class Fleet:
-    """The jobs of a file that are still to be done, on a running Ray."""
+    """The jobs of a file that are still to be done, on a running Ray. ``may_grow``: machines may join later."""
 
-    def __init__(self, ray: Any, jobs: Jobs, table: Table):
-        self.ray, self.out, self.table = ray, jobs.out, table
+    def __init__(self, ray: Any, jobs: Jobs, table: Table, may_grow: bool):
+        self.ray, self.out, self.table, self.may_grow = ray, jobs.out, table, may_grow
         has_gpus = ray.cluster_resources().get("GPU", 0) > 0
         self.jobs = [_placed(job, has_gpus) for job in jobs.jobs]
-        self._job_task = ray.remote(_run_job)
-        self._pictures_task = ray.remote(_draw_shared)
+        # A process for each: what a job leaves in memory, or on a GPU, ends with it.
+        self._job_task = ray.remote(max_calls=1)(_run_job)
+        self._pictures_task = ray.remote(max_calls=1)(_draw_shared)
         self._running: dict[Ref, Job] = {}
         self._losses: dict[str, int] = {}
         self._stopping = False
 
     def run(self) -> None:
         """Do what isn't done. Raises Interrupted after Ctrl-C, when all jobs have saved."""
-        todo = [job for job in self.jobs if read_state(self.out / job.name).get("state") != DONE]
+        todo = [job for job in self.jobs if not is_done(self._work(job))]
+        self.table.done_before([job.name for job in self.jobs if job not in todo])
         self._check_fits(todo)
         todo.sort(key=lambda job: -job.placement.priority)  # of equal ones, in the order of the file
-        before = self._draw_what_is_shared(todo)
-        for job in todo:
-            self._submit(job, before[job.name])
         try:
+            before = self._draw_what_is_shared(todo)
+            for job in todo:
+                self._submit(job, before[job.name])
             self._wait()
         except KeyboardInterrupt:
             self._stopping = True
@@ -116,13 +118,13 @@ class Fleet:
             self.table.refresh()
 
     def _check_fits(self, todo: Sequence[Job]) -> None:
-        """Say which jobs no machine can run now: a cluster may still grow, but this machine doesn't."""
+        """Say which jobs no machine can run now. Raises ConfigError if none will."""
         nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
         for job in todo:
             needs = {"CPU": job.placement.cpus, "GPU": job.placement.gpus}
             if not any(all(node.get(kind, 0) >= need for kind, need in needs.items()) for node in nodes):
                 text = f"{job.name}: no machine has {needs['CPU']} CPU cores and {needs['GPU']:g} GPUs"
-                if len(nodes) == 1:
+                if not self.may_grow:
                     raise ConfigError(f"{text}; lower cpus or gpus")
                 self.table.say(f"{text} now; it waits for one")
 

@@ -86,6 +86,16 @@ def run_job(work: Work) -> dict[str, Any]:
     return state
 
 
+def is_done(work: Work) -> bool:
+    """Whether nothing is left to do or to say: every step is done, with what it is given now."""
+    state = read_state(work.folder)
+    done = state.get("steps", {})
+    ours = ((name, given) for name, given, _ in _steps(work))
+    return state.get("state") == DONE and all(
+        done.get(name, {}).get("done") and done[name].get("given") == given for name, given in ours
+    )
+
+
 def _do(state: dict[str, Any], work: Work, name: str, given: Mapping[str, Any], run: Callable[[], None]) -> None:
     about = state["steps"].setdefault(name, {"done": False, "seconds": 0.0})
     if about["done"]:
@@ -118,13 +128,13 @@ def _steps(work: Work) -> Iterator[tuple[str, dict[str, Any], Callable[[], None]
         if "photos" in concept:
             own = {k: concept[k] for k in ("photos", "box", "points", "prompts") if concept.get(k)}
             given = {**job.sections["extract"], **own, "token": token}
-            yield f"extract {number}", given, partial(_call, work, "extract", **own, out=out)
+            yield f"extract {number}", given, partial(_call_anew, work, "extract", Path(out), **own)
     run = folder / RUN
     learned, dataset_given = str(run / "weights.safetensors"), {"dataset": job.dataset} if job.dataset else {}
     does: dict[str, tuple[dict[str, Any], Callable[[], None]]] = {
         "fuse": (
             {"concepts": [[c["token"], c["noun"], c.get("subjects")] for c in job.concepts]},
-            partial(_call, work, "fuse", concept=subjects, out=str(dataset)),
+            partial(_call_anew, work, "fuse", dataset, concept=subjects),
         ),
         "train": ({**job.base, **dataset_given}, partial(_train, work, dataset, run)),
         "export": (
@@ -154,6 +164,12 @@ def _call(work: Work, step: str, **filled: Any) -> None:
     command.run(inputs, work.job.settings(step))
 
 
+def _call_anew(work: Work, step: str, out: Path, **filled: Any) -> None:
+    """Run a step's command that fills a folder, without what the step left there when it was stopped or killed."""
+    shutil.rmtree(out, ignore_errors=True)
+    _call(work, step, **filled, out=str(out))
+
+
 def _train(work: Work, dataset: Path, run: Path) -> None:
     job, settings = work.job, work.job.settings("train")
     if "device" not in job.sections["train"]:
@@ -168,10 +184,8 @@ def _generate(work: Work, dataset: Path, weights: str) -> None:
     from ..data.captions import default_prompts
     from ..data.dataset import DatasetFolder
 
-    pictures = work.folder / PICTURES
-    shutil.rmtree(pictures, ignore_errors=True)  # begun and not ended; the command would number on
     prompts = list(default_prompts(DatasetFolder(dataset).names))
-    _call(work, "generate", **work.job.base, weights=weights, out=str(pictures), prompt=prompts)
+    _call_anew(work, "generate", work.folder / PICTURES, **work.job.base, weights=weights, prompt=prompts)
 
 
 # ---- what several jobs share
@@ -216,7 +230,7 @@ def shared_pictures(jobs: list[Job]) -> dict[str, list[ClassPictures]]:
 def draw_shared(pictures: ClassPictures, work: Work) -> None:
     """Draw what is missing of them into the shared folder, where the trainings look for them.
 
-    An error of the input is left to the jobs, each of which meets it and reports it.
+    An error is left to the jobs, each of which meets it and reports it.
     """
     from ..models.loading import load_base
     from ..training.class_images import cache_folder, draw_class_images, prior_sampling
@@ -233,7 +247,7 @@ def draw_shared(pictures: ClassPictures, work: Work) -> None:
         ).to(device, dtype)
         folder = cache_folder(base, config, size)
         draw_class_images(base, [pictures.noun], pictures.count, folder, prior_sampling(config), size=size)
-    except FarError as e:
+    except Exception as e:
         log.warning("regularization images of '%s': %s", pictures.noun, e)
 
 

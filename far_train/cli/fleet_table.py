@@ -36,8 +36,16 @@ class Table:
         self._clear()
         print(text, file=self._stream, flush=True)
 
+    def done_before(self, names: Sequence[str]) -> None:
+        """These jobs had nothing left to do."""
+        for name in names:
+            del self._open[name]
+        self._ended[DONE] += len(names)
+        if names:
+            self.say(f"{len(names)} of {len(self.jobs)} jobs are done already")
+
     def ended(self, name: str, state: Mapping[str, Any]) -> None:
-        """A job has ended with this state; one that was done before counts, too."""
+        """A job has ended with this state."""
         self._open.pop(name, None)
         self._ended[state["state"]] += 1
         error = f": {state['error']}" if state.get("error") else ""
@@ -78,10 +86,8 @@ class Table:
         return f"  {name}: {text} on {state.get('machine')}"
 
     def _summary(self, working: int) -> str:
-        counts = [(self._ended[s], s) for s in (DONE, FAILED, STOPPED)] + [
-            (working, "at work"),
-            (len(self._open) - working, "waiting"),
-        ]
+        counts = [(self._ended[state], state) for state in (DONE, FAILED, STOPPED)]
+        counts += [(working, "at work"), (len(self._open) - working, "waiting")]
         return ", ".join(f"{count} {what}" for count, what in counts if count)
 
     def _draw(self, lines: Sequence[str]) -> None:
