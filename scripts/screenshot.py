@@ -58,7 +58,8 @@ LOOK_AT = """([x, y, scale]) => {
 READY = "() => window.app?.graph && window.app.extensionManager?.setting"
 FAULTS = """() => [
     ...[...document.querySelectorAll('.p-dialog')].map(d => 'a dialog: ' + d.innerText.slice(0, 200)),
-    ...[app.graph, ...app.graph.subgraphs.values()].flatMap(g => g._nodes).filter(n => n.has_errors || !LiteGraph.registered_node_types[n.type])
+    ...[app.graph, ...app.graph.subgraphs.values()].flatMap(graph => graph._nodes)
+        .filter(n => n.has_errors || !LiteGraph.registered_node_types[n.type])
         .map(n => `node ${n.id} (${n.title}) is marked as faulty`)]"""
 SHOW_RESULT = """([node, output]) => app.api.dispatchCustomEvent(
     'executed', {node, display_node: node, output, prompt_id: 'shown'})"""

@@ -43,7 +43,7 @@ from far_train.models.weights import FarWeights  # noqa: E402
 WORKFLOWS = REPOSITORY / "workflows"
 CELL, GAP = 256, 12
 SIDE = 2 * CELL + GAP
-BADGE = 70  # pixels at the top where ComfyUI writes "Node graph" on the left
+BADGE = 62  # pixels at the top where ComfyUI writes "Node graph" on the left
 BYTES = 60_000
 HELP = REPOSITORY / "web" / "docs"
 DOGS = {
@@ -96,7 +96,7 @@ def prompt_card(words: Sequence[str], pictures: Sequence[Image.Image]) -> Image.
     draw.rectangle((0, 0, SIDE, CELL), fill=(34, 51, 34))
     for i, line in enumerate(words):
         colour = COLOURS[list(DOGS).index(line)] if line in DOGS else (230, 240, 230)
-        draw.text((20, BADGE + i * 36), line, colour, font)
+        draw.text((20, BADGE + i * 38), line, colour, font)
     return card
 
 

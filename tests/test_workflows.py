@@ -78,7 +78,7 @@ def test_links_match_at_both_ends(graph):
     for part in parts(graph):
         entry = {"id": -10, "outputs": [slot | {"links": slot["linkIds"]} for slot in part.get("inputs", ())]}
         leave = {"id": -20, "inputs": [slot | {"link": slot["linkIds"][0]} for slot in part.get("outputs", ())]}
-        nodes = {node["id"]: node for node in ({"inputs": [], "outputs": []} | n for n in (*part["nodes"], entry, leave))}
+        nodes = {n["id"]: {"inputs": [], "outputs": []} | n for n in (*part["nodes"], entry, leave)}
         links = {ends(link)[0]: ends(link) for link in part["links"]}
         assert len(links) == len(part["links"]) and max(links, default=0) <= graph["last_link_id"]
         for number, source, output, target, slot, kind in links.values():
