@@ -63,20 +63,26 @@ class Level:
 
     @classmethod
     def of(cls, part: dict[str, Any], graph: dict[str, Any], **place: Any) -> Level:
+        """A part of a graph with the subgraphs in it. Raises TwinError if one is muted."""
         level = cls({n["id"]: n for n in part["nodes"]}, {link["id"]: link for link in links_of(part)}, **place)
         subgraphs = {subgraph["id"]: subgraph for subgraph in parts(graph)[1:]}
         for number, node in level.nodes.items():
             if node["type"] in subgraphs:
+                refuse_muted(node)
                 place = {"prefix": f"{level.prefix}{number}:", "frame": node, "above": level}
                 level.inside[number] = cls.of(subgraphs[node["type"]], graph, **place)
         return level
 
-    def source(self, number: int) -> list[Any] | None:
-        """Id and output of the node that a link comes from; None if it comes from an input that has no link itself."""
+    def source(self, number: int) -> Any:
+        """What queues get for a link: id and output of the node that it comes from, or the value that is set on the
+        subgraph's frame; None if the node's own value holds."""
         origin, slot = self.links[number]["origin_id"], self.links[number]["origin_slot"]
         if origin == ENTRY:
             outer = self.frame["inputs"][slot].get("link")
-            return None if outer is None else self.above.source(outer)
+            if outer is not None:
+                return self.above.source(outer)
+            widgets = [i for i, entry in enumerate(self.frame["inputs"]) if "widget" in entry]
+            return dict(zip(widgets, self.frame.get("widgets_values") or ())).get(slot)
         if origin in self.inside:
             inner = self.inside[origin]
             ends = {link["target_slot"]: n for n, link in inner.links.items() if link["target_id"] == EXIT}
@@ -90,6 +96,15 @@ class Level:
                 yield from self.inside[number].walk()
             else:
                 yield self, node
+
+
+def refuse_muted(node: dict[str, Any]) -> None:
+    if node.get("mode", 0) != 0:
+        raise TwinError(f"{name_of(node)}: is muted or bypassed; a template's nodes all take part")
+
+
+def name_of(node: dict[str, Any]) -> str:
+    return f"node {node['id']} ({node.get('title') or node['type']})"
 
 
 def inputs_of(schema: Schema) -> dict[str, list[Any]]:
@@ -131,7 +146,7 @@ def fit_part(part: dict[str, Any], nodes: list[dict[str, Any]], schemas: dict[st
     """Bring some nodes of one part of a graph to the host's schemas, in place. Raises TwinError."""
     for node in nodes:
         if node["type"] not in schemas:
-            raise TwinError(f"node {node['id']} ({node.get('title')}): the host has no node type {node['type']}")
+            raise TwinError(f"{name_of(node)}: the host has no node type {node['type']}")
         schema, old = schemas[node["type"]], {i["name"]: i for i in node["inputs"]}
         had: list[str] = []
         for name in (i["name"] for i in node["inputs"] if "widget" in i):
@@ -161,7 +176,7 @@ def fit_part(part: dict[str, Any], nodes: list[dict[str, Any]], schemas: dict[st
         for stored, link in zip(part["links"], links_of(part)):
             if link["target_id"] == node["id"]:
                 if link["id"] not in slots:
-                    raise TwinError(f"node {node['id']} ({node['title']}): the input of link {link['id']} is gone")
+                    raise TwinError(f"{name_of(node)}: the input of link {link['id']} is gone")
                 stored["target_slot" if isinstance(stored, dict) else LINK.index("target_slot")] = slots[link["id"]]
 
 
@@ -171,19 +186,19 @@ def to_api(graph: dict[str, Any], schemas: dict[str, Schema]) -> dict[str, Any]:
     for level, node in Level.of(graph, graph).walk():
         if node["type"] in NOTES:
             continue
-        where = f"node {node['id']} ({node.get('title') or node['type']})"
         if node["type"] not in schemas:
-            raise TwinError(f"{where}: the host has no node type {node['type']}")
-        if node.get("mode", 0) != 0:
-            raise TwinError(f"{where}: is muted or bypassed; a template's nodes all take part")
+            raise TwinError(f"{name_of(node)}: the host has no node type {node['type']}")
+        refuse_muted(node)
         schema = schemas[node["type"]]
         names, values = widget_names(schema), node.get("widgets_values") or []
         if len(names) != len(values):
-            raise TwinError(f"{where}: holds {len(values)} widget values, the host's node has {len(names)}: {names}")
+            raise TwinError(
+                f"{name_of(node)}: holds {len(values)} widget values, the host's node has {len(names)}: {names}"
+            )
         inputs = {name: value for name, value in zip(names, values) if name != CONTROL}
         linked = {i["name"]: level.source(i["link"]) for i in node.get("inputs", ()) if i.get("link") is not None}
         twin[f"{level.prefix}{node['id']}"] = {
-            "inputs": inputs | {name: source for name, source in linked.items() if source},
+            "inputs": inputs | {name: source for name, source in linked.items() if source is not None},
             "class_type": node["type"],
             "_meta": {"title": node.get("title") or schema["display_name"]},
         }

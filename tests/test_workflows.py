@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from .host.find_host import script
+
+api_twins = script("api_twins")
 REPOSITORY = Path(__file__).resolve().parents[1]
 WORKFLOWS = sorted((REPOSITORY / "workflows").glob("*.json"))
 VERSION = re.search(r'^version = "(.+)"', (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"), re.M)[1]
@@ -100,6 +103,19 @@ def test_a_subgraph_shows_what_it_takes_and_gives(graph):
             assert shown == held
         for taken, slot in zip(frame["inputs"], subgraph["inputs"]):
             assert ("widget" in taken) == (taken["link"] is None), slot["name"]
+
+
+def test_twins_take_what_is_set_on_a_subgraph_before_what_its_nodes_hold():
+    graph = json.loads(WORKFLOWS[0].read_text(encoding="utf-8"))
+    (frame,) = (node for node in graph["nodes"] if node["title"] == "Draw both")
+    ((inner, sampler),) = (found for found in api_twins.Level.of(graph, graph).walk() if found[1]["title"] == "Draw")
+    (seed,) = (entry["link"] for entry in sampler["inputs"] if entry["name"] == "seed")
+    assert inner.prefix == f"{frame['id']}:" and inner.source(seed) is None
+    frame["widgets_values"] = [5, "a photo"]
+    assert inner.source(seed) == 5
+    frame["mode"] = 4
+    with pytest.raises(api_twins.TwinError, match="Draw both.*muted or bypassed"):
+        api_twins.Level.of(graph, graph)
 
 
 def test_nothing_overlaps_and_groups_hold_nodes(graph):
