@@ -16,7 +16,7 @@ from .pictures import (
     counted,
     doubts,
     match_masks,
-    photo_labels,
+    name_photos,
     tidy_noun,
     unroll_images,
     unroll_masks,
@@ -60,6 +60,13 @@ class MakeConcept(io.ComfyNode):
                     "backpack. Use the same noun for look-alikes. Prompts contain both: a <corgi-dog> dog.",
                 ),
                 io.Boolean.Input("invert_mask", default=False, tooltip=INVERT_TOOLTIP),
+                io.String.Input(
+                    "names",
+                    optional=True,
+                    force_input=True,
+                    tooltip="The names of the photos, for messages. Connect the names of the node that sends the "
+                    "images.",
+                ),
             ],
             outputs=[
                 FarConcepts.Output(
@@ -86,22 +93,23 @@ class MakeConcept(io.ComfyNode):
         noun: Sequence[str],
         invert_mask: Sequence[bool],
         concepts: Sequence[Sequence[Concept]] = (),
+        names: Sequence[str] = (),
     ) -> io.NodeOutput:
         before = all_of("concepts", concepts, Concept, "FAR_CONCEPTS")
         if any(concept.token == token[0] for concept in before):
             raise TokenError(f"token: {token[0]} is the name of an earlier concept; give each its own")
         pictures = unroll_images(images)
-        found = match_masks(pictures, unroll_masks(masks), invert=invert_mask[0])
-        kept = [(picture, mask) for picture, mask in zip(pictures, found) if mask is not None]
-        without = [label for label, mask in zip(photo_labels(len(pictures)), found) if mask is None]
+        labels, warnings = name_photos(len(pictures), names)
+        found = match_masks(pictures, unroll_masks(masks), invert=invert_mask[0], labels=labels)
+        kept = [(picture, mask, label) for picture, mask, label in zip(pictures, found, labels) if mask is not None]
+        without = [label for label, mask in zip(labels, found) if mask is None]
         if not kept:
             some = "the photo's mask is" if len(pictures) == 1 else f"the masks of all {len(pictures)} photos are"
             raise SubjectError(f"concept {token[0]}: {some} empty; {HOW_TO_GET_MASKS}")
-        concept = Concept(token[0], tidy_noun(noun[0]), tuple(p for p, _ in kept), tuple(m for _, m in kept))
+        concept = Concept(token[0], tidy_noun(noun[0]), *zip(*kept))
         text = f"{concept.name.phrase}: {counted(len(kept), 'photo')}"
-        warnings = [f"skipped, since their masks are empty: {', '.join(without)}"] if without else []
-        labels = [label for label, mask in zip(photo_labels(len(pictures)), found) if mask is not None]
-        warnings += doubts(concept.images, concept.masks, labels)
+        warnings += [f"skipped, since their masks are empty: {', '.join(without)}"] if without else []
+        warnings += doubts(concept.images, concept.masks, concept.labels)
         sheet = subject_sheet(concept.images, concept.masks)
         return io.NodeOutput(Carried((*before, concept)), ui=shown(cls, sheet, text, warnings))
 

@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..far_train.data.concepts import Composite, Concept, TrainingSet
-from ..far_train.data.dataset import DatasetFolder, plain_name, write_dataset
+from ..far_train.data.dataset import DatasetFolder, find_datasets, write_dataset
 from ..far_train.data.doctor import examine_concepts, examine_dataset, sort_findings
 from ..far_train.data.images import from_pil
 from ..far_train.evaluation.sheets import dataset_sheet, overlay, save_sheet
@@ -19,7 +19,6 @@ from ..far_train.utils.errors import ConfigError
 from ..far_train.utils.files import parse_json
 from . import host_folders, host_ui
 from .naming import file_name
-from .photos import files_fingerprint
 from .pictures import counted
 from .previews import refusal_shown, shown
 from .sockets import FarConcepts, FarDataset, all_of, check_choice, check_sockets, schema
@@ -27,7 +26,6 @@ from .sockets import FarConcepts, FarDataset, all_of, check_choice, check_socket
 PREVIEWS = 16
 MAX_SIZE = 2048  # of composites, in pixels
 PREVIEW_SIDE = 512
-INPUT_PREFIX = "input/"  # of a dataset that lies in the input folder, in the list of datasets
 
 
 class SaveDataset(io.ComfyNode):
@@ -102,9 +100,9 @@ class LoadDataset(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "folder",
-                    options=dataset_folders(),
-                    tooltip="A dataset in output/far/datasets, or in ComfyUI's input folder if its name starts "
-                    "with input/.",
+                    options=list(dataset_folders()),
+                    tooltip="A dataset in output/far/datasets; in ComfyUI's datasets folder if its name starts with "
+                    "datasets/, in its input folder if with input/.",
                 )
             ],
             outputs=[
@@ -118,20 +116,22 @@ class LoadDataset(io.ComfyNode):
     @classmethod
     @refusal_shown
     def validate_inputs(cls, folder: str) -> bool | str:
-        if folder is None or folder in dataset_folders():
+        if folder is None or folder in list(dataset_folders()):  # a queue may send what can't be a key
             return True
-        return f"folder: there is no dataset '{folder}' in {datasets_folder()}; make one with FaR Save Dataset"
+        places = ", ".join(str(place) for _, place in dataset_places())
+        return f"folder: there is no dataset '{folder}' in {places}; make one with FaR Save Dataset"
 
     @classmethod
     def fingerprint_inputs(cls, folder: str) -> str:
-        if folder is None:
+        path = dataset_folders().get(folder)
+        if path is None:
             return "none"
-        return files_fingerprint(sorted(p for p in dataset_path(folder).glob("**/*") if p.is_file()))
+        return host_folders.files_fingerprint(sorted(p for p in path.glob("**/*") if p.is_file()))
 
     @classmethod
     def execute(cls, folder: str) -> io.NodeOutput:
         check_choice(cls.validate_inputs(folder or ""))
-        dataset = DatasetFolder(dataset_path(folder))
+        dataset = DatasetFolder(dataset_folders()[folder])
         composites = build_previews(dataset, cls.hidden.unique_id)
         report = describe(dataset, dataset.notes)
         sheet = dataset_sheet(composites, dataset.names)
@@ -202,20 +202,22 @@ def datasets_folder() -> Path:
     return host_folders.output_folder() / "far" / "datasets"
 
 
-def dataset_folders() -> list[str]:
-    """Datasets by the names that FaR_LoadDataset shows: those written, then those in the input folder."""
-    written = sorted(p.parent.name for p in datasets_folder().glob("*/dataset.json"))
-    brought = [
-        f for f in host_folders.input_subfolders() if (host_folders.input_folder() / f / "dataset.json").is_file()
-    ]
-    return [*written, *(INPUT_PREFIX + name for name in brought)]
+def dataset_places() -> list[tuple[str, Path]]:
+    """Where FaR Load Dataset looks for datasets, each place with what the names of its datasets begin with."""
+    roots = host_folders.dataset_roots()
+    return [("", datasets_folder()), *(("datasets/", root) for root in roots), ("input/", host_folders.input_folder())]
 
 
-def dataset_path(name: str) -> Path:
-    """The folder behind a name of :func:`dataset_folders`."""
-    if name.startswith(INPUT_PREFIX):
-        return host_folders.input_folder() / name.removeprefix(INPUT_PREFIX)
-    return datasets_folder() / plain_name(name)
+def dataset_folders() -> dict[str, Path]:
+    """Every dataset by the name that FaR Load Dataset shows.
+
+    The host may have several datasets folders: of two datasets with one name the first counts, as for its models.
+    """
+    found: dict[str, Path] = {}
+    for prefix, place in dataset_places():
+        for name in find_datasets(place):
+            found.setdefault(prefix + name, place / name)
+    return found
 
 
 def free_folder(parent: Path, name: str, digest: str) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,6 +26,13 @@ def input_subfolders() -> list[str]:
 
 def output_folder() -> Path:
     return Path(folder_paths.get_output_directory())
+
+
+def dataset_roots() -> list[Path]:
+    """The host's folders for training sets; none before ComfyUI 0.33, which made "datasets" a kind of model folder."""
+    kind = "datasets"
+    known = kind in folder_paths.folder_names_and_paths
+    return [Path(root) for root in folder_paths.get_folder_paths(kind)] if known else []
 
 
 def register_model_folders() -> None:
@@ -59,3 +68,15 @@ def model_subfolders(kind: str) -> list[Path]:
 def model_folder(kind: str) -> Path:
     """Where new files of models/``kind`` are written."""
     return Path(folder_paths.get_folder_paths(kind)[0])
+
+
+def files_fingerprint(paths: Sequence[Path]) -> str:
+    """Changes when a file of these changes, comes or goes: a digest of names, sizes and times."""
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            about = path.stat()
+        except OSError:
+            continue
+        digest.update(f"{path.name}\0{about.st_size}\0{about.st_mtime_ns}\0".encode())
+    return digest.hexdigest()

@@ -25,7 +25,7 @@ from ..far_train.models.weights import FarWeights
 from ..far_train.utils.errors import BaseModelError, WeightsError
 from . import layout
 from .host_memory import training_copy
-from .host_state import read_weights
+from .host_state import check_weights_are_all, read_weights, weight_shapes
 from .host_tokens import first_tokenizer, text_encoder_names
 
 log = logging.getLogger(__name__)
@@ -175,6 +175,8 @@ def check_family(model: Any, clip: Any) -> Family:
 def _check_base(model: Any, clip: Any, vae: Any) -> Family:
     family = check_family(model, clip)
     _check_kind("vae", vae, "VAE", ("patcher", "first_stage_model"))
+    for called, patcher in (("MODEL", model), ("CLIP", clip.patcher), ("VAE", vae.patcher)):
+        check_weights_are_all(called, patcher)
     return family
 
 
@@ -201,7 +203,7 @@ def _text_details(encoder: torch.nn.Module) -> tuple[int, str]:
 def patch_model(model: Any, weights: FarWeights, strength: float) -> Any:
     """MODEL with ``strength`` × what the weights change; the input stays as it is. Raises WeightsError."""
     patched = model.clone()
-    own = {k: tuple(v.shape) for k, v in model.model_state_dict("diffusion_model.").items()}
+    own = weight_shapes(model, "diffusion_model.")
     # The host drops unknown keys without a word and logs wrong shapes only when it samples.
     for name, shape in weights.shapes().items():
         key = _model_key(name)

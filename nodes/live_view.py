@@ -74,6 +74,11 @@ class LiveView:
         self.progress.update(step, self.steps, self.samples)
         self.shows_samples, self.next_picture = True, time.monotonic() + PREVIEW_SECONDS
 
+    def on_note(self, text: str) -> None:
+        """Say something that stays beside the lines to come."""
+        self.note = f"{self.note}\n{text}".strip()
+        host_ui.log_and_show(text, self.node_id)
+
     def on_cancel(self) -> None:
         """Say where the run stands, which is saved."""
         step = newest_step(self.folder / "checkpoints")

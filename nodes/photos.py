@@ -1,9 +1,9 @@
-"""Photos and their subjects: a folder of photos, a segment-anything model, and what it cuts out."""
+"""Photos and their subjects: a folder of photos, and what is cut out of them."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,18 @@ from torch import Tensor
 
 from ..far_train.data.folders import describe_unread, list_photos, mask_path
 from ..far_train.data.images import Photo, load_photo
-from ..far_train.data.sam import load_sam
 from ..far_train.data.settings import ExtractConfig
-from ..far_train.data.subjects import Prompt, Subject, SubjectExtractor, subject_from_mask
-from ..far_train.mini.shipped import SAM, small_sam
-from ..far_train.utils.errors import FarError, PhotoError, SubjectError
-from . import host_folders, host_memory, host_ui
-from .pictures import HOW_TO_GET_MASKS, counted, doubts, match_masks, photo_labels, some_of, unroll_images, unroll_masks
+from ..far_train.data.subjects import Prompt, Subject
+from ..far_train.utils.errors import PhotoError, SubjectError
+from . import host_folders, host_ui
+from .instances import group_masks, own_masks
+from .pictures import HOW_TO_GET_MASKS, counted, doubts, photo_labels, some_of, unroll_images
 from .previews import as_image, refusal_shown, shown, subject_sheet
-from .prompts import BOX_FORMATS, read_prompts
+from .prompts import BOX_FORMATS, boxes_by_photo, cut_at_edges, read_prompts, unscored
+from .segmentation import LoadSam, find_subjects
 from .sockets import BoundingBox, SamModel, check_choice, schema
 
 MAX_SIDE = 8192
-SMALL_SAM = "FaR mini SAM (built in)"
 MASK_USES = ("as they are", "as hints for SAM")
 
 
@@ -87,7 +86,7 @@ class LoadPhotos(io.ComfyNode):
             photos = list_photos(host_folders.input_folder() / folder)
         except (PhotoError, TypeError):
             return "none"
-        return files_fingerprint([f for p in photos for f in (p, mask_path(p))])
+        return host_folders.files_fingerprint([f for p in photos for f in (p, mask_path(p))])
 
     @classmethod
     def execute(cls, folder: str, max_side: int) -> io.NodeOutput:
@@ -122,63 +121,6 @@ class LoadPhotos(io.ComfyNode):
         return io.NodeOutput([i[None] for i in images], [m[None] for m in masks], names, ui=display)
 
 
-class LoadSam(io.ComfyNode):
-    """A segment-anything model, the same object that other packs pass as SAM_MODEL."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="FaR_LoadSAM",
-            display_name="FaR Load SAM",
-            description="Load a Segment Anything model (ViT-B, ViT-L or ViT-H) from models/sams. Files are read "
-            "without running pickled code.",
-            search_aliases=["segment anything", "segment", "sam", "SAMLoader"],
-            inputs=[
-                io.Combo.Input(
-                    "model_name",
-                    options=[*host_folders.model_files("sams"), SMALL_SAM],
-                    tooltip="A Segment Anything file in models/sams. sam_vit_b (375 MB) is enough for clear photos; "
-                    "sam_vit_h (2.6 GB) finds finer outlines. SAM 2 and HQ-SAM are not supported. "
-                    f"'{SMALL_SAM}' comes with the pack and only knows the drawn subjects of FaR Mini Photos.",
-                )
-            ],
-            outputs=[
-                SamModel.Output("sam_model", tooltip="For FaR Extract Subject or any node that takes a SAM_MODEL.")
-            ],
-            hidden=[io.Hidden.unique_id],
-        )
-
-    @classmethod
-    @refusal_shown
-    def validate_inputs(cls, model_name: str) -> bool | str:
-        if model_name in (None, SMALL_SAM) or model_name in host_folders.model_files("sams"):
-            return True
-        return (
-            f"model_name: there is no '{model_name}' in models/sams; put a segment-anything file there, such as "
-            "sam_vit_b_01ec64.pth from https://github.com/facebookresearch/segment-anything"
-        )
-
-    @classmethod
-    def fingerprint_inputs(cls, model_name: str) -> str:
-        try:
-            return files_fingerprint([sam_path(model_name)])
-        except (FileNotFoundError, TypeError, AttributeError):
-            return "none"
-
-    @classmethod
-    def execute(cls, model_name: str) -> io.NodeOutput:
-        check_choice(cls.validate_inputs(model_name or ""))
-        # It rests on the CPU, and is on the compute device only while a node works with it.
-        sam = small_sam() if model_name == SMALL_SAM else load_sam(sam_path(model_name))
-        host_ui.log_and_show(f"{model_name} is loaded", cls.hidden.unique_id)
-        return io.NodeOutput(sam)
-
-
-def sam_path(name: str) -> Path:
-    """The file behind a choice of FaR Load SAM. Raises FileNotFoundError."""
-    return SAM if name == SMALL_SAM else host_folders.model_path("sams", name)
-
-
 class ExtractSubject(io.ComfyNode):
     """Where the subject of each photo is."""
 
@@ -203,15 +145,16 @@ class ExtractSubject(io.ComfyNode):
                 io.Mask.Input(
                     "masks",
                     optional=True,
-                    tooltip="Existing masks, such as those of FaR Load Photos. SAM only segments photos whose mask is "
-                    "empty.",
+                    tooltip="Existing masks, such as those of FaR Load Photos or SAM3 Detect. SAM only segments photos "
+                    "whose mask is empty. Of several masks for a photo, 'subject number', box or points choose one, "
+                    "else the largest is used.",
                 ),
                 io.MultiType.Input(
                     "box",
                     [io.BBOX, BoundingBox],
                     optional=True,
                     tooltip="A bounding box around the subject, in pixels: one for all photos, or a list with one per "
-                    "photo. Of several detections, the one with the highest score is used.",
+                    "photo. Of several in a photo, 'subject number' chooses, else the highest score or the largest.",
                 ),
                 io.String.Input(
                     "names",
@@ -248,12 +191,31 @@ class ExtractSubject(io.ComfyNode):
                     tooltip=f"'{MASK_USES[0]}': keep the masks. '{MASK_USES[1]}': SAM refines the outline of roughly "
                     "painted masks, such as those of the mask editor.",
                 ),
+                io.String.Input(
+                    "negative_points",
+                    optional=True,
+                    force_input=True,
+                    tooltip="Points on the background as JSON, such as the negative points of a points editor: "
+                    '[{"x": 5, "y": 9}]. For all photos, or one text per photo.',
+                ),
+                io.Int.Input(
+                    "index",
+                    display_name="subject number",
+                    default=0,
+                    min=0,
+                    max=999,
+                    optional=True,
+                    tooltip="For several masks or boxes in a photo: which one to use, in the order in which they are "
+                    "sent, from 1. For several subjects in one photo, use one FaR Extract Subject each: 1, 2, … "
+                    "0: choose by box and points, or else the largest mask.",
+                ),
             ],
             outputs=[
                 io.Image.Output("images", is_output_list=True, tooltip="The photos with a subject."),
                 io.Mask.Output("masks", is_output_list=True, tooltip="Their masks, 1 = subject, in the same order."),
                 io.String.Output("report", tooltip="One line per photo: SAM's score, or why it was skipped."),
                 io.Image.Output("preview", tooltip="The subjects on a checkerboard, as one image."),
+                io.String.Output("names", is_output_list=True, tooltip="The names of the photos with a subject."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -270,87 +232,74 @@ class ExtractSubject(io.ComfyNode):
         box: Sequence[Any] = (),
         names: Sequence[str] = (),
         use_masks: Sequence[str] = MASK_USES[:1],
+        negative_points: Sequence[str] = (),
+        index: Sequence[int] = (0,),
     ) -> io.NodeOutput:
         pictures = unroll_images(images)
         labels = photo_labels(len(pictures), names)
-        given: list[Tensor | None] = [None] * len(pictures)
-        if len(masks):
-            given = match_masks(pictures, unroll_masks(masks), invert=None, labels=labels)
-        prompts = read_prompts(len(pictures), box, box_format[0], points, names)
-        photos = [Photo(label, p, m, Path(label)) for label, p, m in zip(labels, pictures, given)]
-        progress = host_ui.Progress(len(photos), cls.hidden.unique_id)
+        prompts = read_prompts(len(pictures), box, box_format[0], points, names, negative_points, index[0])
+        prompts = [cut_at_edges(p, image.shape[1], image.shape[0]) for p, image in zip(prompts, pictures)]
+        boxes = boxes_by_photo(box, len(pictures))
         sam = sam_model[0] if len(sam_model) else None
-        if sam is None and not all(m is not None for m in given):
+        given: list[Tensor | SubjectError | None] = [None] * len(pictures)
+        groups: list[list[Tensor]] = []
+        if len(masks):
+            batches = [len(image) if image.ndim == 4 else 1 for image in images]
+            groups = group_masks(batches, masks, [len(frame) for frame in boxes])
+            given = own_masks(pictures, groups, prompts, index[0], labels, sam is not None)
+        elif index[0]:  # without its box, SAM would look in the middle of the photo
+            for i, frame in enumerate(boxes):
+                if len(frame) < index[0]:
+                    given[i] = SubjectError(f"{labels[i]}: index: there is no box {index[0]} of {len(frame)}")
+        if sam is None and any(m is None for m in given):
             missing = labels[next(i for i, m in enumerate(given) if m is None)]
             raise SubjectError(f"{missing} has no mask; connect a sam_model to find its subject, or {HOW_TO_GET_MASKS}")
-        subjects, report = [], []
+        usable = [i for i, m in enumerate(given) if not isinstance(m, SubjectError)]
+        photos = [Photo(labels[i], pictures[i], given[i], Path(labels[i])) for i in usable]
+        outcomes: list[Subject | str] = [str(m) for m in given]
+        progress = host_ui.Progress(len(photos), cls.hidden.unique_id)
         config = ExtractConfig(min_area=min_area[0], use_masks="hint" if use_masks[0] == MASK_USES[1] else "keep")
-        for photo, subject in find_subjects(photos, sam, prompts, config):
-            if isinstance(subject, FarError):
-                report.append(f"skipped: {subject}")
-            else:
-                subjects.append(subject)
-                report.append(
-                    f"{photo.name}: " + ("own mask" if subject.score is None else f"score {subject.score:.2f}")
-                )
-            progress.update(len(report))
+        with closing(find_subjects(photos, sam, [prompts[i] for i in usable], config)) as found:
+            for done, (i, (_, outcome)) in enumerate(zip(usable, found), 1):
+                outcomes[i] = outcome if isinstance(outcome, Subject) else str(outcome)
+                progress.update(done)
+        subjects = [outcome for outcome in outcomes if isinstance(outcome, Subject)]
+        report = [_report_line(outcome) for outcome in outcomes]
+        called = names if len(names) == len(labels) else labels
         if not subjects:
-            raise SubjectError(f"none of the {len(photos)} photos shows a usable subject:\n" + "\n".join(report[:5]))
-        found, cut = [s.image for s in subjects], [s.mask for s in subjects]
-        sheet = subject_sheet(found, cut, [s.name for s in subjects])
-        text = f"a subject in {len(subjects)} of {counted(len(photos), 'photo')}"
+            raise SubjectError(f"none of the {len(outcomes)} photos shows a usable subject:\n" + "\n".join(report[:5]))
+        cutouts, cut = [s.image for s in subjects], [s.mask for s in subjects]
+        sheet = subject_sheet(cutouts, cut, [s.name for s in subjects])
+        text = f"a subject in {len(subjects)} of {counted(len(outcomes), 'photo')}"
         warnings = [line for line in report if line.startswith("skipped")]
-        guessed = [label for label, p, m in zip(labels, prompts, given) if m is None and p == Prompt()]
+        unmasked = [i for i in usable if given[i] is None]
+        guessed = [labels[i] for i in unmasked if prompts[i] == Prompt()]
         if guessed and len(box):
             warnings.append(f"{some_of(guessed)}: no box was given; SAM looked in the middle of the photo")
-        warnings += doubts(found, cut, [s.name for s in subjects])
+        if not index[0]:
+            several = [labels[i] for i, group in enumerate(groups) if len(group) > 1 and prompts[i] == Prompt()]
+            rivals = [labels[i] for i in unscored(boxes) if i in unmasked]
+            chosen = ((several, "masks"), (rivals, "boxes without scores"))
+            warnings += [
+                f"{some_of(which)}: of several {what} the largest is used; 'subject number' takes another"
+                for which, what in chosen
+                if which
+            ]
+        warnings += doubts(cutouts, cut, [s.name for s in subjects])
         return io.NodeOutput(
-            [i[None] for i in found],
+            [i[None] for i in cutouts],
             [m[None] for m in cut],
             "\n".join(report),
             as_image(sheet),
+            [called[i] for i, outcome in enumerate(outcomes) if isinstance(outcome, Subject)],
             ui=shown(cls, sheet, text, warnings),
         )
 
 
-def find_subjects(
-    photos: Sequence[Photo], sam: Any, prompts: Sequence[Prompt], config: ExtractConfig
-) -> Iterator[tuple[Photo, Subject | FarError]]:
-    """Yield each photo with its subject, or with the FarError that says why there is none. Stops on a cancel.
-
-    ``sam``: may be None if every photo has a mask. Raises SubjectError if it is no segment-anything model.
-    """
-    if sam is None:
-        for photo in photos:
-            try:
-                yield photo, subject_from_mask(photo, config)
-            except SubjectError as e:
-                yield photo, e
-        return
-    extractor = SubjectExtractor(sam, config)
-    if "HQ" in type(sam.mask_decoder).__name__:
-        raise SubjectError(
-            "this SAM_MODEL is HQ-SAM, which is called in another way; load an original SAM ViT-B, -L or -H"
-        )
-    with host_memory.on_compute_device(sam):
-        for photo, prompt in zip(photos, prompts):
-            host_ui.stop_if_interrupted()
-            try:
-                yield photo, extractor.extract(photo, prompt)
-            except FarError as e:
-                yield photo, e
-
-
-def files_fingerprint(paths: Sequence[Path]) -> str:
-    """Changes when a file of these changes, comes or goes: a digest of names, sizes and times."""
-    digest = hashlib.sha256()
-    for path in paths:
-        try:
-            about = path.stat()
-        except OSError:
-            continue
-        digest.update(f"{path.name}\0{about.st_size}\0{about.st_mtime_ns}\0".encode())
-    return digest.hexdigest()
+def _report_line(outcome: Subject | str) -> str:
+    if isinstance(outcome, str):
+        return f"skipped: {outcome}"
+    return f"{outcome.name}: " + ("own mask" if outcome.score is None else f"score {outcome.score:.2f}")
 
 
 NODES = [LoadPhotos, LoadSam, ExtractSubject]

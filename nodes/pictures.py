@@ -45,21 +45,31 @@ def unroll_images(values: Sequence[Tensor], called: str = "image") -> list[Tenso
 
 
 def unroll_masks(values: Sequence[Tensor]) -> list[Tensor]:
-    """A list of MASKs, each [H,W], [B,H,W] or, as some packs send them, [B,1,H,W], as single masks [H,W] 0..1.
+    """A list of MASKs as single masks [H,W] 0..1: see :func:`single_masks`."""
+    return [in_range(mask) for batch in single_masks(values) for mask in batch]
+
+
+def single_masks(values: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The masks [H,W] of each MASK, which is [H,W], [B,H,W] or, as some packs send them, [B,1,H,W]: views, no copies.
 
     Raises SubjectError.
     """
-    masks: list[Tensor] = []
+    batches: list[list[Tensor]] = []
     for value in values:
         if isinstance(value, Tensor) and value.ndim == 4 and value.shape[1] == 1:
             value = value[:, 0]
         elif isinstance(value, Tensor) and value.ndim == 4 and value.shape[-1] == 1:
             value = value[..., 0]
         if not isinstance(value, Tensor) or value.ndim not in (2, 3):
-            raise SubjectError(f"mask {len(masks) + 1}: expected a MASK [batch, height, width], got {_form(value)}")
-        for mask in value if value.ndim == 3 else (value,):
-            masks.append(torch.nan_to_num(mask.detach().float().cpu()).clamp(0, 1))
-    return masks
+            number = sum(map(len, batches)) + 1
+            raise SubjectError(f"mask {number}: expected a MASK [batch, height, width], got {_form(value)}")
+        batches.append([value] if value.ndim == 2 else list(value))
+    return batches
+
+
+def in_range(mask: Tensor) -> Tensor:
+    """A mask of any type on any device as float32 0..1 on the CPU."""
+    return torch.nan_to_num(mask.detach().float().cpu()).clamp(0, 1)
 
 
 def match_masks(
@@ -142,6 +152,16 @@ def photo_labels(count: int, names: Sequence[str] = ()) -> list[str]:
     """What messages call the photos: "photo 2", or "photo 2 (garden)" where ``names`` has one for each."""
     named = len(names) == count
     return [f"photo {i + 1} ({names[i]})" if named else f"photo {i + 1}" for i in range(count)]
+
+
+def name_photos(count: int, names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What messages call the photos: their ``names``, or their numbers unless each has a name; and what to warn of."""
+    if len(names) == count:
+        return list(names), []
+    if not names:
+        return photo_labels(count), []
+    warning = f"got {counted(count, 'photo')} but {counted(len(names), 'name')}; connect images and names of one node"
+    return photo_labels(count), [warning]
 
 
 def counted(number: int, noun: str) -> str:

@@ -6,6 +6,7 @@ import gc
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,9 +34,9 @@ from ..far_train.utils.errors import FarError
 from ..far_train.utils.files import make_folder, write_json
 from . import host_folders, host_memory, host_models, host_ui
 from .live_view import DrawingView
-from .photos import find_subjects
 from .pictures import INVERT_TOOLTIP, counted, doubts, match_masks, photo_labels, tidy_noun, unroll_images, unroll_masks
 from .previews import MAX_SHOWN, as_image, shown, subject_sheet
+from .segmentation import find_subjects
 from .sockets import Carried, FarConcepts, FarPrior, SamModel, all_of, base_inputs, schema
 
 Drawn = TypeVar("Drawn")
@@ -303,12 +304,12 @@ def with_masks(
     masks = [load_mask(mask_path(p)) if mask_path(p).exists() else None for p in paths]
     missing = [i for i, mask in enumerate(masks) if mask is None]
     photos = [load_photo(paths[i]) for i in missing]
-    found = find_subjects(photos, sam, [Prompt()] * len(photos), ExtractConfig())
-    for done, (i, (_, subject)) in enumerate(zip(missing, found)):
-        if not isinstance(subject, FarError):
-            save_mask(mask_path(paths[i]), subject.mask)
-            masks[i] = subject.mask
-        view.update(done + 1, len(missing))
+    with closing(find_subjects(photos, sam, [Prompt()] * len(photos), ExtractConfig())) as found:
+        for done, (i, (_, subject)) in enumerate(zip(missing, found)):
+            if not isinstance(subject, FarError):
+                save_mask(mask_path(paths[i]), subject.mask)
+                masks[i] = subject.mask
+            view.update(done + 1, len(missing))
     return [ClassPicture(p.noun, p.image, mask) for p, mask in zip(pictures, masks)]
 
 

@@ -27,21 +27,35 @@ POINTS_HELP = (
     'write [[x, y], [x, y, 0]] (0 = not the subject) or, per photo, {"1": [[x, y]], "3": {"box": [x0, y0, x1, y1]}}'
 )
 
+# Detectors place edges freely: a subject that the photo crops may get a box that reaches out by this share of a side.
+BEYOND_THE_EDGE = 0.05
+
 Box = tuple[float, float, float, float]
 Points = tuple[tuple[float, float, int], ...]
 
 
 def read_prompts(
-    count: int, boxes: Sequence[Any], box_format: str, texts: Sequence[str], names: Sequence[str] = ()
+    count: int,
+    boxes: Sequence[Any],
+    box_format: str,
+    texts: Sequence[str],
+    names: Sequence[str] = (),
+    negative: Sequence[str] = (),
+    index: int = 0,
 ) -> list[Prompt]:
     """The prompt of each of ``count`` photos, in pixels.
 
-    ``boxes``: values of box sockets (see :func:`read_boxes`), one for all photos or one for each; of a detector, which
-    sends a list for each photo, the box with the best score, or none. ``texts``: JSON, one for all photos or one for
-    each: a list of points, or a mapping from photo numbers (from 1) or ``names`` to points or to {"box": …,
-    "points": …}, which goes before ``boxes``. Raises ConfigError and SubjectError.
+    ``boxes``: values of box sockets (see :func:`read_boxes`), one for all photos or one for each; of several in one
+    photo (see :func:`boxes_by_photo`) the one with number ``index`` (from 1), or with 0 that with the best score, or
+    the largest if they have no scores. ``texts``: JSON, one for all photos or one for each: a list of points, or a
+    mapping from photo numbers (from 1) or ``names`` to points or to {"box": …, "points": …}, which goes before
+    ``boxes``. ``negative``: lists of points on the background, likewise. Raises ConfigError and SubjectError.
     """
-    box_of = _spread(_detected(boxes, box_format, count) or read_boxes(boxes, box_format), count, "box", "boxes")
+    frames = boxes_by_photo(boxes, count)
+    if frames:
+        box_of = [_one_of(frame, box_format, index) for frame in frames]
+    else:
+        box_of = _spread(read_boxes(boxes, box_format), count, "box", "boxes")
     entries = [_read_json(text) for text in texts]
     if len(entries) == 1 and isinstance(entries[0], Mapping):
         keyed = _by_photo(entries[0], count, names)
@@ -49,6 +63,8 @@ def read_prompts(
     else:
         keyed = {}
         points_of = _spread([e for e in entries if e is not None], count, "points", "lists of points")
+    outside = [e for e in map(_read_json, negative) if e is not None]
+    negative_of = _spread(outside, count, "negative_points", "lists of points")
     prompts = []
     for i in range(count):
         box, points = box_of[i], _points(points_of[i])
@@ -60,8 +76,24 @@ def read_prompts(
             points = _points(entry.get("points"))
         elif i in keyed:
             points = _points(keyed[i])
+        points += tuple((x, y, 0) for x, y, _ in _points(negative_of[i]))
         prompts.append(Prompt(box, points))
     return prompts
+
+
+def cut_at_edges(prompt: Prompt, width: int, height: int) -> Prompt:
+    """The prompt for a photo of this size in pixels, without what a detector's box has beyond the photo's edges.
+
+    A box that reaches out by more than BEYOND_THE_EDGE is of another size of the photo: it stays, and is refused.
+    """
+    if prompt.box is None:
+        return prompt
+    limits = (width, height, width, height)
+    box = tuple(min(max(side, 0.0), float(limit)) for side, limit in zip(prompt.box, limits))
+    far = any(abs(a - b) > BEYOND_THE_EDGE * limit for a, b, limit in zip(prompt.box, box, limits))
+    if far or box[0] >= box[2] or box[1] >= box[3]:
+        return prompt
+    return Prompt(box, prompt.points)
 
 
 def read_boxes(values: Sequence[Any], box_format: str = BOX_FORMATS[0]) -> list[Box]:
@@ -70,33 +102,54 @@ def read_boxes(values: Sequence[Any], box_format: str = BOX_FORMATS[0]) -> list[
     return [_one_box(box, box_format) for value in values for box in _boxes_in(value)]
 
 
-def _detected(values: Sequence[Any], box_format: str, count: int) -> list[Box | None]:
-    """The box of each photo where a detector sent a list of boxes for each, of any length; else nothing.
+def boxes_by_photo(values: Sequence[Any], count: int) -> list[list[Any]]:
+    """The boxes of each photo, any number, as they were sent, where that is told; else nothing.
 
-    Detectors send one value for a batch, [[boxes of photo 1], …], and one for each photo of a list, [[boxes]].
+    All boxes belong to a single photo. Detectors send one value for a batch, [[boxes of photo 1], …], and one for
+    each photo of a list, [[boxes]]. Raises ConfigError for another number of photos.
     """
-    frames = [value.tolist() if hasattr(value, "tolist") else value for value in values]
+    frames = [_plain(value) for value in values]
+    if count == 1:
+        own = _boxes_in(frames)
+        return [own] if own or any(map(_is_frame, frames)) else []
     if len(frames) == 1 and isinstance(frames[0], list) and all(map(_is_frame, frames[0])):
         frames = frames[0]
-    found = [_boxes_in(frame) for frame in frames]
-    if all(len(frame) == 1 for frame in found) or not any(map(_is_frame, frames)) or (len(frames) == 1 < count):
+    if not any(map(_is_frame, frames)) or (len(frames) == 1 < count):
         return []
     if len(frames) != count:
         raise ConfigError(f"box: there are boxes of {len(frames)} photos for {count} photos; detect in the same photos")
-    return [_best(frame, box_format, i + 1) for i, frame in enumerate(found)]
+    return [_boxes_in(frame) for frame in frames]
+
+
+def unscored(frames: Sequence[Sequence[Any]]) -> list[int]:
+    """The places of photos with several boxes (see :func:`boxes_by_photo`) that don't tell which one is best."""
+    return [i for i, boxes in enumerate(frames) if len(boxes) > 1 and not _scores(boxes)]
+
+
+def _plain(value: Any) -> Any:
+    """Tensors and arrays as lists, also within lists."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _is_frame(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and not _are_numbers(value, 4)
 
 
-def _best(boxes: Sequence[Any], box_format: str, number: int) -> Box | None:
-    """Of a photo's boxes the one with the highest score."""
+def _scores(boxes: Sequence[Any]) -> list[float]:
+    """The boxes' scores; nothing unless all have one."""
     scores = [box.get("score") if isinstance(box, Mapping) else None for box in boxes]
-    if len(boxes) > 1 and not _are_numbers(scores, len(scores)):
-        raise ConfigError(f"box: photo {number} has {len(boxes)} boxes without scores; send one, that of the subject")
-    best = max(range(len(boxes)), key=lambda i: scores[i] or 0, default=None)
-    return None if best is None else _one_box(boxes[best], box_format)
+    return scores if _are_numbers(scores, len(scores)) else []
+
+
+def _one_of(sent: Sequence[Any], box_format: str, index: int) -> Box | None:
+    """Of a photo's boxes the one with this number, the one with the highest score, or the largest."""
+    boxes = [_one_box(box, box_format) for box in sent]
+    if index:
+        return boxes[index - 1] if 0 < index <= len(boxes) else None
+    ranks = _scores(sent) or [(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in boxes]
+    return max(zip(ranks, boxes), key=lambda pair: pair[0], default=(0, None))[1]
 
 
 def _boxes_in(value: Any) -> list[Any]:
@@ -105,8 +158,8 @@ def _boxes_in(value: Any) -> list[Any]:
         value = value.tolist()
     if isinstance(value, str):
         value = _read_json(value)
-    if value is None:
-        return []
+    if value is None or (isinstance(value, Mapping) and all(side is None for side in value.values())):
+        return []  # a points editor sends the latter for a box that nobody has drawn
     if isinstance(value, Mapping) or _are_numbers(value, 4):
         return [value]
     if isinstance(value, Sequence) and not isinstance(value, str) and not any(isinstance(v, Real) for v in value):
@@ -133,7 +186,7 @@ def _one_box(value: Any, box_format: str) -> Box:
 
 def _points(value: Any) -> Points:
     """Points from [[x, y], [x, y, label], {"x": …, "y": …, "label": …}], or from a single [x, y]."""
-    if value is None:
+    if value is None or value == "":
         return ()
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise ConfigError(f"points: {json.dumps(value)} is no list of points; {POINTS_HELP}")
@@ -149,6 +202,12 @@ def _points(value: Any) -> Points:
             points.append((float(point[0]), float(point[1]), int(point[2]) if len(point) == 3 else 1))
         except (OverflowError, ValueError) as e:  # numbers of hundreds of digits, or a label that is none
             raise ConfigError(f"points: {str(point)[:60]} is no point; {POINTS_HELP}") from e
+    sides = [side for x, y, _ in points for side in (x, y)]
+    if all(0 <= side <= 1 for side in sides) and not all(side.is_integer() for side in sides):
+        raise ConfigError(
+            f"points: {points[0][:2]} is a share of the photo's sides and not pixels; switch 'normalize' off in the "
+            "points editor"
+        )
     return tuple(points)
 
 

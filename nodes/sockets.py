@@ -70,7 +70,7 @@ def bytes_in(value: Any) -> int:
     if isinstance(value, (list, tuple)):
         return sum(bytes_in(v) for v in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return sum(bytes_in(getattr(value, f.name)) for f in dataclasses.fields(value))
+        return bytes_in(vars(value))
     return 0
 
 

@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from ..far_train.training.settings import TrainConfig
 from ..far_train.utils.config import first_name
 from . import sockets
+from .check import AUTOMATIC, check_choices
 
 # TrainConfig's fields that FaR_TrainOptions shows, in order; FaR_Train itself asks for the few that matter most.
 COMMON = ("prior_batch_size", "micro_batch", "gradient_checkpointing", "precision", "sample_every", "save_every")
@@ -105,10 +106,12 @@ TOOLTIPS = {
 
 @dataclass(frozen=True)
 class Options:
-    """What FAR_OPTIONS carries: fields of TrainConfig, and after how many minutes a training stops (0: never)."""
+    """What FAR_OPTIONS carries: fields of TrainConfig, after how many minutes a training stops (0: never), and the
+    encoder that judges its result."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     time_limit: float = 0.0
+    check_with: str = AUTOMATIC
 
 
 class TrainOptions(io.ComfyNode):
@@ -126,23 +129,39 @@ class TrainOptions(io.ComfyNode):
             tooltip="Minutes after which the training saves a checkpoint and stops. Run the workflow again to resume. "
             "0: no limit.",
         )
+        check_with = io.Combo.Input(
+            "check_with",
+            options=check_choices(),
+            default=AUTOMATIC,
+            display_name="check with",
+            optional=True,
+            tooltip="The image encoder that judges the result: after the training, each concept is drawn alone and all "
+            "together, and compared with the dataset. automatic: the first folder in models/clip_vision, if there is "
+            "one and a SAM in models/sams. off: no check. The mini oracle only knows the drawn subjects of FaR Mini "
+            "Photos.",
+        )
         common = [_setting_input(fields[name], advanced=False) for name in COMMON]
         return sockets.schema(
             node_id="FaR_TrainOptions",
             display_name="FaR Train Options",
             description="Advanced options of FaR Train. The defaults are good for most trainings.",
             search_aliases=["fuse and refine", "training settings"],
-            inputs=[limit, *common, *(_setting_input(fields[name], advanced=True) for name in ADVANCED)],
+            inputs=[
+                limit,
+                *common,
+                *(_setting_input(fields[name], advanced=True) for name in ADVANCED),
+                check_with,  # last, since saved graphs keep their widgets' values by position
+            ],
             outputs=[sockets.FarOptions.Output(display_name="options", tooltip="For FaR Train.")],
         )
 
     @classmethod
-    def execute(cls, time_limit: float, **settings: Any) -> io.NodeOutput:
+    def execute(cls, time_limit: float, check_with: str = AUTOMATIC, **settings: Any) -> io.NodeOutput:
         kinds = TrainConfig.kinds()
         settings = TrainConfig.current_names(settings)
         settings = {k: None if kinds[k].optional and not v else v for k, v in settings.items()}
         TrainConfig(**settings)  # a bad combination is reported here, where it was made
-        return io.NodeOutput(Options(settings, time_limit))
+        return io.NodeOutput(Options(settings, time_limit, check_with))
 
 
 def _setting_input(setting: dataclasses.Field, advanced: bool) -> io.Input:

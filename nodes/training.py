@@ -15,6 +15,7 @@ from torch import Tensor
 from ..far_train.data.concepts import TrainingSet
 from ..far_train.data.images import from_pil, load_photo
 from ..far_train.evaluation.sheets import loss_curves
+from ..far_train.evaluation.trained import check_words, load_check
 from ..far_train.models.base import BaseModel
 from ..far_train.models.tokens import unknown_tokens
 from ..far_train.models.weights import FarWeights
@@ -26,6 +27,7 @@ from ..far_train.training.run_folder import WEIGHTS_FILE, find_run, run_identity
 from ..far_train.training.settings import TrainConfig
 from ..far_train.utils.errors import ConfigError, Interrupted
 from . import host_folders, host_memory, host_models, host_ui, sockets
+from .check import check_run, is_checked
 from .live_view import LiveView, metrics_of
 from .naming import file_name
 from .train_options import Options
@@ -173,7 +175,8 @@ class Train(io.ComfyNode):
             name = file_name(name, "run")
             folder, finished = find_run(host_folders.output_folder() / "far", name, identity)
             if finished:
-                host_ui.log_and_show(f"{folder.name} is trained already: loaded from {folder}", cls.hidden.unique_id)
+                text = f"{folder.name} is trained already: loaded from {folder}\n{check_words(load_check(folder))}"
+                host_ui.log_and_show(text.strip(), cls.hidden.unique_id)
             elif dry_run:
                 with _freed_base(model, clip, vae) as base:
                     check_captions(dataset, base, config.vectors_per_token)
@@ -189,7 +192,7 @@ class Train(io.ComfyNode):
                 return io.NodeOutput(*[host_ui.blocked_output()] * 4, ui={"text": (cost.words,)})
             else:
                 live = LiveView(cls.hidden.unique_id, folder, total, new_run_note(folder, name, identity))
-                _train(model, clip, vae, dataset, config, folder, continue_from, options.time_limit, live)
+                _train(model, clip, vae, dataset, config, folder, continue_from, options, live)
             weights = FarWeights.load(folder / WEIGHTS_FILE)
             curve = from_pil(loss_curves(metrics_of(folder)))[None]
             return io.NodeOutput(sockets.CarriedWeights.of(weights), curve, _last_samples(folder), str(folder))
@@ -225,15 +228,20 @@ def _train(
     config: TrainConfig,
     folder: Path,
     start: FarWeights | None,
-    time_limit: float,
+    options: Options,
     live: LiveView,
 ) -> None:
-    """Train in ``folder``, going on where an earlier session stopped; gives the memory back however it ends."""
+    """Train in ``folder``, going on where an earlier session stopped, and check the result; gives the memory back
+    however it ends."""
+    time_limit = options.time_limit
     deadline = time.monotonic() + 60 * time_limit if time_limit else float("inf")
+    to_check: list[tuple[Sequence[str], Tensor]] = []
     callbacks = Callbacks(
         on_phase=live.on_phase,
         on_step=live.on_step,
         on_samples=live.on_samples,
+        on_note=live.on_note,
+        on_check=(lambda *drawn: to_check.append(drawn)) if is_checked(options.check_with) else None,
         should_stop=lambda: host_ui.interrupted() or time.monotonic() > deadline,
     )
     stopped = None
@@ -250,6 +258,8 @@ def _train(
         raise Interrupted(
             f"the time limit of {time_limit:g} minutes is over; queue the graph again to go on. ({stopped})"
         )
+    for prompts, pictures in to_check:  # now that the base is gone, there is room for an encoder
+        check_run(folder, dataset, options.check_with, prompts, pictures, live.node_id)
 
 
 @contextmanager

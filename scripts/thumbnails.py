@@ -127,6 +127,7 @@ def cards() -> dict[str, Image.Image]:
         "8": prompt_card(
             ["SDXL: a photo of a", corgi, "dog and a", chow, "dog"], [*cut_outs(corgi, 2)[1:], *cut_outs(chow, 2)[1:]]
         ),
+        "9": labelled(mosaic([*photos(corgi, 2), *cut_outs(corgi, 2)]), ["SAM 3"]),
     }
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -265,6 +266,13 @@ def test_a_short_run_has_samples_of_its_end(dataset, tiny_folder, tmp_path, caps
     assert main([*short, "--sample-steps", "1", "--sample-prompts", "a <tom> cat"]) == 0
     assert files(tmp_path / "run" / "samples") == {"step-000002-0.png"}
     assert str(tmp_path / "run" / "samples") in capsys.readouterr().out
+
+
+def test_there_is_no_word_of_success_before_the_first_step(dataset, tiny_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("far_train.training.step.run_eagerly", Mock(side_effect=MemoryError))
+    assert main(train_to(tmp_path / "run", tiny_folder, dataset)) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and "doesn't fit into memory" in said.err
 
 
 def test_weights_are_exported_under_the_name_of_their_run(run, tmp_path, capsys):

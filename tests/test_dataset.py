@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from far_train.data.dataset import DatasetFolder, write_dataset
+from far_train.data.dataset import DatasetFolder, find_datasets, write_dataset
 from far_train.data.fusion import ConceptFusion
 from far_train.utils.errors import CaptionError, DatasetError, PhotoError, TokenError
 
@@ -278,6 +278,17 @@ def test_other_folders_are_refused(tmp_path):
     for folder in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(DatasetError, match="is not a dataset folder"):
             DatasetFolder(folder)
+
+
+def test_datasets_are_found_and_nothing_else(folder, tmp_path):
+    assert find_datasets(tmp_path / "nowhere") == []
+    for place in ("sets/b", "sets/a", ".hidden/c", "cats/copy"):
+        shutil.copytree(folder, tmp_path / place)
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "dataset.json").write_text('{"labels": null}')  # of other programs
+    (tmp_path / "linked").symlink_to(folder)
+    (tmp_path / "loop").symlink_to(tmp_path)
+    assert find_datasets(tmp_path) == ["cats", "linked", "sets/a", "sets/b"]
 
 
 # ---- digest

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -64,6 +66,21 @@ def test_files_that_cannot_be_read(tmp_path: Path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(BaseModelError, match="diffusers' layout"):
         load_base(tmp_path / "folder")
+
+
+def test_libraries_that_cannot_be_imported_are_told_from_a_damaged_file(tiny_folder: Path, monkeypatch):
+    """As transformers 4 fails where it finds a broken tensorflow."""
+
+    class Broken(ModuleType):
+        def __getattr__(self, name: str) -> None:
+            raise RuntimeError(
+                f"Failed to import {name} because of the following error:\nDescriptors cannot be created"
+            )
+
+    monkeypatch.setitem(sys.modules, "diffusers", Broken("diffusers"))
+    with pytest.raises(BaseModelError, match="can't be imported .Descriptors cannot be created.*USE_TF=0") as error:
+        load_base(tiny_folder)
+    assert "damaged" not in str(error.value)
 
 
 def test_folder_without_a_weight_file(tiny_folder: Path, tmp_path: Path, configs):

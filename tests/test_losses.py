@@ -63,6 +63,35 @@ def test_denoising_weights_are_normalised_per_sample():
     assert torch.allclose(whole, torch.cat(alone))
 
 
+@pytest.mark.parametrize("per_mention", [False, True])
+def test_a_large_subject_weighs_no_more_than_a_small_one(per_mention):
+    """In another image: the same error on all of it, on 3 × 3 cells as on 8 × 8, gives the same loss."""
+    masks = torch.zeros(2, 1, 8, 8)
+    masks[0, 0, 4, 4] = masks[1, 0] = 1
+    weight = losses.subject_weight(masks, 0.0, per_mention)
+    assert weight.sum((1, 2, 3)).tolist() == [9, 64]
+    prediction, target = 0.5 * weight, torch.zeros(2, 1, 8, 8)  # wrong by 0.5 on the subject alone
+    assert losses.denoising_loss(prediction, target, weight).tolist() == [0.25, 0.25]
+    attention = torch.full((2, 2, 8, 8), 0.5) * torch.tensor([0.8, 0.2])[:, None, None]
+    rivals = torch.cat([masks, torch.zeros(2, 1, 8, 8)], 1)
+    competition = losses.competition_loss(attention, rivals, torch.ones(2, 2, dtype=torch.bool), per_mention)
+    assert torch.allclose(competition, torch.tensor(-math.log(0.8)).expand(2))
+
+
+@pytest.mark.parametrize("per_mention", [False, True])
+def test_masks_without_a_cell_stay_finite(per_mention):
+    """Nothing to divide by: the loss and its gradient are 0, and what has no mask is not NaN."""
+    masks, present = torch.zeros(1, 2, 4, 4), torch.ones(1, 2, dtype=torch.bool)
+    prediction = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    attention = torch.full((1, 2, 4, 4), 0.25, requires_grad=True)
+    weight = losses.subject_weight(masks, 0.0, per_mention)
+    loss = losses.denoising_loss(prediction, torch.zeros(1, 4, 4, 4), weight)
+    loss = loss + losses.competition_loss(attention, masks, present, per_mention)
+    loss.sum().backward()
+    assert loss.tolist() == [0] and not prediction.grad.any() and not attention.grad.any()
+    assert losses.localization_loss(attention, masks).tolist() == [[1, 1]]  # even attention, all of it outside
+
+
 def test_localization_loss_by_hand():
     attention = torch.tensor([[[[0.2, 0.1], [0.05, 0.0]]]])  # A / max A = 1, .5, .25, 0
     mask = torch.tensor([[[[1.0, 1.0], [0.0, 0.0]]]])

@@ -49,3 +49,11 @@ def test_folders_that_cannot_be_made_are_registered_all_the_same(folders, tmp_pa
     Path(tmp_path / "models").touch()  # a file: what can't be written, for root, too
     assert registered(folders).keys() == {"far", "sams"}
     assert (tmp_path / "models").is_file()
+
+
+def test_the_hosts_datasets_folders_if_it_has_some(folders, tmp_path):
+    host = folders.folder_paths
+    host.get_folder_paths = lambda kind: host.folder_names_and_paths[kind][0]
+    assert folders.dataset_roots() == []  # before ComfyUI 0.33
+    host.folder_names_and_paths["datasets"] = ([str(tmp_path / "datasets"), "/elsewhere"], set())
+    assert folders.dataset_roots() == [tmp_path / "datasets", Path("/elsewhere")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from .nodes_pack import pack_module
 
 pictures = pack_module("nodes.pictures")
 masks = pack_module("far_train.data.masks")
+concepts = pack_module("far_train.data.concepts")
 errors = pack_module("far_train.utils.errors")
 SubjectError = errors.SubjectError
 
@@ -148,7 +151,27 @@ def test_labels_carry_names_only_if_there_is_one_for_each_photo():
     assert pictures.photo_labels(2, ["a"]) == ["photo 1", "photo 2"]
 
 
+def test_photos_are_called_by_their_names_if_each_has_one():
+    assert pictures.name_photos(2, ["garden", "park"]) == (["garden", "park"], [])
+    assert pictures.name_photos(2, []) == (["photo 1", "photo 2"], [])
+    warning = "got 2 photos but 1 name; connect images and names of one node"
+    assert pictures.name_photos(2, ["garden"]) == (["photo 1", "photo 2"], [warning])
+
+
 def test_nouns_are_tidied_but_not_guessed():
     assert pictures.tidy_noun("  Teddy  Bear ") == "teddy bear"
     with pytest.raises(errors.CaptionError, match="not a class noun"):
         pictures.tidy_noun("<dog>")
+
+
+def test_subjects_travel_with_a_byte_per_pixel_of_their_masks():
+    """The levels of an 8-bit file come back as they were."""
+    image, soft = torch.rand(60, 80, 3), torch.arange(60 * 80).reshape(60, 80) % 256 / 255
+    concept = concepts.Concept("<a>", "dog", (image, image), (soft, soft.half()))
+    drawn = concepts.ClassPicture("dog", image, soft)
+    held = [*concept.masks.stored, *vars(drawn)["_mask"].stored]
+    assert [mask.untyped_storage().nbytes() for mask in held] == [60 * 80] * 3
+    copies = dataclasses.replace(concept, noun="cat"), dataclasses.replace(drawn, noun="cat")
+    for mask in (*concept.masks, drawn.mask, *copies[0].masks, copies[1].mask):
+        assert mask.dtype == torch.float32 and torch.equal((mask * 255).round(), (soft * 255).round())
+    assert len(concept.masks[1:]) == 1 and concepts.ClassPicture("dog", image).mask is None

@@ -60,6 +60,30 @@ def test_nothing_given_is_an_automatic_prompt_for_each():
     assert prompts.read_prompts(2, [], CORNERS, [""]) == [Prompt(), Prompt()]
 
 
+def test_a_points_editor_that_was_left_empty_asks_for_nothing():
+    """KJNodes' editor: no negative points are the JSON text of "", and a box that nobody drew has no sides."""
+    sent = [[{}], [{"startX": None, "startY": None, "endX": None, "endY": None}]]
+    for box in sent:
+        found = prompts.read_prompts(2, [box], CORNERS, ['[{"x": 3, "y": 4}]'], negative=['""'])
+        assert found == [Prompt(points=((3, 4, 1),))] * 2
+
+
+def test_points_as_shares_of_the_sides_are_refused():
+    with pytest.raises(ConfigError, match=r"\(0.25, 1.0\) is a share .*switch 'normalize' off"):
+        prompts.read_prompts(1, [], CORNERS, ['[{"x": 0.25, "y": 1}]'])
+    assert prompts.read_prompts(1, [], CORNERS, ["[[1, 0]]"]) == [Prompt(points=((1, 0, 1),))]
+
+
+def test_a_box_that_reaches_a_little_out_of_the_photo_is_cut_at_its_edges():
+    """SAM3 Detect's box of a dog that the photo crops: center and size are estimated, its edges are not."""
+    points = ((3, 4, 1),)
+    cut = prompts.cut_at_edges(Prompt((-2.5, 10.0, 101.5, 50.2), points), 100, 50)
+    assert cut == Prompt((0, 10, 100, 50), points)
+    for box in ((-6, 10, 50, 40), (10, 10, 50, 53), (-3, 10, -1, 40), (100, 10, 101, 40)):
+        assert prompts.cut_at_edges(Prompt(box), 100, 50) == Prompt(box)
+    assert prompts.cut_at_edges(Prompt(), 100, 50) == Prompt()
+
+
 def test_one_box_serves_all_photos_and_several_one_each():
     assert prompts.read_prompts(2, [BOX], CORNERS, [""]) == [Prompt(BOX)] * 2
     other = (1.0, 2.0, 3.0, 4.0)
@@ -82,8 +106,52 @@ def test_of_a_detectors_boxes_each_photo_gets_its_own_best(send):
     assert prompts.read_prompts(1, send([detected(0.25, 0.75)]), CORNERS, [""]) == expected[1:2]
     with pytest.raises(ConfigError, match="boxes of 3 photos for 2 photos"):
         prompts.read_prompts(2, send(frames), CORNERS, [""])
-    with pytest.raises(ConfigError, match="photo 2 has 2 boxes without scores"):
-        prompts.read_prompts(2, send([[list(BOX)], [list(BOX), list(BOX)]]), CORNERS, [""])
+    numbered = [Prompt(), Prompt((0.75, 0, 10.75, 10)), Prompt()]
+    assert prompts.read_prompts(3, send(frames), CORNERS, [""], index=2) == numbered
+
+
+SMALLER = (1.0, 2.0, 3.0, 4.0)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        [[[SMALLER, BOX], [SMALLER]]],
+        [[[list(SMALLER), list(BOX)]], [[list(SMALLER)]]],
+        [[torch.tensor([SMALLER, BOX]), torch.tensor([SMALLER])]],
+        [[np.array([SMALLER, BOX])], [np.array([SMALLER])]],
+    ],
+)
+def test_of_several_boxes_without_scores_the_largest_or_the_numbered_one(sent):
+    assert prompts.read_prompts(2, sent, CORNERS, [""]) == [Prompt(BOX), Prompt(SMALLER)]
+    assert prompts.read_prompts(2, sent, CORNERS, [""], index=1) == [Prompt(SMALLER), Prompt(SMALLER)]
+    assert prompts.read_prompts(2, sent, CORNERS, [""], index=2) == [Prompt(BOX), Prompt()]
+    assert prompts.unscored(prompts.boxes_by_photo(sent, 2)) == [0]
+
+
+@pytest.mark.parametrize("sent", [[[SMALLER, BOX]], [SMALLER, BOX], [[[SMALLER, BOX]]], [torch.tensor([SMALLER, BOX])]])
+def test_all_boxes_belong_to_a_single_photo(sent):
+    assert prompts.read_prompts(1, sent, CORNERS, [""]) == [Prompt(BOX)]
+    assert [len(frame) for frame in prompts.boxes_by_photo(sent, 1)] == [2]
+    assert prompts.boxes_by_photo([], 1) == []
+
+
+def test_the_hosts_dicts_of_width_and_height_are_compared_by_area():
+    wide, tall = ({"x": 1, "y": 2, "width": w, "height": h} for w, h in ((30, 2), (8, 9)))
+    assert prompts.read_prompts(1, [[wide, tall]], CORNERS, [""]) == [Prompt((1, 2, 9, 11))]
+
+
+def test_points_of_a_points_editor_positive_and_negative():
+    """KJNodes' form, which SAM3 Detect takes too: two texts without labels."""
+    positive, negative = '[{"x": 5, "y": 6}, {"x": 7, "y": 8}]', '[{"x": 1, "y": 2}]'
+    expected = Prompt(None, ((5, 6, 1), (7, 8, 1), (1, 2, 0)))
+    assert prompts.read_prompts(2, [], CORNERS, [positive], negative=[negative]) == [expected] * 2
+    keyed = prompts.read_prompts(2, [BOX], CORNERS, ['{"2": [[5, 6]]}'], negative=["[]", negative])
+    assert keyed == [Prompt(BOX), Prompt(BOX, ((5, 6, 1), (1, 2, 0)))]
+    with pytest.raises(ConfigError, match="negative_points: there are 2 lists of points for 3 photos"):
+        prompts.read_prompts(3, [], CORNERS, [positive], negative=[negative, negative])
+    with pytest.raises(SubjectError, match="all mark background"):
+        prompts.read_prompts(1, [], CORNERS, [""], negative=[negative])
 
 
 @pytest.mark.parametrize(

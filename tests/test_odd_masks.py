@@ -53,8 +53,8 @@ def mask_case(name: str, wrong: Image.Image, words: str) -> None:
         argv = ["fuse", "--concept", "<rex>", "dog", place / "subjects", "--size", 64, "--count", 1]
         said = place.run(*argv, "--out", place / "data")[0]
         if "of 255" in words:  # such a file is damaged: nothing of it can be meant
-            return said, f"far_train: error: PLACE/subjects/a.png: {words}, or remove this photo"
-        return said, f"PLACE/subjects/a.png: {words}; the photo is skipped."
+            return said, f"far_train: error: concept <rex>, PLACE/subjects/a.png: {words}, or remove this photo"
+        return said, f"concept <rex>, PLACE/subjects/a.png: {words}; the photo is skipped."
 
 
 for name, (wrong, words) in WRONG_MASKS.items():

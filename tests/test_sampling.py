@@ -100,8 +100,8 @@ def test_a_trainings_samples_are_what_the_saved_weights_draw(base, fusion, tmp_p
     ((_, prompts, samples),) = shown
     weights = FarWeights.load(tmp_path / "weights.safetensors")
     with applied_weights(weights, base) as vocabulary:
-        drawn = draw_pictures(base, vocabulary, prompts, QUICK, size=(fusion.size,) * 2)
+        drawn = draw_pictures(base, vocabulary, prompts, QUICK, size=(fusion.size,) * 2, like_ksampler=True)
     with applied_weights(weights, base, SampleConfig(strength=0)) as vocabulary:
-        without = draw_pictures(base, vocabulary, prompts, QUICK, size=(fusion.size,) * 2)
+        without = draw_pictures(base, vocabulary, prompts, QUICK, size=(fusion.size,) * 2, like_ksampler=True)
     gap = float((drawn - samples).abs().mean())
     assert gap < 0.1 * float((without - samples).abs().mean())

@@ -5,29 +5,73 @@ All pictures are float32 0..1; all masks are 1 on the subject.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, overload, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from ..utils.errors import SubjectError
 from .captions import MentionSpans, Name, check_noun, check_token, locate_mentions
+from .images import to_uint8
 from .masks import describe_faint
+
+
+@dataclass(frozen=True, eq=False)
+class ByteMasks(Sequence[Tensor]):
+    """Masks [H, W] that are kept in a byte per pixel, a quarter of float32, and read as float32 0..1.
+
+    Composites and mask files have no finer steps either.
+    """
+
+    stored: tuple[Tensor, ...]  # uint8, 255 = subject
+
+    @classmethod
+    def of(cls, masks: Iterable[Tensor]) -> ByteMasks:
+        """Keep masks of 0..1."""
+        return cls(tuple(torch.from_numpy(to_uint8(mask)) for mask in masks))
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> ByteMasks: ...
+    def __getitem__(self, index: int | slice) -> Tensor | ByteMasks:
+        if isinstance(index, slice):
+            return ByteMasks(self.stored[index])
+        return self.stored[index].float() / 255
+
+
+class ByteMask:
+    """A dataclass's field with a mask or None: like :class:`ByteMasks`. The default is None."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.place = f"_{name}"
+
+    def __get__(self, instance: object | None, owner: type) -> Tensor | None:
+        kept: ByteMasks | None = None if instance is None else vars(instance)[self.place]
+        return None if kept is None else kept[0]
+
+    def __set__(self, instance: object, mask: Tensor | None) -> None:
+        vars(instance)[self.place] = None if mask is None else ByteMasks.of([mask])
 
 
 @dataclass(frozen=True, eq=False)
 class Concept:
     """A subject to learn: its placeholder token, its class noun, and its photos with masks.
 
-    ``images``: each [H, W, 3]; ``masks``: one [H, W] per image, of the same size. ``labels``: how messages name the
-    photos, such as their files. Raises TokenError, CaptionError, SubjectError.
+    ``images``: each [H, W, 3]; ``masks``: one [H, W] per image, of the same size, kept as :class:`ByteMasks`.
+    ``labels``: what messages call the photos, such as their files; default "photo 1" and so on. Raises TokenError,
+    CaptionError, SubjectError.
     """
 
     token: str
     noun: str
     images: tuple[Tensor, ...]
-    masks: tuple[Tensor, ...]
+    masks: Sequence[Tensor]
     labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -40,11 +84,17 @@ class Concept:
                 f"concept {self.token}: {len(self.images)} photos but {len(self.masks)} masks; give one mask per photo"
             )
         for i, (image, mask) in enumerate(zip(self.images, self.masks)):
-            check_subject(image, mask, self.label(i))
+            check_subject(image, mask, self.where(i))
+        if not isinstance(self.masks, ByteMasks):
+            object.__setattr__(self, "masks", ByteMasks.of(self.masks))
 
     def label(self, index: int) -> str:
-        """How messages name a photo."""
-        return self.labels[index] if self.labels else f"concept {self.token}, photo {index + 1}"
+        """What messages that name the concept call a photo."""
+        return self.labels[index] if self.labels else f"photo {index + 1}"
+
+    def where(self, index: int) -> str:
+        """What messages call a photo, with the concept: two concepts may have photos of one name."""
+        return f"concept {self.token}, {self.label(index)}"
 
     @property
     def name(self) -> Name:
@@ -60,7 +110,7 @@ class ClassPicture:
 
     noun: str
     image: Tensor
-    mask: Tensor | None = None
+    mask: ByteMask = ByteMask()
     label: str = ""
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -287,6 +288,21 @@ class _Entry:
             if not mask.exists():
                 raise DatasetError(f"{mask}: is missing; restore it, or delete {self.image.name}")
         locate_mentions(_read_caption(self.image), [n for n, _ in self.subjects], str(self.image.with_suffix(".txt")))
+
+
+def find_datasets(root: Path) -> list[str]:
+    """Dataset folders below ``root``, relative, with forward slashes, in order.
+
+    They have a dataset.json, which other programs write as well, and composites. Hidden folders and those inside of a
+    dataset are left out; links are followed no further than to a dataset.
+    """
+    found = []
+    for place, folders, _ in os.walk(root):
+        shown = [Path(place, name) for name in folders if not name.startswith(".")]
+        datasets = [f for f in shown if (f / "dataset.json").is_file() and (f / "composites").is_dir()]
+        found += [folder.relative_to(root).as_posix() for folder in datasets]
+        folders[:] = [folder.name for folder in shown if folder not in datasets]
+    return sorted(found)
 
 
 def plain_name(name: str) -> str:

@@ -80,7 +80,7 @@ def examine_concepts(concepts: Sequence[Concept], size: int | None = None) -> li
     """Examine the names, photos and masks of all concepts. ``size``: the base's native size in pixels, if known."""
     findings = examine_names([concept.name for concept in concepts])
     for concept in concepts:
-        labels = concept.labels or [f"photo {i + 1}" for i in range(len(concept.images))]
+        labels = [concept.label(i) for i in range(len(concept.images))]
         findings += _examine(concept.token, concept.images, concept.masks, labels, size)
     return findings
 

@@ -126,7 +126,7 @@ class ConceptFusion:
     def _good_photos(self, concept: Concept) -> list[int]:
         """Indices of the photos with a usable mask. Raises SubjectError if there are none."""
         noted = len(self.notes)
-        good = [i for i, mask in enumerate(concept.masks) if self._is_good(mask, concept.label(i), "photo is skipped")]
+        good = [i for i, mask in enumerate(concept.masks) if self._is_good(mask, concept.where(i), "photo is skipped")]
         if not good:
             reasons = "\n".join(f"  {note}" for note in self.notes[noted : noted + 5])
             raise SubjectError(f"concept {concept.token}: no photo has a usable mask:\n{reasons}")

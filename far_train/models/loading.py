@@ -118,9 +118,19 @@ def _check_config(config: Any) -> None:
 
 
 def build_parts(family: Family, configs: Mapping[str, Any], device: str = "meta") -> dict[str, nn.Module]:
-    """The components of these configs; without weights on the meta device, else with random ones."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    """The components of these configs; without weights on the meta device, else with random ones.
+
+    Raises BaseModelError where the libraries that build them can't be imported.
+    """
+    try:
+        from diffusers import AutoencoderKL, UNet2DConditionModel
+        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    except Exception as e:  # of any kind: transformers 4 imports whatever other framework it finds
+        cause = str(e).strip().rpartition("\n")[2]
+        raise BaseModelError(
+            f"base: diffusers or transformers can't be imported ({cause}); repair that "
+            "package. FaR doesn't need tensorflow: remove it, or set USE_TF=0 in the environment"
+        ) from e
 
     with torch.device(device):
         parts: dict[str, nn.Module] = {

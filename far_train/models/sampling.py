@@ -18,7 +18,7 @@ from .settings import DrawConfig
 from .tokens import Vocabulary, unknown_tokens
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline, SchedulerMixin
+    from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ def draw_pictures(
     *,
     size: tuple[int, int] | None = None,
     seeds: Sequence[int] | None = None,
+    like_ksampler: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tensor:
     """Draw one picture per prompt, [n, H, W, 3] float 0..1 on the CPU, with classifier-free guidance.
@@ -39,19 +40,22 @@ def draw_pictures(
     By DDIM (Song et al. 2021, arXiv 2010.02502) or by DPM-Solver++ of second order (Lu et al. 2022, arXiv 2211.01095).
 
     Picture i has the seed ``seeds[i]``, by default ``sample_seed`` + i, whatever the batch size. ``size``: height and
-    width in pixels, where the config has none; default the base's own. ``on_progress(done, total)`` counts sampling
-    steps and may raise to stop.
+    width in pixels, where the config has none; default the base's own. ``like_ksampler``: by DDIM just as ComfyUI's
+    KSampler does with sampler ddim and scheduler ddim_uniform (simple, for zero terminal SNR), if the number of steps
+    divides 1000. ``on_progress(done, total)`` counts sampling steps and may raise to stop.
     """
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
-    scheduler = DDIMScheduler if config.sampler == "ddim" else DPMSolverMultistepScheduler
+    kind = DDIMScheduler if config.sampler == "ddim" else DPMSolverMultistepScheduler
+    # ComfyUI's last step ends without noise, diffusers' at that of timestep 0.
+    scheduler = kind.from_config(base.scheduler, **({"set_alpha_to_one": True} if like_ksampler else {}))
     seeds = seeds or range(config.sample_seed, config.sample_seed + len(prompts))
     height = config.height or (size or (base.native_size,) * 2)[0]
     width = config.width or (size or (base.native_size,) * 2)[1]
     check_size(base, height, width)
     for token in sorted({t for p in prompts for t in unknown_tokens(p, [n.token for n in vocabulary.names])}):
         log.warning("The prompt holds %s, which no loaded concept has: it is read as plain text.", token)
-    pipeline = _pipeline(base, scheduler.from_config(base.scheduler))
+    pipeline = _pipeline(base, scheduler)
     conditioner = TextConditioner(base)
     total = -(-len(prompts) // config.sample_batch) * config.sampling_steps
     done = 0
@@ -65,13 +69,19 @@ def draw_pictures(
     def decode(latent: Tensor) -> Tensor:
         return base.vae.decode(latent.to(base.vae.device) / base.vae.config.scaling_factor).sample.float().cpu()
 
+    shape = (base.unet.config.in_channels, height // base.downscale, width // base.downscale)
+    level = _first_level(scheduler, config.sampling_steps) if like_ksampler else 1.0
+
+    def noise(seed: int) -> Tensor:
+        return level * torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))
+
     def draw(batch: range) -> list[Tensor]:
         tokenized = [vocabulary.tokenize(prompts[i], truncate=True) for i in batch]
         negative = [vocabulary.tokenize(config.negative_prompt, truncate=True)] * len(batch)
         latents = pipeline(
             **conditioner.encode(tokenized, (height, width)).pipeline_kwargs(),
             **conditioner.encode(negative, (height, width)).pipeline_kwargs("negative_"),
-            generator=[torch.Generator("cpu").manual_seed(seeds[i]) for i in batch],
+            latents=torch.stack([noise(seeds[i]) for i in batch]).to(base.unet.dtype),
             height=height,
             width=width,
             num_inference_steps=config.sampling_steps,
@@ -100,6 +110,14 @@ def _pipeline(base: BaseModel, scheduler: SchedulerMixin) -> DiffusionPipeline:
     pipeline = kind(**{p.name: given.get(p.name) for p in wanted if p.name in given or p.default is p.empty})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _first_level(scheduler: DDIMScheduler, steps: int) -> float:
+    """Standard deviation of the noise at the first timestep. diffusers begins with that of the last one of training."""
+    scheduler.set_timesteps(steps)
+    first = int(scheduler.timesteps[0])
+    is_last = first + 1 == scheduler.config.num_train_timesteps
+    return 1.0 if is_last else float((1 - scheduler.alphas_cumprod[first]).sqrt())
 
 
 def check_size(base: BaseModel, height: int, width: int) -> None:

@@ -6,18 +6,20 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..utils.errors import TrainingDiverged
+from .callbacks import Callbacks
 from .run_folder import MetricsLog
+from .watch import DivergenceWatch, PaceWatch
 
 log = logging.getLogger(__name__)
 
-NAMES = ("loss", "denoising", "refinement", "prior", "grad_norm")
+# base_denoising: the untouched base's, 0 without output preservation
+NAMES = ("loss", "denoising", "refinement", "prior", "base_denoising", "grad_norm")
 DEPTH = 2  # steps that the host may be ahead of a GPU
 
 
@@ -62,20 +64,24 @@ class Readback:
 
 
 class StepReports:
-    """Writes the metrics that arrive from a readback to metrics.jsonl, if given, and passes them to a callback.
+    """Writes the metrics that arrive from a readback to metrics.jsonl, if given, and passes them to the callbacks.
 
-    Raises TrainingDiverged after ``max_non_finite`` steps in a row whose gradient was not finite.
+    Raises TrainingDiverged after ``max_non_finite`` steps in a row whose gradient was not finite, or when
+    ``divergence`` calls the run broken. Steps that have become slow are told by ``on_note``.
     """
 
     def __init__(
         self,
         readback: Readback,
         history: MetricsLog | None,
-        on_step: Callable[[int, dict[str, Any]], None],
+        callbacks: Callbacks,
+        *,
         max_non_finite: int,
+        divergence: DivergenceWatch,
+        pace: PaceWatch,
     ):
-        self._readback, self._history, self._on_step = readback, history, on_step
-        self._max_non_finite = max_non_finite
+        self._readback, self._history, self._callbacks = readback, history, callbacks
+        self._max_non_finite, self._divergence, self._pace = max_non_finite, divergence, pace
         self._non_finite = 0
         self.start_clock()
 
@@ -95,16 +101,18 @@ class StepReports:
         for step, metrics in steps:
             if metrics["finite"]:
                 self._non_finite = 0
+                self._divergence.add(metrics["denoising"], metrics["base_denoising"])
             else:
                 self._non_finite += 1
                 log.warning("Step %d: the gradient is not finite; the step is skipped.", step)
             if self._non_finite == self._max_non_finite:
-                raise TrainingDiverged(
-                    f"the loss was not finite for {self._max_non_finite} steps up to step {step}; the last checkpoint "
-                    "is kept. Lower its learning rates, or use precision fp32"
-                )
+                raise TrainingDiverged(f"the loss was not finite for {self._max_non_finite} steps up to step {step}")
             last, self._last = self._last, time.perf_counter()
             metrics["seconds"] = round(self._last - last, 4)
             if self._history:
                 self._history.add(step, metrics)
-            self._on_step(step, metrics)
+            self._callbacks.on_step(step, metrics)
+            if self._divergence.broken:
+                raise TrainingDiverged(f"the loss up to step {step} is {self._divergence.words()}")
+            if note := self._pace.add(step, metrics["seconds"]):
+                self._callbacks.on_note(note)

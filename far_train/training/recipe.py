@@ -7,11 +7,16 @@ several processes share each step.
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from ..data.captions import default_prompts
 from ..data.concepts import TrainingSet
@@ -21,18 +26,22 @@ from ..models.layers import uncompiled
 from ..models.sampling import draw_pictures
 from ..models.settings import SampleConfig
 from ..models.weights import FarWeights, Provenance
-from ..utils.errors import Interrupted
+from ..utils.errors import Interrupted, TrainingDiverged
 from ..utils.out_of_memory import skip_without_memory
 from .build import build_run
 from .callbacks import Callbacks
-from .checkpoints import save_checkpoint
+from .checkpoints import newest_step, save_checkpoint
 from .distributed import World
 from .metrics import Readback, StepReports
 from .run_folder import METRICS_FILE, WEIGHTS_FILE, MetricsLog
 from .settings import TrainConfig
 from .step import take_step
+from .watch import DivergenceWatch, PaceWatch
+
+log = logging.getLogger(__name__)
 
 SAMPLE_BATCH = 4  # sample images drawn at once on a GPU
+CHECK_PICTURES = 4  # of each prompt
 MAX_NON_FINITE_STEPS = 3  # in a row, after which a run ends
 
 
@@ -69,7 +78,9 @@ def train(
         ) as run,
     ):
         run.fit()
-        return run.save_weights()
+        weights = run.save_weights()
+        run.draw_check()
+        return weights
 
 
 class TrainingRun:
@@ -130,26 +141,59 @@ class TrainingRun:
         return self.readback.drain()[-1][1]
 
     def fit(self) -> None:
-        """Take all remaining steps, with checkpoints and sample pictures."""
+        """Take all remaining steps, with checkpoints and sample pictures.
+
+        Raises TrainingDiverged when :class:`DivergenceWatch` calls the run broken, or suspect where it ends or stops.
+        """
+        try:
+            self._take_all_steps(DivergenceWatch(with_base=self.state.config.output_preservation))
+        except TrainingDiverged as e:
+            raise TrainingDiverged(f"the training diverged: {e}. {self._after_divergence()}") from None
+
+    def _after_divergence(self) -> str:
+        """What is left of a run that diverged, and which setting to change."""
+        config, kept = self.state.config, newest_step(self.state.checkpoints)
+        checkpoint = f"; the checkpoint of step {kept} is kept" if kept else ""
+        rate = "kv_lr" if config.trainable == "kv" else "lora_lr"
+        precise = "" if self.state.dtype == torch.float32 else ", or use precision fp32"
+        return (
+            f"No weights are saved{checkpoint}. Lower {rate} (now {config.change_lr:g}) or embedding_lr (now "
+            f"{config.embedding_lr:g}){precise}"
+        )
+
+    def _take_all_steps(self, divergence: DivergenceWatch) -> None:
         state, config, is_main = self.state, self.state.config, self.state.world.is_main_process
         saved_step = state.step
         max_non_finite = MAX_NON_FINITE_STEPS + int(math.log2(state.scaler.initial_scale))  # fp16 first finds its scale
         with MetricsLog(state.folder / METRICS_FILE) if is_main else nullcontext() as history:
-            reports = StepReports(self.readback, history, self.callbacks.on_step, max_non_finite)
+            reports = StepReports(
+                self.readback,
+                history,
+                self.callbacks,
+                max_non_finite=max_non_finite,
+                divergence=divergence,
+                pace=PaceWatch(on_gpu=state.device.type == "cuda"),
+            )
             while state.step < state.steps:
                 if state.world.any_process(self.callbacks.should_stop()):
                     reports.flush()
+                    _refuse_suspect(divergence)  # rather than save what a resumed run would go on from
                     if saved_step != state.step and is_main:
                         self.save_checkpoint()
                     raise Interrupted(f"stopped at step {state.step} of {state.steps}, which is saved; resume to go on")
                 self.take_step()
-                save = state.step % config.save_every == 0 or state.step == state.steps
+                is_last = state.step == state.steps
+                save = state.step % config.save_every == 0 or is_last
                 sample = bool(config.sample_every) and state.step % config.sample_every == 0
                 if save or sample:
                     reports.flush()
                 else:
                     reports.report()
-                if save and is_main:
+                if is_last:
+                    _refuse_suspect(divergence)
+                if save and divergence.suspect:
+                    log.warning("Step %d isn't saved: the loss is %s.", state.step, divergence.words())
+                elif save and is_main:
                     self.save_checkpoint()
                     saved_step = state.step
                 if sample and is_main:
@@ -161,22 +205,38 @@ class TrainingRun:
     def _draw_samples(self) -> None:
         state = self.state
         prompts = state.config.sample_prompts or default_prompts(state.training_set.names)
+        pictures = self._draw(prompts, "sample pictures")
+        for i, picture in enumerate(pictures):
+            save_picture(state.folder / "samples" / f"step-{state.step:06d}-{i}.png", picture)
+        self.callbacks.on_samples(state.step, prompts, pictures)
+
+    def draw_check(self) -> None:
+        """Draw what ``on_check`` wants, if it is given. An interruption or a lack of memory only leaves it out."""
+        on_check, state = self.callbacks.on_check, self.state
+        if on_check is None or not state.world.is_main_process:
+            return
+        prompts = [p for p in default_prompts(state.training_set.names) for _ in range(CHECK_PICTURES)]
+        self.callbacks.on_phase("check", 0, len(prompts))
+        with suppress(Interrupted), skip_without_memory("the pictures of the check"):
+            on_check(prompts, self._draw(prompts, "check"))
+
+    def _draw(self, prompts: Sequence[str], phase: str) -> Tensor:
+        """Pictures [n, H, W, 3] of the prompts by what has been learned so far. Raises Interrupted."""
+        state = self.state
         settings = SampleConfig(
             sampling_steps=state.config.sample_steps, sample_batch=SAMPLE_BATCH if state.device.type == "cuda" else 1
         )
         state.release_graphs()
         with uncompiled(state.base.unet):
-            pictures = draw_pictures(
+            return draw_pictures(
                 state.base,
                 state.vocabulary,
                 prompts,
                 settings,
-                size=(state.training_set.size, state.training_set.size),
-                on_progress=lambda *_: self.callbacks.check_stop("sample pictures"),
+                size=state.size,
+                like_ksampler=True,
+                on_progress=lambda *_: self.callbacks.check_stop(phase),
             )
-        for i, picture in enumerate(pictures):
-            save_picture(state.folder / "samples" / f"step-{state.step:06d}-{i}.png", picture)
-        self.callbacks.on_samples(state.step, prompts, pictures)
 
     # ---- files
 
@@ -213,3 +273,8 @@ class TrainingRun:
         if state.world.is_main_process:
             weights.save(state.folder / WEIGHTS_FILE)
         return weights
+
+
+def _refuse_suspect(divergence: DivergenceWatch) -> None:
+    if divergence.suspect:
+        raise TrainingDiverged(f"the loss of the last steps is {divergence.words()}")

@@ -22,7 +22,7 @@ from .step_graph import Capture, GraphedPasses, Inputs, capture_cuda_graph
 
 
 def take_step(state: RunState) -> Tensor:
-    """Take one step; returns its metrics [5] on the device, in the order of ``metrics.NAMES``.
+    """Take one step; returns its metrics [6] on the device, in the order of ``metrics.NAMES``.
 
     A gradient that isn't finite changes no parameter. Raises OutOfMemory, ProcessFailed.
     """
@@ -50,7 +50,7 @@ def sample_batch(state: RunState) -> Batch:
 
 
 def accumulate_gradients(state: RunState, batch: Batch, micro_batch: int) -> Tensor:
-    """Put the gradient of ``batch`` into the parameters, ``micro_batch`` samples at a time; returns its loss terms [4].
+    """Put the gradient of ``batch`` into the parameters, ``micro_batch`` samples at a time; returns its loss terms [5].
 
     It begins by clearing the gradients, so that a call that ran out of memory can be repeated.
     """
@@ -115,9 +115,10 @@ def forward_backward(
     """Add the gradient of a part of the step's batch (docs/explanation/method.md, The loss) to the parameters.
 
     ``batch`` is on the device; ``base`` is the :func:`base_conditioning`; ``ramp`` is the refinement loss's weight in
-    this step. Returns the loss and its denoising, refinement and prior-preservation terms, [4] on the device; the last
-    three without their weights in the loss. All are scaled for the whole step's batch: those of its parts add up to
-    those of the step, however it is divided. It reads nothing back to the host.
+    this step. Returns the loss, its denoising, refinement and prior-preservation terms without their weights in it, and
+    the untouched base's denoising loss against the images (0 if ``base`` is None), [5] on the device. All are scaled
+    for the whole step's batch: those of its parts add up to those of the step, however it is divided. It reads nothing
+    back to the host.
     """
     config, prediction_type = state.config, state.base.prediction_type
     alphas = state.alphas_cumprod[batch.timesteps]
@@ -126,18 +127,20 @@ def forward_backward(
     composite_share = batch.is_instance / config.batch_size
     prior_share = ~batch.is_instance / max(config.prior_batch_size, 1)
     select = torch.cat([batch.token_select, batch.noun_select], 1)
+    snr_weight = losses.min_snr_weight(alphas, prediction_type, config.min_snr_gamma)
+    cell_weight = losses.subject_weight(batch.cell_masks, config.background_weight, config.per_mention)
+    cell_weight = torch.where(batch.is_instance[:, None, None, None], cell_weight, 1.0)
+    base_error = torch.zeros_like(alphas)
     if base is not None:
         with torch.no_grad(), state.adapter.disabled():
             base_prediction = _predict(state, noisy, batch.timesteps, base).float()
+        base_error = snr_weight * losses.denoising_loss(base_prediction, target, cell_weight)
         learned = batch.cell_masks * batch.is_instance[:, None, None, None]
         target = losses.preserved_target(target, base_prediction, learned)
     context = conditioning.context
     recording = state.recorder.recording(select) if state.recorder else nullcontext()
     with recording, state.adapter.prepared_for(context):
         prediction = _predict(state, noisy, batch.timesteps, conditioning)
-        cell_weight = losses.subject_weight(batch.cell_masks, config.background_weight, config.per_mention)
-        cell_weight = torch.where(batch.is_instance[:, None, None, None], cell_weight, 1.0)
-        snr_weight = losses.min_snr_weight(alphas, prediction_type, config.min_snr_gamma)
         error = snr_weight * losses.denoising_loss(prediction, target, cell_weight)
         refinement = refinement_loss(state, batch) if state.recorder else torch.zeros_like(error)
         schedule = ramp * losses.refinement_timestep_weight(alphas)
@@ -145,7 +148,8 @@ def forward_backward(
         loss = denoising + config.prior_loss_weight * prior
         loss = loss + config.refinement_weight * (composite_share * schedule * refinement).sum()
         state.scaler.scale(loss).backward()  # in this context, since checkpointed layers run forward again
-    return torch.stack([loss, denoising, (composite_share * refinement).sum(), prior]).detach()
+    terms = [loss, denoising, (composite_share * refinement).sum(), prior, (composite_share * base_error).sum()]
+    return torch.stack(terms).detach()
 
 
 def _predict(state: RunState, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:

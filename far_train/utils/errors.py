@@ -68,7 +68,7 @@ class ProcessFailed(FarError):
 
 
 class TrainingDiverged(FarError):
-    """The loss or its gradient stayed non-finite for several steps in a row."""
+    """The loss or its gradient stayed non-finite for several steps in a row, or the loss far above the base's."""
 
 
 class QueueError(FarError):

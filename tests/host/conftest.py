@@ -46,14 +46,19 @@ def saved(comfy: ComfyServer, request: pytest.FixtureRequest) -> Callable[[FarWe
 def template_files(comfy: ComfyServer) -> Iterator[None]:
     """Whatever the templates name, as empty files and folders: enough to open and to validate them."""
     names = {
-        "checkpoints": ("v2-1_768-ema-pruned.safetensors", "sd_xl_base_1.0.safetensors"),
+        "checkpoints": (
+            "v2-1_768-ema-pruned.safetensors",
+            "sd_xl_base_1.0.safetensors",
+            "sam3.1_multiplex_fp16.safetensors",
+        ),
         "sams": ("sam_vit_b_01ec64.pth",),
         "far": ("two-dogs.safetensors", "two-dogs-sdxl.safetensors"),
     }
     made = [comfy.folder(f"models/{folder}") / name for folder, files in names.items() for name in files]
     datasets = [comfy.folder(f"output/far/datasets/{name}") for name in ("two-dogs", "two-dogs-sdxl")]
     made += [folder / "dataset.json" for folder in datasets]
-    folders = [comfy.folder(f"input/{name}") for name in ("corgi", "chow", "husky")] + datasets
+    folders = [comfy.folder(f"input/{name}") for name in ("corgi", "chow", "husky")]
+    folders += [comfy.folder(f"output/far/datasets/{folder.name}/composites") for folder in datasets] + datasets
     for path in made:
         path.touch()
     yield

@@ -70,6 +70,32 @@ def test_photos_without_masks_are_left_out_by_number(comfy: ComfyServer):
     assert outputs["2"]["text"] == ["skipped, since their masks are empty: photo 2\n<red-disc> disc: 2 photos"]
 
 
+def test_photos_are_called_by_their_files(comfy: ComfyServer):
+    """Here and in what Concept Fusion says; from Extract Subject, which skips two of three, as from Load Photos."""
+    folder = photo_folder(comfy, "named")
+    Image.new("L", (160, 120)).save(folder / "a.mask.png")
+    Image.new("L", (100, 160), 255).save(folder / "b.mask.png")
+    prompt = {
+        "1": node("FaR_LoadPhotos", folder="named", max_side=1024),
+        "2": concept(["1", 0], ["1", 1], names=["1", 2]),
+        "3": preview_of(),
+    }
+    outputs = comfy.run(prompt)
+    skipped, doubted, *_ = outputs["2"]["text"][0].splitlines()
+    assert skipped == "skipped, since their masks are empty: a" and doubted.startswith("b: the mask covers more than")
+    assert "concept <red-disc>, b: the mask covers 100.00% of the frame" in outputs["3"]["text"][0]
+
+    Image.fromarray(subject(20, 160)[1]).crop((0, 0, 160, 120)).save(folder / "a.mask.png")  # too small
+    chosen = {"box_format": "x0, y0, x1, y1", "points": "", "min_area": 0.03}
+    prompt["4"] = node("FaR_ExtractSubject", images=["1", 0], masks=["1", 1], names=["1", 2], **chosen)
+    prompt["2"] = concept(["4", 0], ["4", 1], names=["4", 4], invert_mask=True)
+    node_id, words = refusal(comfy, prompt)
+    assert node_id == "2" and words.startswith("c: its mask marks the frame")
+    prompt["2"] = concept(["4", 0], ["4", 1], names=["1", 2])
+    warning, text = comfy.run(prompt)["2"]["text"][0].splitlines()
+    assert warning.startswith("got 1 photo but 3 names;") and text == "<red-disc> disc: 1 photo"
+
+
 def test_batches_meet_batches(comfy: ComfyServer, loaded: None):
     prompt = {
         "1": node("LoadImage", image="opaque.png"),

@@ -16,13 +16,13 @@ from far_train.models.weights import FarWeights
 from far_train.training.run_folder import read_metrics
 
 from .comfy_server import ComfyServer, ExecutionFailed, default_packs
+from .faults import FAULTS, fault, held_bytes, wait_reached
 from .find_host import REPO, Host
 from .graphs import node
 from .listener import Listener
 from .test_mini import line
 from .test_training import run_folder, steps_of, training
 
-FAULTS = Path(__file__).parent / "packs" / "far_test_faults"
 PRIORS = {"prior_pictures": 1, "prior_steps": 2}
 
 
@@ -58,19 +58,6 @@ def same(a: FarWeights, b: FarWeights) -> bool:
     return a.digest() == b.digest()
 
 
-def held_bytes(comfy: ComfyServer) -> int:
-    """Bytes of tensors in the host's process once it has let go of all results."""
-    comfy.post("/free", {"unload_models": True, "free_memory": True})
-    comfy.run({"1": node("FaRTest_LiveModels")})
-    comfy.post("/free", {"unload_models": True, "free_memory": True})
-    time.sleep(1.5)  # its worker frees between prompts
-    return comfy.get("/far_test/state?memory=1")["bytes"]
-
-
-def fault(comfy: ComfyServer, name: str | None) -> None:
-    comfy.post("/far_test/fault", {"name": name})
-
-
 @pytest.mark.parametrize("phase", ["priors", "encoding", "step", "save", "sampling"])
 def test_a_cancel_in_every_phase(frail: ComfyServer, learned: FarWeights, phase: str):
     """Cancelled in the middle of the phase; queued again it goes on, and learns what it would have learned."""
@@ -79,10 +66,7 @@ def test_a_cancel_in_every_phase(frail: ComfyServer, learned: FarWeights, phase:
     before = held_bytes(frail)
     fault(frail, phase)
     prompt_id = frail.queue(prompt)
-    deadline = time.monotonic() + 120
-    while not frail.get("/far_test/state")["reached"]:
-        assert time.monotonic() < deadline, f"it never came to {phase}"
-        time.sleep(0.05)
+    wait_reached(frail)
     with Listener(frail) as seen:
         entry = frail.cancel(prompt_id)
         seen.catch_up()

@@ -98,6 +98,25 @@ def test_progress_and_pictures_are_seen_while_it_trains(comfy: ComfyServer):
     picture = next(payload for kind, payload in seen.binaries if kind == PREVIEW)
     assert b"JFIF" in picture[:2000]
     assert any(kind == NODE_TEXT and b"encoding (5 pictures)" in text for kind, text in seen.binaries)
+    told = [text for node_id, text in seen.texts if node_id == "4"]
+    assert told[0] == "encoding (5 pictures)"  # and not that it has started, or succeeded, before the first step
+    assert all(line.startswith(("encoding", "step ")) for line in told)
+
+
+def test_a_training_is_checked_at_its_end(comfy: ComfyServer):
+    """By the oracle, which needs no SAM. A run that is loaded again still says what it was found to be."""
+    for sample_steps, beginning in ((1, "checked is trained\n"), (2, "checked is trained already: loaded from ")):
+        options = {"check_with": "FaR mini oracle (built in)", "sample_steps": sample_steps}
+        with Listener(comfy) as seen:
+            comfy.run(training(comfy, "checked", steps=1, options=options))
+            seen.catch_up()
+        told = [text for node_id, text in seen.texts if node_id == "4"][-1]
+        assert told.startswith(beginning)
+        assert [re.sub(r" \(.+\)", "", line) for line in told.splitlines()[1:]] == [
+            f"{who}: right in 0 of 4" for who in ("together", "<red-ball> alone", "<blue-ball> alone")
+        ]
+    folder = run_folder(comfy, "checked")
+    assert (folder / "check.json").is_file() and Image.open(folder / "check.jpg").width > 1000
 
 
 def test_step_rate_time_left_and_memory_are_told(comfy: ComfyServer):

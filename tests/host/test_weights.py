@@ -259,15 +259,6 @@ def test_weights_of_another_base_are_refused_or_warned_of(comfy, base, weights, 
     assert "trained on another base of the same shape" in comfy.log()[logged:]
 
 
-def test_scaled_fp8_of_the_host_is_read_multiplied_out(comfy):
-    """A seed of its own: the layer is exchanged for good."""
-    prompt = {"1": tiny_base(weights_seed=8), "2": node("FaRTest_ScaledFp8", model=["1", 0])}
-    found = comfy.run(prompt)["2"]["text"][0]
-    if found == "none":
-        pytest.skip("this host has no layers in scaled fp8")
-    assert found.startswith("QuantizedTensor Tensor torch.float32 True")
-
-
 def test_a_missing_and_a_foreign_file_are_named(comfy, weights, saved):
     saved(weights)
     with pytest.raises(PromptRejected, match="models/far holds no file 'gone.safetensors'"):

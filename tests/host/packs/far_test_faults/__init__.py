@@ -75,6 +75,7 @@ FAULTS: dict[str, Callable[[], None]] = {
     "disk": full_disk,
     "preview": broken_previews,
     "crash": lambda: fail(far("far_train.training.recipe"), "take_step", ZeroDivisionError),
+    "crash while segmenting": lambda: fail(far("far_train.data.subjects"), "choose_mask", ZeroDivisionError),
 }
 
 
@@ -103,6 +104,7 @@ GATES = {
     "encoding": gate("far_train.data.fusion", "ConceptFusion", "composite"),
     "step": gate("far_train.training.step", "", "forward_backward"),
     "save": gate("far_train.training.recipe", "", "save_checkpoint"),
+    "segmenting": gate("far_train.data.subjects", "", "choose_mask"),
     "sampling": gate("far_train.training.recipe", "", "draw_pictures"),
 }
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .dynamic import NODES as DYNAMIC
 from .probes import NODES as PROBES
 from .registry import NODES as REGISTRY
 from .shapes import NODES as SHAPES
@@ -17,7 +18,7 @@ class TestExtension(ComfyExtension):
     """The pack's nodes."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [TinyCheckpoint, *PROBES, *SHAPES, *REGISTRY]
+        return [TinyCheckpoint, *DYNAMIC, *PROBES, *SHAPES, *REGISTRY]
 
 
 async def comfy_entrypoint() -> ComfyExtension:

@@ -14,7 +14,6 @@ import comfy.clip_vision
 import comfy.controlnet
 import comfy.model_management
 import comfy.model_patcher
-import comfy.ops
 import comfy.sd
 import folder_paths
 import torch
@@ -302,36 +301,7 @@ class TinyClipVision(io.ComfyNode):
         return io.NodeOutput(model)
 
 
-class ScaledFp8(io.ComfyNode):
-    """Has the host hold a layer of MODEL as it holds those of scaled fp8 files; says what the pack reads of it."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FaRTest_ScaledFp8", category="FaR/test", inputs=[io.Model.Input("model")], is_output_node=True
-        )
-
-    @classmethod
-    def execute(cls, model) -> io.NodeOutput:
-        if not hasattr(comfy.ops, "mixed_precision_ops"):
-            return io.NodeOutput(ui={"text": ("none",)})
-        name = "input_blocks.1.1.transformer_blocks.0.attn2.to_k"
-        owner = model.model.diffusion_model.get_submodule(name.removesuffix(".to_k"))
-        weight = owner.to_k.weight.detach().float()
-        scale = weight.abs().max() / 448
-        layer = comfy.ops.mixed_precision_ops().Linear(*weight.shape[::-1], bias=False)
-        note = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
-        small = (weight / scale).to(torch.float8_e4m3fn)
-        layer.load_state_dict({"weight": small, "weight_scale": scale, "comfy_quant": note}, strict=False)
-        owner.to_k = layer
-        read = far("nodes.host_models").kv_weights(model)[name]
-        error = float((read - weight).abs().max() / weight.abs().max())
-        kind = type(layer.weight).__name__
-        return io.NodeOutput(ui={"text": (f"{kind} {type(read).__name__} {read.dtype} {error < 0.05} {error}",)})
-
-
 NODES: list[type[io.ComfyNode]] = [
-    ScaledFp8,
     Dataset,
     SaveBase,
     Predict,

@@ -32,6 +32,26 @@ class ForeignModel(io.ComfyNode):
         return io.NodeOutput(comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu")))
 
 
+class Instances(io.ComfyNode):
+    """Two squares in each picture, the smaller one surer, in the form of an instance segmenter (SAM3_Detect)."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        outputs = [io.Mask.Output(), io.Custom("BOUNDING_BOX").Output()]
+        return io.Schema(
+            node_id="FaRTest_Instances", category="FaR/test", inputs=[io.Image.Input("image")], outputs=outputs
+        )
+
+    @classmethod
+    def execute(cls, image: torch.Tensor) -> io.NodeOutput:
+        squares = ((0.9, 40, 20, 30), (0.6, 75, 10, 60))  # score, x, y, side in pixels
+        masks = torch.zeros(len(image), len(squares), *image.shape[1:3])
+        for i, (_, x, y, side) in enumerate(squares):
+            masks[:, i, y : y + side, x : x + side] = 1
+        boxes = [{"x": x, "y": y, "width": side, "height": side, "score": score} for score, x, y, side in squares]
+        return io.NodeOutput(masks.flatten(0, 1), [boxes] * len(image))
+
+
 class FullSize(io.ComfyNode):
     """What the pack makes of a family's own shapes, as the host detects them; without any weights."""
 
@@ -75,4 +95,4 @@ class FullSize(io.ComfyNode):
         return io.NodeOutput(ui={"text": ("\n".join([type(config).__name__, *wrong]),)})
 
 
-NODES: list[type[io.ComfyNode]] = [ForeignModel, FullSize]
+NODES: list[type[io.ComfyNode]] = [ForeignModel, Instances, FullSize]
