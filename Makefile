@@ -5,7 +5,7 @@ PYTHON_OF = $$(scripts/python.sh)
 FAST = $(addprefix tests/test_,$(addsuffix .py,captions cli config content fusion golden help keys locales losses metrics \
 	muon out_of_memory pages placement sam scenery state subjects tokens weights workflows))
 
-.PHONY: help demo test test-fast test-full-size test-transformers-4 test-oldest test-peft torture lint format
+.PHONY: help demo test test-fast test-full-size test-transformers-4 test-oldest test-peft test-fleet torture lint format
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 24
@@ -33,8 +33,11 @@ test-oldest:  ## the library's tests on the oldest diffusers and transformers th
 test-peft:  ## diffusers' own loader on the LoRA files that FaR exports; it needs peft, which the project doesn't
 	python=$(PYTHON_OF) && path=$$(scripts/other_versions.sh --no-deps peft accelerate) && PYTHONPATH="$$path" "$$python" -m pytest tests/test_lora_files.py
 
+test-fleet:  ## fleets on Ray, which the project doesn't need otherwise
+	python=$(PYTHON_OF) && path=$$(scripts/other_versions.sh "ray[client]") && PYTHONPATH="$$path" "$$python" -m pytest tests/test_fleet_ray.py
+
 torture:  ## the long forms: 1,000 mutated files and workflows, 200 kills, 50 runs in one host (an hour on two cores)
-	python=$(PYTHON_OF) && "$$python" -m pytest -m torture -s tests
+	python=$(PYTHON_OF) && path=$$(scripts/other_versions.sh "ray[client]") && PYTHONPATH="$$path" "$$python" -m pytest -m torture -s tests
 
 lint:  ## check style
 	python=$(PYTHON_OF) && "$$python" -m ruff check . && "$$python" -m ruff format --check .

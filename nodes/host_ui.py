@@ -126,9 +126,13 @@ def _server() -> PromptServer | None:
 
 
 def _send(text: str, node_id: str | None, client: str | None) -> None:
-    if client is not None and node_id is not None:
+    if client is None or node_id is None:
+        return
+    # "28:8" is node 8 in the subgraph that node 28 stands for. The front end only shows the text of nodes whose graph
+    # is open: one of the two is seen.
+    for shown_on in dict.fromkeys((node_id, node_id.split(":")[0])):
         # The front end takes the text for HTML, and would swallow <corgi-dog>.
-        _server().send_progress_text(html.escape(text, quote=False), node_id, sid=client)
+        _server().send_progress_text(html.escape(text, quote=False), shown_on, sid=client)
 
 
 def blocked_output() -> Any:

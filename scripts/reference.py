@@ -143,8 +143,8 @@ def cli_page() -> str:
         "command, named after it; what stands outside the sections applies to all commands that know it. Flags "
         "override the file.\n",
         "The exit status is 0 when done; 2 when an input has to be changed; 1 when it failed elsewhere, a workflow on "
-        "its ComfyUI or another process of a training, or when nobody reads the output; and 130 when interrupted. "
-        "[Errors](errors.md) has it for each.\n",
+        "its ComfyUI, another process of a training or jobs of a fleet, or when nobody reads the output; and 130 when "
+        "interrupted. [Errors](errors.md) has it for each.\n",
     ]
     for command in PROGRAM.commands:
         parts += section(command)

@@ -24,6 +24,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from api_twins import Level
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 WORKFLOWS = REPOSITORY / "workflows"
 README_PICTURE = {"2 Train two dogs": REPOSITORY / "docs" / "train-graph.jpg"}
@@ -56,7 +58,8 @@ LOOK_AT = """([x, y, scale]) => {
 READY = "() => window.app?.graph && window.app.extensionManager?.setting"
 FAULTS = """() => [
     ...[...document.querySelectorAll('.p-dialog')].map(d => 'a dialog: ' + d.innerText.slice(0, 200)),
-    ...app.graph._nodes.filter(n => n.has_errors || !LiteGraph.registered_node_types[n.type])
+    ...[app.graph, ...app.graph.subgraphs.values()].flatMap(graph => graph._nodes)
+        .filter(n => n.has_errors || !LiteGraph.registered_node_types[n.type])
         .map(n => `node ${n.id} (${n.title}) is marked as faulty`)]"""
 SHOW_RESULT = """([node, output]) => app.api.dispatchCustomEvent(
     'executed', {node, display_node: node, output, prompt_id: 'shown'})"""
@@ -69,7 +72,7 @@ def get_json(url: str) -> Any:
 
 def last_results(host: str, graph: dict[str, Any]) -> dict[str, Any]:
     """Node id → what it showed in the last successful run of a workflow whose nodes have the same ids and titles."""
-    titles = {str(node["id"]): node.get("title") for node in graph["nodes"]}
+    titles = {f"{level.prefix}{node['id']}": node.get("title") for level, node in Level.of(graph, graph).walk()}
     for entry in reversed(list(get_json(f"{host}/history").values())):
         prompt = entry["prompt"][2]
         if entry["status"]["status_str"] == "success" and all(

@@ -43,6 +43,7 @@ from far_train.models.weights import FarWeights  # noqa: E402
 WORKFLOWS = REPOSITORY / "workflows"
 CELL, GAP = 256, 12
 SIDE = 2 * CELL + GAP
+BADGE = 62  # pixels at the top where ComfyUI writes "Node graph" on the left
 BYTES = 60_000
 HELP = REPOSITORY / "web" / "docs"
 DOGS = {
@@ -91,21 +92,21 @@ def mosaic(pictures: Sequence[Image.Image]) -> Image.Image:
 def prompt_card(words: Sequence[str], pictures: Sequence[Image.Image]) -> Image.Image:
     """A prompt with its tokens in the concepts' colours, above two pictures."""
     card = mosaic([Image.new("RGB", (1, 1), (34, 51, 34))] * 2 + list(pictures))
-    draw, font = ImageDraw.Draw(card), ImageFont.load_default(42)
+    draw, font = ImageDraw.Draw(card), ImageFont.load_default(34)
     draw.rectangle((0, 0, SIDE, CELL), fill=(34, 51, 34))
     for i, line in enumerate(words):
         colour = COLOURS[list(DOGS).index(line)] if line in DOGS else (230, 240, 230)
-        draw.text((20, 10 + i * 47), line, colour, font)
+        draw.text((20, BADGE + i * 38), line, colour, font)
     return card
 
 
 def labelled(card: Image.Image, labels: Sequence[str]) -> Image.Image:
-    """A card with a word in the upper corner of its left and right half."""
+    """A card with a word in the lower corner of its left and right half."""
     draw, font = ImageDraw.Draw(card), ImageFont.load_default(40)
     for i, label in enumerate(labels):
         x = i * (CELL + GAP)
-        draw.rectangle((x, 0, x + CELL, 52), fill=(20, 20, 20))
-        draw.text((x + 12, 2), label, "white", font)
+        draw.rectangle((x, SIDE - 52, x + CELL, SIDE), fill=(20, 20, 20))
+        draw.text((x + 12, SIDE - 50), label, "white", font)
     return card
 
 

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,22 @@ from far_train.utils.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 STEPS = 5
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+TORCHRUN = ("-m", "torch.distributed.run")
+ONE_MACHINE = [(*TORCHRUN, "--standalone", "--nproc-per-node", "2")]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def two_machines() -> list[tuple[str, ...]]:
+    """A launcher for each of two machines, which meet on this one."""
+    meeting = ("--rdzv-backend", "c10d", "--rdzv-id", "dogs", "--rdzv-endpoint", f"127.0.0.1:{free_port()}")
+    # Without a name for itself each would look up its own, which need not lead anywhere.
+    machine = (*TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", "--local-addr", "127.0.0.1", *meeting)
+    return [machine, machine]
 
 
 @pytest.fixture(scope="module")
@@ -35,39 +51,46 @@ def dataset(fusion, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def learn(
-    tiny_folder: Path, dataset: Path, run: Path, trainable: str, launcher: tuple[str, ...] = ()
+    tiny_folder: Path, dataset: Path, run: Path, trainable: str, launchers: Sequence[tuple[str, ...]] = ((),)
 ) -> dict[str, torch.Tensor]:
-    """Train with the command line; the fp32 values of the last checkpoint."""
+    """Train with the command line, started by each launcher at once; the fp32 values of the last checkpoint."""
     settings = f"--steps {STEPS} --batch-size 3 --prior-batch-size 2 --sample-every 0 --device cpu".split()
     settings += ["--trainable", trainable]
     inputs = ["--base", str(tiny_folder), "--dataset", str(dataset), "--out", str(run)]
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", "far_train", "train", *inputs, *settings],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count(f"{STEPS} steps →") == 1  # one process speaks
+    started = [
+        subprocess.Popen(
+            [sys.executable, *launcher, "-m", "far_train", "train", *inputs, *settings],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for launcher in launchers
+    ]
+    said = [process.communicate(timeout=600)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * len(started), said
+    assert "".join(said).count(f"{STEPS} steps →") == 1  # one process speaks
     return load_file(run / "checkpoints" / f"checkpoint-{STEPS:08d}.safetensors")
 
 
 @pytest.mark.skipif(not distributed.is_available(), reason="this PyTorch comes without torch.distributed")
-def test_two_processes_learn_what_one_learns_of_kv(tiny_folder: Path, dataset: Path, tmp_path: Path):
-    check_two_processes(tiny_folder, dataset, tmp_path, "kv", "value/kv")
+def test_two_machines_learn_what_one_learns_of_kv(tiny_folder: Path, dataset: Path, tmp_path: Path):
+    check_two_processes(tiny_folder, dataset, tmp_path, "kv", "value/kv", two_machines())
 
 
 @pytest.mark.skipif(not distributed.is_available(), reason="this PyTorch comes without torch.distributed")
 @pytest.mark.parametrize("family", [SD21, SDXL], ids=lambda f: f.key, indirect=True)  # one text encoder, and two
 def test_two_processes_learn_what_one_learns(family_folder: Path, dataset: Path, tmp_path: Path):
-    check_two_processes(family_folder, dataset, tmp_path, "lora", "value/low_rank")
+    check_two_processes(family_folder, dataset, tmp_path, "lora", "value/low_rank", ONE_MACHINE)
 
 
-def check_two_processes(tiny_folder: Path, dataset: Path, tmp_path: Path, trainable: str, name: str) -> None:
+def check_two_processes(
+    tiny_folder: Path, dataset: Path, tmp_path: Path, trainable: str, name: str, launchers: Sequence[tuple[str, ...]]
+) -> None:
     """Five samples a step, so that the shares differ in size."""
     alone = learn(tiny_folder, dataset, tmp_path / "alone", trainable)
-    together = learn(tiny_folder, dataset, tmp_path / "together", trainable, TORCHRUN)
+    together = learn(tiny_folder, dataset, tmp_path / "together", trainable, launchers)
     # Norms, not elements: one that happens to be near 0 differs by more of itself, and AdamW takes a gradient that is
     # nothing but rounding for as large as any other.
     assert alone.keys() == together.keys()
@@ -126,10 +149,7 @@ with distributed_context("cpu") as world:
 @pytest.mark.skipif(not distributed.is_available(), reason="this PyTorch comes without torch.distributed")
 def test_a_process_that_fails_ends_the_others(tiny_folder: Path, dataset: Path, tmp_path: Path):
     """Nobody kills the others here, as torchrun would: they must end by themselves, and soon."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", FAILING, tiny_folder, dataset, tmp_path / "run"],

@@ -125,10 +125,7 @@ def fuse(inputs: Inputs, config: FusionConfig) -> None:
 
     out = Path(inputs["out"])
     side = 4 * config.size  # a small subject of a large photo still has pixels enough; whole cameras' worth is too many
-    concepts = [
-        read_concept(token, noun, Path(folder), side)
-        for token, noun, folder in _entries(inputs, "concept", ("token", "noun", "folder"))
-    ]
+    concepts = [read_concept(token, noun, Path(folder), side) for token, noun, folder in concept_entries(inputs)]
     priors = [
         ClassPicture(noun, photo.image, photo.mask, str(photo.path))
         for noun, folder in _entries(inputs, "prior", ("noun", "folder"))
@@ -145,6 +142,11 @@ def fuse(inputs: Inputs, config: FusionConfig) -> None:
     save_sheet(sheet, dataset_sheet(shown, dataset.names, columns=6))
     images = f"{dataset.composite_count()} composites and {dataset.prior_count()} regularization images"
     print(f"{images} → {out}; look at {sheet}")
+
+
+def concept_entries(inputs: Inputs) -> list[list[str]]:
+    """Token, noun and folder of each concept. Raises ConfigError."""
+    return _entries(inputs, "concept", ("token", "noun", "folder"))
 
 
 def _entries(inputs: Inputs, name: str, keys: Sequence[str]) -> list[list[str]]:
@@ -192,7 +194,7 @@ def doctor(inputs: Inputs, _: None) -> None:
     from ..data.folder_inputs import read_concept, read_photos
 
     folders = texts(inputs.get("photos"))
-    entries = _entries(inputs, "concept", ("token", "noun", "folder"))
+    entries = concept_entries(inputs)
     if not folders and not entries and not inputs.get("dataset"):
         raise ConfigError("photos, concept, dataset: none given; give at least one of them to examine")
     size = inputs.get("size")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .. import __version__
-from . import comfy, data, demo, training, use
+from . import comfy, data, demo, evaluation, fleet, training, use
 from .program import Program
 
 PROGRAM = Program(
@@ -20,8 +20,10 @@ PROGRAM = Program(
         training.TRAIN,
         use.GENERATE,
         data.SCENES,
+        evaluation.EVALUATE,
         use.EXPORT,
         use.INSPECT,
+        fleet.FLEET,
         comfy.QUEUE,
         demo.DEMO,
     ),

@@ -187,6 +187,10 @@ class Page:
     def section(self, heading: str, text: str = "") -> None:
         self.parts.append(f"<h2>{html.escape(heading)}</h2>" + (f"<p>{html.escape(text)}</p>" if text else ""))
 
+    def table(self, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        lines = "".join(f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>" for row in rows)
+        self.parts.append(f"<table><tr>{''.join(f'<th>{html.escape(c)}</th>' for c in head)}</tr>{lines}</table>")
+
     def picture(self, picture: Image.Image, caption: str = "") -> None:
         buffer = io.BytesIO()
         picture.convert("RGB").save(buffer, "JPEG", quality=88)
@@ -201,6 +205,7 @@ class Page:
             "body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#222}"
             "img{max-width:100%;border-radius:6px}figure{margin:1rem 0}figcaption{color:#666;font-size:.9em}"
             "h2{margin-top:2.5rem;border-bottom:1px solid #ddd}"
+            "table{border-collapse:collapse}td,th{padding:.2rem .7rem;text-align:left;border-bottom:1px solid #ddd}"
         )
         title = html.escape(self.title)
         write_text(

@@ -207,7 +207,7 @@ def with_class_images(
     """
     sampling = prior_sampling(config)
     if config.class_image_cache:
-        folder = _cache_folder(base, config, training_set.size)
+        folder = cache_folder(base, config, training_set.size)
 
     def draw(report: Callable[[int, int], None] = lambda done, total: None) -> list[ClassPicture]:
         last = (0, 1)
@@ -241,11 +241,12 @@ def count_missing(training_set: TrainingSet, base: BaseModel, config: TrainConfi
     if not config.class_image_cache:
         return len(wanted)
     with base.placed(*choose_device(config.device, config.precision)):
-        folder = _cache_folder(base, config, training_set.size)
+        folder = cache_folder(base, config, training_set.size)
     return sum(not picture_path(folder, *each).exists() for each in wanted)
 
 
-def _cache_folder(base: BaseModel, config: TrainConfig, size: int) -> Path:
+def cache_folder(base: BaseModel, config: TrainConfig, size: int) -> Path:
+    """Where in its ``class_image_cache`` a training keeps the images of ``base``, as it draws them."""
     return Path(config.class_image_cache) / prior_key(base, prior_sampling(config), size)
 
 

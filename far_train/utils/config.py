@@ -238,12 +238,12 @@ def check_shares(name: str, shares: dict[str, float] | None, known: tuple[str, .
         raise ConfigError(f"{name}: all shares are 0; give at least one kind a positive share")
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """Read a JSON or YAML settings file into a mapping. Raises ConfigError."""
+def read_settings(path: Path, field: str = "config") -> dict[str, Any]:
+    """Read a JSON or YAML settings file, which ``field`` names, into a mapping. Raises ConfigError."""
     try:
         text = read_words(Path(path))
     except UnreadableFile as e:
-        raise ConfigError(f"config: {e}; give a JSON or YAML file") from e
+        raise ConfigError(f"{field}: {e}; give a JSON or YAML file") from e
     import yaml
 
     kind, read = ("JSON", json.loads) if Path(path).suffix.lower() == ".json" else ("YAML", yaml.safe_load)
@@ -251,9 +251,9 @@ def read_settings(path: Path) -> dict[str, Any]:
         values = read(text)
     except (ValueError, RecursionError, yaml.YAMLError) as e:
         reason = " ".join(str(e).split())
-        raise ConfigError(f"config: {path} is not valid {kind} ({reason}); correct it") from e
+        raise ConfigError(f"{field}: {path} is not valid {kind} ({reason}); correct it") from e
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"config: {path} must hold a mapping of settings, not a {type(values).__name__}")
+        raise ConfigError(f"{field}: {path} must hold a mapping of settings, not a {type(values).__name__}")
     return values

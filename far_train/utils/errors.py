@@ -85,6 +85,12 @@ class RunFailed(QueueError):
     exit_status = 1
 
 
+class JobsFailed(FarError):
+    """Some jobs of a fleet failed; the others are done."""
+
+    exit_status = 1
+
+
 class Interrupted(FarError):
     """The user stopped a run; what it had done is saved and can be resumed."""
 

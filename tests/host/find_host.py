@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import re
 import sys
@@ -70,8 +70,8 @@ def find_python(host: Path) -> Path:
 
 
 def script(name: str) -> ModuleType:
-    """One of the repository's scripts as a module."""
-    specification = importlib.util.spec_from_file_location(name, REPO / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    """One of the repository's scripts as a module. Scripts import each other by name."""
+    folder = str(REPO / "scripts")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module(name)

@@ -27,23 +27,29 @@ LOWERED = {
     "Photos of Max": {"count": 2},
     "Regularization images": {"count": 2, "steps": 2},
     "Empty places": {"each": 1, "steps": 2},
-    "Training pictures": {"count": 4},
+    "Photos and composites": {"composites": 4},
     "Settings for a small model": {"prior_batch_size": 1, "sample_steps": 2},
     "Learn Rex and Max": {"steps": 2, "batch_size": 1},
     "Draw": {"steps": 2},
 }
 
 PROMPT = "async () => (await app.graphToPrompt()).output"
-SET_WIDGETS = """values => { for (const node of app.graph._nodes)
+ALL = "const all = [app.graph, ...app.graph.subgraphs.values()].flatMap(graph => graph._nodes);"
+SET_WIDGETS = (
+    f"values => {{ {ALL}"
+    """ for (const node of all)
     for (const [name, value] of Object.entries(values[node.title] ?? {}))
         node.widgets.find(w => w.name === name).value = value; }"""
-LOADED_PICTURES = """title => { const node = app.graph._nodes.find(n => n.title === title);
+)
+LOADED_PICTURES = """title => { const node = app.canvas.graph._nodes.find(n => n.title === title);
     return (node.imgs ?? []).filter(i => i.complete && i.naturalWidth).map(i => [i.naturalWidth, i.naturalHeight]); }"""
-BOXES = """() => app.graph._nodes.map(
+BOXES = """() => app.canvas.graph._nodes.map(
     n => [n.title, n.pos[0], n.pos[1] - 30, n.pos[0] + n.size[0], n.pos[1] + n.size[1]])"""
-FRAMES = """() => app.graph._groups.map(({title, _bounding: [x, y, w, h]}) => [title, x, y, x + w, y + h])"""
-SEE_ALL = """() => { const [x, y] = [0, 1].map(i => Math.min(...app.graph._nodes.map(n => n.pos[i])));
+FRAMES = """() => app.canvas.graph._groups.map(({title, _bounding: [x, y, w, h]}) => [title, x, y, x + w, y + h])"""
+SEE_ALL = """() => { const [x, y] = [0, 1].map(i => Math.min(...app.canvas.graph._nodes.map(n => n.pos[i])));
     Object.assign(app.canvas.ds, {scale: 0.3, offset: [300 - x, 400 - y]}); app.canvas.setDirty(true, true); }"""
+ENTER = """title => { const node = app.graph._nodes.find(n => n.title === title);
+    app.canvas.openSubgraph(node.subgraph, node); }"""
 TRANSLATED = """keys => { const {$t} = document.querySelector('#vue-app').__vue_app__.config.globalProperties;
     return Object.fromEntries(keys.map(key => [key, $t(key)])); }"""
 CONNECT = """([from, to, input]) => { const [a, b] = [from, to].map(kind => LiteGraph.createNode(kind));
@@ -84,6 +90,11 @@ def front_end(comfy: ComfyServer) -> Iterator[FrontEnd]:
         yield FrontEnd(comfy.url, page, crashes, screenshot)
 
 
+def apart(page: Any) -> bool:
+    """Whether no node on the canvas lies on another one."""
+    return not any(overlap(a, b) for (_, *a), (_, *b) in combinations(page.evaluate(BOXES), 2))
+
+
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
 def test_templates_open(front_end: FrontEnd, template_files, template: Path):
     """No dialog about missing nodes or models, no faulty node, none across a group's edge; and the front end would
@@ -109,23 +120,28 @@ def test_the_small_one_runs_by_its_button(front_end: FrontEnd):
     there = f"([title, count]) => ({LOADED_PICTURES})(title).length === count"
     page.wait_for_function(there, arg=["Rex and Max", 4], timeout=2 * MINUTES)
     assert page.evaluate(LOADED_PICTURES, "Rex and Max") == [[128, 128]] * 4
-    singles = ("Photos of Rex", "Cut out Max", "Name Rex", "Regularization images", "Training pictures", "Loss curve")
-    for title, count in {"Samples while it learned": 3, **dict.fromkeys(singles, 1)}.items():
+    for title, count in {"Samples while it learned": 3, "Composites": 4, "Loss curve": 1}.items():
         page.wait_for_function(there, arg=[title, count])  # made before, yet it may load after
-    assert "<rex-dog> dog: 2 photos" in page.inner_text("body")  # as text: the front end would read a token as HTML
+    assert apart(page)
+    # On the subgraph's frame; and as text, though the front end would read a token as HTML.
+    assert "2 concepts: <rex-dog> dog, <max-dog> dog" in page.inner_text("body")
+    page.evaluate(ENTER, "Photos and composites")
+    page.evaluate(SEE_ALL)
+    for title in ("Photos of Rex", "Cut out Max", "Name Rex", "Regularization images", "Training pictures"):
+        page.wait_for_function(there, arg=[title, 1])
+    assert apart(page)
     assert front_end.dialogs() == "" and front_end.crashes == []
-    for (first, *a), (second, *b) in combinations(page.evaluate(BOXES), 2):
-        assert not overlap(a, b), (first, second)
 
 
 def test_why_a_node_is_refused_stands_on_it(front_end: FrontEnd):
     """Where the rest of the graph is valid, the front end itself gives the refused node a red frame and no words."""
     assert front_end.open(SMALL) == []
     page = front_end.page
-    page.evaluate(SET_WIDGETS, LOWERED | {"Name Max": {"token": "max dog"}})
+    page.evaluate(SET_WIDGETS, LOWERED | {"Photos and composites": {"Max: token": "max dog"}})
     front_end.run()
     page.get_by_text("token: 'max dog' is not a placeholder token (write it as <max-dog>)").wait_for(timeout=MINUTES)
-    assert page.evaluate("() => app.graph._nodes.filter(n => n.has_errors).map(n => n.title)") == ["Name Max"]
+    marked = page.evaluate("() => app.graph._nodes.filter(n => n.has_errors).map(n => n.title)")
+    assert marked == ["Photos and composites"]  # the subgraph of Name Max
 
 
 def test_an_error_while_running_is_shown_in_words(front_end: FrontEnd):

@@ -62,18 +62,20 @@ def dynamic_loading() -> Iterator[type]:
         comfy.memory_management.aimdo_enabled = False
 
 
-def thin_file(form: str) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A Stable Diffusion 2.x UNet of one level that the host's loader recognises, with one layer or all in ``form``.
-
-    Returns the file, and what its weights are in fp32.
-    """
+def thin_unet() -> dict[str, torch.Tensor]:
+    """Weights in fp16 of a Stable Diffusion 2.x UNet of one level, which the host's loader recognises."""
     levels = {"channel_mult": [1], "num_res_blocks": [1], "transformer_depth": [1], "transformer_depth_output": [1, 1]}
     shape = unet_config(1) | {"model_channels": 320, "context_dim": 1024, **levels}
     config = comfy.supported_models.SD20(shape)
     config.set_inference_dtype(torch.float32, None)
     unet = comfy.model_base.BaseModel(config, device=CPU).diffusion_model
     randomize(unet, 3)
-    state = {f"diffusion_model.{k}": v.detach().half() for k, v in unet.state_dict().items()}
+    return {f"diffusion_model.{k}": v.detach().half() for k, v in unet.state_dict().items()}
+
+
+def file_in(form: str, unet: dict[str, torch.Tensor]) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A file of ``unet`` with one layer in ``form``, or all that are large in fp8; and its weights in fp32."""
+    state = dict(unet)
     if form == "fp8":
         state = {k: v.to(torch.float8_e4m3fn) if v.ndim > 1 else v for k, v in state.items()}
     weights = {k: v.float() for k, v in state.items()}
@@ -137,8 +139,9 @@ class Forms(io.ComfyNode):
         ways = {"plain": nullcontext} | ({"dynamic": dynamic_loading} if prepare_dynamic_loading() else {})
         forms = {"int8_tensorwise", "nvfp4"} & comfy.quant_ops.QUANT_ALGOS.keys()
         found: dict[str, dict[str, dict[str, float]]] = {way: {} for way in ways}
+        unet = thin_unet()
         for form in ("fp16", "fp8", "scaled_fp8", *forms):
-            path, expected = thin_file(form)
+            path, expected = file_in(form, unet)
             for way, loading in ways.items():
                 with loading():
                     found[way][form] = errors(path, expected)
