@@ -49,12 +49,14 @@ def test_a_job_takes_what_it_does_not_say_from_the_defaults(tmp_path: Path):
 
 def test_paths_are_relative_to_the_file(tmp_path: Path):
     fuse = {"backgrounds": "scenes", "prior": [{"noun": "ball", "folder": "balls"}]}
-    job = read(tmp_path, one(concepts=[RED, BLUE], fuse=fuse, extract={"sam": "sam.pth"})).jobs[0]
+    train = {"check_encoder": "dino", "check_sam": "sam.pth"}
+    job = read(tmp_path, one(concepts=[RED, BLUE], fuse=fuse, extract={"sam": "sam.pth"}, train=train)).jobs[0]
     assert job.base == {"base": str(tmp_path / "base")}
     assert job.concepts[0]["photos"] == str(tmp_path / "photos/red") and job.concepts[1]["subjects"] == "/cut/blue"
     assert job.sections["fuse"]["backgrounds"] == str(tmp_path / "scenes")
     assert job.sections["fuse"]["prior"] == [["ball", str(tmp_path / "balls")]]
     assert job.sections["extract"] == {"sam": str(tmp_path / "sam.pth")}
+    assert job.inputs("train") == {k: str(tmp_path / v) for k, v in train.items()}
 
 
 def test_a_matrix_makes_a_job_of_every_combination(tmp_path: Path):

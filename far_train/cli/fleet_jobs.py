@@ -56,7 +56,11 @@ STEPS = {
     for step in (
         Step(data.EXTRACT, ("sam", "device"), ("sam",)),
         Step(data.FUSE, ("prior", "backgrounds"), ("backgrounds",)),
-        Step(training.TRAIN, ("continue_from",), ("continue_from", "class_image_cache")),
+        Step(
+            training.TRAIN,
+            ("continue_from", "check_encoder", "check_sam"),
+            ("continue_from", "check_encoder", "check_sam", "class_image_cache"),
+        ),
         Step(use.EXPORT, ("name", "rank")),
         Step(use.GENERATE, ("prompt", "count", "device")),
         Step(evaluation.EVALUATE, ("encoder", "sam", "device"), ("encoder", "sam"), optional=True),
