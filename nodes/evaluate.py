@@ -90,6 +90,12 @@ class Evaluate(io.ComfyNode):
                     "seen", is_output_list=True, tooltip="The images, each subject tinted in its concept's color."
                 ),
                 io.Float.Output("score", tooltip="Mean Detect-and-Compare score; 1 is best."),
+                io.Mask.Output(
+                    "subject_masks",
+                    is_output_list=True,
+                    tooltip="For each image one mask per concept, in their order, for detailers and regional prompts. "
+                    "Empty where the concept is missing.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -117,7 +123,7 @@ class Evaluate(io.ComfyNode):
             )
         progress = host_ui.Progress(len(pictures), cls.hidden.unique_id)
         references = read_references(known, chosen)
-        compared, seen = [], []
+        compared, seen, regions = [], [], []
         for i, picture in enumerate(pictures):
             host_ui.stop_if_interrupted()
             if given is not None:
@@ -131,6 +137,7 @@ class Evaluate(io.ComfyNode):
             features = chosen.features(picture, found)
             compared.append(compare_picture(features, references, presence=presence[0], counts_extra=not proposed))
             seen.append(tinted(picture, *_coloured(found, compared[-1], proposed)))
+            regions.append(_concept_masks(picture, found, compared[-1]))
             progress.update(i + 1)
         host_memory.empty_cache()
         whole = Evaluation(references.names, references.similarity, tuple(compared))
@@ -138,8 +145,20 @@ class Evaluate(io.ComfyNode):
         sheet = contact_sheet(seen[:MAX_SHOWN], words[:MAX_SHOWN])
         display = shown(cls, sheet, whole.words)
         return io.NodeOutput(
-            whole.table(), as_image(evaluation_plot(whole)), [from_pil(p)[None] for p in seen], whole.score, ui=display
+            whole.table(),
+            as_image(evaluation_plot(whole)),
+            [from_pil(p)[None] for p in seen],
+            whole.score,
+            regions,
+            ui=display,
         )
+
+
+def _concept_masks(picture: Tensor, found: Sequence[Tensor], comparison: Comparison) -> Tensor:
+    """Where each concept is in a picture [H, W, 3]: masks [concepts, H, W], all 0 where it is missing."""
+    nowhere = torch.zeros(picture.shape[:2])
+    here = [m.index if m is not None and m.present else None for m in comparison.matches]
+    return torch.stack([nowhere if i is None else found[i].float().cpu() for i in here])
 
 
 def choose_encoder(name: str, clip_vision: Any = None) -> Encoder:

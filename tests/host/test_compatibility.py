@@ -142,7 +142,7 @@ def test_nodes_inside_a_subgraph(comfy: ComfyServer, weights: FarWeights):
     (first,) = predictions(comfy, flat, "flat")
     assert torch.equal(first, second)
     told = [payload for kind, payload in seen.binaries if kind == NODE_TEXT and b"plain text here" in payload]
-    # Four bytes say how long the node's id is, which is before the text. The front end shows a text for 12:40 only while
-    # the subgraph is open; its frame, node 12, has it, too.
+    # Four bytes give the length of the node's id, which stands before the text. The front end shows a text for 12:40
+    # only while the subgraph is open; its frame, node 12, has it, too.
     named = {payload[4 : 4 + int.from_bytes(payload[:4], "big")] for payload in told}
     assert named == {b"12:40", b"12"}

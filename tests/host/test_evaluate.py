@@ -35,6 +35,8 @@ def judged(picture_of: str = "rex", encoder: str = ORACLE, **inputs: Any) -> dic
         "21": node("PreviewAny", source=["20", 0]),
         "22": node("SaveImage", images=["20", 1], filename_prefix="plot"),
         "23": node("SaveImage", images=["20", 2], filename_prefix="seen"),
+        "24": node("MaskToImage", mask=["20", 4]),
+        "25": node("SaveImage", images=["24", 0], filename_prefix="masks"),
     }
 
 
@@ -56,6 +58,10 @@ def test_the_oracle_judges_drawn_subjects_by_itself(comfy: ComfyServer, who: str
     assert "3 pictures: right 0%" in outputs["21"]["text"][0]  # the other one is missing everywhere
     (plot,), seen = pictures(comfy, outputs["22"]), pictures(comfy, outputs["23"])
     assert plot.shape == (380, 900, 3) and len(seen) == 3
+    masks = pictures(comfy, outputs["25"])  # of each picture one for rex and one for bolt
+    shares = [float((mask > 127).mean()) for mask in masks]
+    here, missing = (shares[0::2], shares[1::2]) if who == "rex" else (shares[1::2], shares[0::2])
+    assert len(masks) == 6 and min(here) > 0.05 and max(missing) == 0
     assert outputs["20"]["images"] and "Detect-and-Compare" in outputs["20"]["text"][0]
 
 
