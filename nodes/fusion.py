@@ -15,7 +15,7 @@ from ..far_train.utils.errors import ConfigError
 from .datasets import NODES as DATASET_NODES
 from .datasets import build_previews, describe, overlays
 from .pictures import unroll_images
-from .previews import shown
+from .previews import refusal_shown, shown
 from .sockets import FarConcepts, FarDataset, FarPrior, ReportsMemory, all_of, schema
 
 AUTOMATIC = -1.0
@@ -161,6 +161,16 @@ class FuseConcepts(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    @refusal_shown
+    def validate_inputs(cls, size: Sequence[int | None]) -> bool | str:
+        try:
+            for side in size:
+                FusionConfig(size=FusionConfig.size if side is None else side)  # None: it comes over a link
+        except ConfigError as e:
+            return str(e)
+        return True
 
     @classmethod
     def execute(

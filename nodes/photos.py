@@ -73,8 +73,13 @@ class LoadPhotos(io.ComfyNode):
     @classmethod
     @refusal_shown
     def validate_inputs(cls, folder: str) -> bool | str:
-        if folder is None or folder in host_folders.input_subfolders():
+        if folder is None:
             return True
+        if folder in host_folders.input_subfolders():
+            try:
+                return bool(list_photos(host_folders.input_folder() / folder))
+            except PhotoError as e:
+                return f"folder: {e}"
         return (
             f"folder: there is no folder '{folder}' in {host_folders.input_folder()}; "
             "make one there and put the photos of a subject in it"

@@ -112,6 +112,11 @@ def test_priors_and_backgrounds_with_their_words(comfy: ComfyServer, folders: di
     assert node_id == "50" and "3 lines for 2 backgrounds" in words
 
 
+def test_a_size_that_no_base_takes_is_refused_before_anything_runs(comfy: ComfyServer, folders: dict[str, str]):
+    with pytest.raises(PromptRejected, match="size: 100 is not a multiple of 64; try 128"):
+        comfy.queue(fusing(comfy, folders, size=100))
+
+
 def test_layouts_can_be_weighted(comfy: ComfyServer, folders: dict[str, str]):
     outputs = comfy.run(fusing(comfy, folders, original=0.0, solo=0.0, pair=0.7))
     assert "layouts: pair 100%" in report(outputs)
