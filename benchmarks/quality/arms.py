@@ -77,7 +77,7 @@ CORE = (
     Arm(
         "seg-mix",
         "Seg-Mix",
-        "MuDI, arXiv 2404.04243, on the same modules: 30 % of the pictures are two cut-outs on black",
+        "MuDI, arXiv 2404.04243, on the same modules: 30 % of the pictures are two cut-outs on a plain background",
         data="seg_mix",
         training=PLAIN_LOSS | PHOTOS_RATE,
     ),

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from torch.nn import functional as F
 
+from far_train.data.backgrounds import plain_background
 from far_train.data.captions import write_caption
 from far_train.data.concepts import Composite, Concept, TrainingSet
 from far_train.data.images import Photo, from_pil, mask_from_pil, mask_to_pil, to_pil
@@ -98,9 +99,12 @@ class ResizedPhotos(_Generated):
 
 class SegMix(_Generated):
     """MuDI's pictures (Jang et al. 2024, arXiv 2404.04243, section 4.2): photos, and in 30 % two subjects cut out and
-    put on a plain background, each fitted to half the canvas × U(0.75, 1), free to stand anywhere."""
+    put on a plain background, each fitted to half the canvas × U(0.75, 1), free to stand anywhere.
 
-    kind = "seg-mix"
+    Backgrounds have the colours of Concept Fusion's plain ones: with black ones the small base draws black pictures.
+    """
+
+    kind = "seg-mix, plain"
 
     def composite(self, index: int) -> Composite:
         rng = self._rng(index)
@@ -117,9 +121,9 @@ class SegMix(_Generated):
             whole = cut_out(to_pil(concept.images[i]), mask_to_pil(concept.masks[i]))
             cutouts.append(fit_inside(whole, round(fit / 2), round(fit)))
         placed = place(cutouts, self.size, 0, 0.0, rng)
-        black = Image.new("RGB", (self.size, self.size))
-        image, masks = paste(black, placed, 0.0, 0)
-        caption = write_caption([c.name for c in chosen], rng, background="on a plain background")
+        ground, phrase = plain_background(self.size, rng)
+        image, masks = paste(ground, placed, 0.0, 0)
+        caption = write_caption([c.name for c in chosen], rng, background=phrase)
         return Composite.build(from_pil(image), caption, [(c.name, m) for c, m in zip(chosen, masks)], "pair")
 
 
