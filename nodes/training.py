@@ -161,6 +161,7 @@ class Train(io.ComfyNode):
                 "train_seed": train_seed,
                 "device": str(host_memory.compute_device()),
                 "class_image_cache": str(host_folders.output_folder() / "far" / "priors"),
+                "encoding_cache": str(host_folders.output_folder() / "far" / "encodings"),
                 "sample_prompts": [line.strip() for line in sample_prompt.splitlines() if line.strip()],
             }
         )

@@ -59,7 +59,7 @@ STEPS = {
         Step(
             training.TRAIN,
             ("continue_from", "check_encoder", "check_sam"),
-            ("continue_from", "check_encoder", "check_sam", "class_image_cache"),
+            ("continue_from", "check_encoder", "check_sam", "class_image_cache", "encoding_cache"),
         ),
         Step(use.EXPORT, ("name", "rank")),
         Step(use.GENERATE, ("prompt", "count", "device")),

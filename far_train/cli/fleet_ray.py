@@ -142,7 +142,7 @@ class Fleet:
 
     def _work(self, job: Job) -> Work:
         device = "auto" if job.placement.gpus else "cpu"
-        return Work(job, self.out / job.name, self.out / SHARED / "class-images", device)
+        return Work(job, self.out / job.name, self.out / SHARED, device)
 
     def _submit(self, job: Job, after: Sequence[Ref] = ()) -> None:
         # Ray would retry by itself, but without a word.

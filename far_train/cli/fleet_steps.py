@@ -18,11 +18,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..utils.errors import ConfigError, FarError, Interrupted
 from ..utils.files import make_folder, parse_json, write_json
 from .fleet_jobs import STEPS, Job
+
+if TYPE_CHECKING:
+    from ..training.settings import TrainConfig
 
 STATE_FILE, LOG_FILE = "job.json", "job.log"
 DONE, FAILED, STOPPED, RUNNING = "done", "failed", "stopped", "running"
@@ -33,12 +36,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Work:
-    """A job and where it is done. ``device``: for steps that were given none. ``shared``: regularization images."""
+    """A job and where it is done. ``device``: for steps that were given none. ``shared``: what jobs have in common."""
 
     job: Job
     folder: Path
     shared: Path
     device: str = "auto"
+
+    def train_settings(self) -> TrainConfig:
+        """The job's own, with the shared folders where it names none."""
+        config = self.job.settings("train")
+        shared = {"class_image_cache": self.shared / "class-images", "encoding_cache": self.shared / "encodings"}
+        return config.replace(**{k: str(folder) for k, folder in shared.items() if getattr(config, k) is None})
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -171,11 +180,9 @@ def _call_anew(work: Work, step: str, out: Path, **filled: Any) -> None:
 
 
 def _train(work: Work, dataset: Path, run: Path) -> None:
-    job, settings = work.job, work.job.settings("train")
+    job, settings = work.job, work.train_settings()
     if "device" not in job.sections["train"]:
         settings = settings.replace(device=work.device)
-    if settings.class_image_cache is None:
-        settings = settings.replace(class_image_cache=str(work.shared))
     inputs = {**job.base, **job.inputs("train"), "dataset": str(dataset), "out": str(run), "resume": True}
     STEPS["train"].command.run(inputs, settings)
 
@@ -236,7 +243,7 @@ def draw_shared(pictures: ClassPictures, work: Work) -> None:
     from ..training.class_images import cache_folder, draw_class_images, prior_sampling
     from ..utils.devices import choose_device
 
-    config = work.job.settings("train").replace(class_image_cache=str(work.shared))
+    config = work.train_settings()
     device, dtype = choose_device(work.device if config.device == "auto" else config.device, config.precision)
     size = work.job.settings("fuse").size
     try:

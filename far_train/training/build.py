@@ -24,11 +24,12 @@ from .callbacks import Callbacks
 from .checkpoints import checkpoint_bytes, load_checkpoint
 from .class_images import with_class_images
 from .distributed import World
+from .encodings import Encodings
 from .latent_cache import cache_latents
 from .loss_scaler import LossScaler
 from .memory_plan import MemoryPlan, plan_memory
 from .oom_fallback import OomFallback
-from .run_folder import METRICS_FILE, cut_metrics, open_run, run_identity
+from .run_folder import ENCODINGS, METRICS_FILE, cut_metrics, open_run, run_identity
 from .settings import TrainConfig
 from .state import RunState
 from .step import accumulate_gradients, graph_passes, sample_batch
@@ -114,7 +115,10 @@ def build_run(
     layers = supervised_layers(base.unet, side, side, config.attention_cells, base.family.supervised_modules)
     stride = layer_stride(layers[0], len(base.unet.config.block_out_channels))
     report = callbacks.progress_of("encoding")
-    latent_cache = cache_latents(training_set, base, vocabulary, stride, seed=config.train_seed, on_progress=report)
+    with Encodings(Path(config.encoding_cache or folder / ENCODINGS), base.vae) as known:
+        latent_cache = cache_latents(
+            training_set, base, vocabulary, stride, seed=config.train_seed, encodings=known, on_progress=report
+        )
     conditioner = TextConditioner(base, latent_cache.prompts())
     if config.output_preservation:
         conditioner.prepare([conditioner.without_placeholders(p) for p in latent_cache.prompts()])

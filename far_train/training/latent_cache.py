@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.concepts import Composite, TrainingSet
@@ -23,6 +23,7 @@ from ..utils.errors import CaptionError
 from ..utils.out_of_memory import in_batches, with_less_memory
 from ..utils.seeding import derive_seed
 from .distributed import World
+from .encodings import Encodings
 
 ENCODE_BATCH = 8  # images that a GPU encodes at once
 
@@ -152,12 +153,13 @@ def cache_latents(
     map_stride: int,
     *,
     seed: int,
+    encodings: Encodings | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> LatentCache:
     """Encode all composites and regularization images; of several processes, each encodes a part.
 
-    ``map_stride``: latent cells per cell of the supervised attention maps. Calls ``on_progress(done, total)``, which
-    may raise to stop.
+    ``map_stride``: latent cells per cell of the supervised attention maps. ``encodings``: those of earlier runs, to
+    which the new ones are added. Calls ``on_progress(done, total)``, which may raise to stop.
     """
     world = World.current()
     composites = training_set.composite_count()
@@ -167,11 +169,16 @@ def cache_latents(
     waiting: list[tuple[Sample, Tensor, int]] = []  # this process's, with their images and numbers
 
     def encode_waiting() -> None:
-        seeds = [derive_seed(seed, "latents", number) for _, _, number in waiting]
-        latents = _encode([image for _, image, _ in waiting], base, seeds)
-        for (sample, _, _), encoded in zip(waiting, latents):
-            sample.latents.copy_(encoded)
+        for (sample, image, number), (mean, std) in zip(waiting, _encode([image for _, image, _ in waiting], base.vae)):
+            sample.latents.copy_(draw(number, mean, std))
+            if encodings is not None:
+                encodings.keep(image, mean, std)
         waiting.clear()
+
+    def draw(number: int, mean: Tensor, std: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(derive_seed(seed, "latents", number))
+        drawn = mean + std * torch.randn((1, *mean.shape), generator=generator)[0]
+        return (drawn * base.vae.config.scaling_factor).float()
 
     for i in range(total):
         on_progress(i, total)
@@ -183,7 +190,11 @@ def cache_latents(
             raise CaptionError(f"{which} of the dataset: {e}") from e  # of one in memory; files were checked before
         sides = (s // base.downscale for s in picture.image.shape[:2])
         samples.append(_sample(picture, prompt, torch.zeros(base.vae.config.latent_channels, *sides), map_stride))
-        if i % world.size == world.rank:
+        if i % world.size != world.rank:
+            continue
+        if encodings is not None and (known := encodings.find(picture.image)):
+            samples[-1].latents.copy_(draw(i, *known))
+        else:
             if waiting and waiting[0][1].shape != picture.image.shape:
                 encode_waiting()
             waiting.append((samples[-1], picture.image, i))
@@ -213,9 +224,8 @@ def check_captions(training_set: TrainingSet, base: BaseModel, vectors: int) -> 
 
 
 @torch.no_grad()
-def _encode(images: Sequence[Tensor], base: BaseModel, seeds: Sequence[int]) -> list[Tensor]:
-    """Latents [C, h, w] on the CPU of images [H, W, 3] of one size, each drawn by a seed of its own."""
-    vae = base.vae
+def _encode(images: Sequence[Tensor], vae: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Mean and standard deviation [C, h, w] on the CPU of images [H, W, 3] of one size."""
 
     def encode(batch: range) -> list[tuple[Tensor, Tensor]]:
         pixels = torch.cat([images[i].permute(2, 0, 1)[None].to(vae.dtype) * 2 - 1 for i in batch])
@@ -225,12 +235,7 @@ def _encode(images: Sequence[Tensor], base: BaseModel, seeds: Sequence[int]) -> 
     def encode_or_move(batch: range) -> list[tuple[Tensor, Tensor]]:
         return encode(batch) if len(batch) > 1 else with_less_memory(vae, lambda: encode(batch))
 
-    latents = []
-    for seed, (mean, std) in zip(seeds, in_batches(encode_or_move, len(images), len(images), "images to encode")):
-        generator = torch.Generator().manual_seed(seed)
-        drawn = mean + std * torch.randn((1, *mean.shape), generator=generator)[0]
-        latents.append((drawn * vae.config.scaling_factor).float())
-    return latents
+    return list(in_batches(encode_or_move, len(images), len(images), "images to encode"))
 
 
 def _sample(picture: Composite, prompt: TokenizedPrompt, latents: Tensor, map_stride: int) -> Sample:

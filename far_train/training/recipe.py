@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
@@ -33,7 +34,7 @@ from .callbacks import Callbacks
 from .checkpoints import newest_step, save_checkpoint
 from .distributed import World
 from .metrics import Readback, StepReports
-from .run_folder import METRICS_FILE, WEIGHTS_FILE, MetricsLog
+from .run_folder import ENCODINGS, METRICS_FILE, WEIGHTS_FILE, MetricsLog
 from .settings import TrainConfig
 from .step import take_step
 from .watch import DivergenceWatch, PaceWatch
@@ -265,13 +266,14 @@ class TrainingRun:
                 nouns={n.token: n.noun for n in names},
                 steps=state.step,
                 size=state.training_set.size,
-                config=state.config.replace(
-                    class_image_cache=None
-                ).to_dict(),  # files travel; this user's folders don't
+                config=state.config.replace(  # files travel; this user's folders don't
+                    class_image_cache=None, encoding_cache=None
+                ).to_dict(),
             ),
         )
         if state.world.is_main_process:
             weights.save(state.folder / WEIGHTS_FILE)
+            shutil.rmtree(state.folder / ENCODINGS, ignore_errors=True)  # nothing resumes a finished run
         return weights
 
 

@@ -21,6 +21,7 @@ SCHEMA = 2  # of run.json
 RUN_FILE = "run.json"
 WEIGHTS_FILE = "weights.safetensors"
 METRICS_FILE = "metrics.jsonl"
+ENCODINGS = "encodings"  # of a run that has no other place for them, until it is finished
 
 
 class IdentifiedBase(Protocol):

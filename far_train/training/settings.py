@@ -110,6 +110,12 @@ class TrainConfig(Config):
         shapes_result=False,
         was=("prior_cache",),
     )
+    encoding_cache: str | None = setting(
+        None,
+        "folder that keeps encoded images for other runs with the same VAE; default: inside the run folder, until the "
+        "run is finished",
+        shapes_result=False,
+    )
     gradient_checkpointing: bool = setting(
         False, "recompute the UNet's activations: less memory, slower steps", shapes_result=False
     )
