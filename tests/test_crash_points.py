@@ -26,8 +26,8 @@ def kill(folder: Path, seed: int, kills: int, in_saves: int) -> None:
     assert any(int(steps) > 0 for steps in result["steps lost"])  # some kills did hurt
 
 
-def test_killed_at_twelve_moments(tmp_path: Path):
-    kill(tmp_path, 0, 12, 4)
+def test_killed_at_six_moments(tmp_path: Path):
+    kill(tmp_path, 0, 6, 2)
 
 
 @pytest.mark.torture
