@@ -1,4 +1,4 @@
-"""The nodes' help pages: one for each, with every input, a picture, and what goes wrong."""
+"""The nodes' help pages, in English and in Chinese: every input, a picture, and what goes wrong."""
 
 from __future__ import annotations
 
@@ -11,34 +11,66 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = REPOSITORY / "web" / "docs"
 NODES = json.loads((REPOSITORY / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))  # as the schemas are
+ENGLISH = {node: PAGES / f"{node}.md" for node in NODES}
+CHINESE = {node: PAGES / node / "zh.md" for node in NODES}  # where the front end looks before
+EVERY = pytest.mark.parametrize(("node", "path"), [*ENGLISH.items(), *CHINESE.items()], ids=str)
+PICTURE = re.compile(r"!\[(.+?)\]\((.+?)\)")
+
+
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def told(page: str) -> list[list[str]]:
+    """The ids in each row of the table of inputs."""
+    table = re.search(r"^\| (?:input|输入) \| .+ \|\n\| --- \| --- \|\n((?:\|.*\n)*)", page, re.M)
+    rows = table[1].splitlines() if table else []
+    return [re.findall(r"`([a-z0-9_]+)`", row.split("|")[1]) for row in rows]
 
 
 def test_there_is_a_page_for_each_node_and_none_for_others():
-    assert {path.stem for path in PAGES.glob("*.md")} == NODES.keys()
+    assert set(PAGES.rglob("*.md")) == {*ENGLISH.values(), *CHINESE.values()}
 
 
-@pytest.mark.parametrize("node", NODES)
-def test_a_page_tells_every_input(node):
-    page = (PAGES / f"{node}.md").read_text(encoding="utf-8")
-    assert len(page.split("\n\n")[0]) > 80, "the first paragraph says what the node does"
-    table = re.search(r"^\| input \| what \|\n\| --- \| --- \|\n((?:\|.*\n)*)", page, re.M)
-    rows = table[1].splitlines() if table else []
-    told = {name for row in rows for name in re.findall(r"`([a-z0-9_]+)`", row.split("|")[1])}
-    assert told == NODES[node].get("inputs", {}).keys()
-    assert "**Pitfall" in page
+@EVERY
+def test_a_page_tells_every_input(node: str, path: Path):
+    page = read(path)
+    assert len(page.split("\n\n")[0]) > (30 if path.stem == "zh" else 80), "the first paragraph says what the node does"
+    assert {name for row in told(page) for name in row} == NODES[node].get("inputs", {}).keys()
+    assert ("**注意**" if path.stem == "zh" else "**Pitfall") in page
 
 
-@pytest.mark.parametrize("node", NODES)
-def test_tables_have_two_columns_at_most(node):
+@EVERY
+def test_tables_have_two_columns_at_most(node: str, path: Path):
     """The front end's info panel is 240 px wide, and cuts off a third."""
-    rows = [line for line in (PAGES / f"{node}.md").read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    rows = [line for line in read(path).splitlines() if line.startswith("|")]
     assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows), rows
 
 
 @pytest.mark.parametrize("node", NODES)
-def test_a_pages_picture_is_there(node):
-    page = (PAGES / f"{node}.md").read_text(encoding="utf-8")
-    pictures = re.findall(r"!\[(.+?)\]\((.+?)\)", page)
+def test_a_pages_picture_is_there(node: str):
+    pictures = PICTURE.findall(read(ENGLISH[node]))
     for caption, name in pictures:
         assert caption and (PAGES / name).stat().st_size < 60_000
     assert {p.name for p in PAGES.glob("*.jpg") if p.stem == node} <= {name for _, name in pictures}
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_the_chinese_page_has_what_the_english_one_has(node: str):
+    """Paragraphs, items, rows with their inputs, and pictures, in the same order."""
+    english, chinese = read(ENGLISH[node]), read(CHINESE[node])
+    assert [p[:2] if p[0] in "|!*" else "" for p in chinese.split("\n\n")] == [
+        p[:2] if p[0] in "|!*" else "" for p in english.split("\n\n")
+    ]
+    assert told(chinese) == told(english)
+    assert len(re.findall(r"^(?:\||\* )", chinese, re.M)) == len(re.findall(r"^(?:\||\* )", english, re.M))
+    # The front end looks for a page's pictures beside the English pages, in whatever language it is.
+    assert [name for _, name in PICTURE.findall(chinese)] == [name for _, name in PICTURE.findall(english)]
+
+
+def test_chinese_pages_call_inputs_by_their_names_in_the_node():
+    names = json.loads((REPOSITORY / "locales" / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))
+    for node, path in CHINESE.items():
+        cells = " ".join(row.split("|")[1] for row in read(path).splitlines() if row.startswith("|"))
+        for key, texts in names[node].get("inputs", {}).items():
+            assert f"{texts['name']}（`{key}`）" in cells, (node, key)
