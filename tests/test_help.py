@@ -13,8 +13,11 @@ PAGES = REPOSITORY / "web" / "docs"
 NODES = json.loads((REPOSITORY / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))  # as the schemas are
 ENGLISH = {node: PAGES / f"{node}.md" for node in NODES}
 CHINESE = {node: PAGES / node / "zh.md" for node in NODES}  # where the front end looks before
-EVERY = pytest.mark.parametrize(("node", "path"), [*ENGLISH.items(), *CHINESE.items()], ids=str)
+EVERY = pytest.mark.parametrize(
+    ("node", "path"), [*ENGLISH.items(), *CHINESE.items()], ids=lambda value: getattr(value, "stem", value)
+)
 PICTURE = re.compile(r"!\[(.+?)\]\((.+?)\)")
+CODE, FIGURE = re.compile(r"`([^`]+)`"), re.compile(r"−?\d+(?:\.\d+)*")
 
 
 def read(path: Path) -> str:
@@ -66,6 +69,14 @@ def test_the_chinese_page_has_what_the_english_one_has(node: str):
     assert len(re.findall(r"^(?:\||\* )", chinese, re.M)) == len(re.findall(r"^(?:\||\* )", english, re.M))
     # The front end looks for a page's pictures beside the English pages, in whatever language it is.
     assert [name for _, name in PICTURE.findall(chinese)] == [name for _, name in PICTURE.findall(english)]
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_the_chinese_page_has_the_english_ones_figures_and_code(node: str):
+    """So that a changed default or message is changed in both."""
+    for english, chinese in zip(read(ENGLISH[node]).split("\n\n"), read(CHINESE[node]).split("\n\n"), strict=True):
+        assert sorted(FIGURE.findall(chinese)) == sorted(FIGURE.findall(english))
+        assert sorted(CODE.findall(chinese)) == sorted(" ".join(code.split()) for code in CODE.findall(english))
 
 
 def test_chinese_pages_call_inputs_by_their_names_in_the_node():
