@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from .comfy_server import ComfyServer, PromptRejected
 from .graphs import defaults, node
 from .listener import Listener
 from .photos import refusal
+from .test_training import training
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +86,12 @@ def test_the_next_training_learns_edited_masks_and_captions(comfy: ComfyServer, 
     caption.write_text("a photo of a cat")
     node_id, words = refusal(comfy, prompt)
     assert node_id == "1" and "0000.txt: " in words and "is missing" in words
+
+
+def test_the_next_training_on_a_dataset_encodes_nothing(comfy: ComfyServer):
+    comfy.run(training(comfy, "encodes", train_seed=1))
+    kept = list((comfy.base / "output" / "far" / "encodings").rglob("*.safetensors"))
+    for path in kept:
+        os.utime(path, (1, 1))
+    comfy.run(training(comfy, "finds", train_seed=2))
+    assert sum(path.stat().st_mtime > 1 for path in kept) == 1  # it was used
