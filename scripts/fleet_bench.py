@@ -63,7 +63,7 @@ def seconds(workers: int, steps: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=60, help="of each training (default 60)")
+    parser.add_argument("--steps", type=int, default=200, help="of each training (default 200)")
     steps = parser.parse_args().steps
     one, two = (seconds(workers, steps) for workers in (1, 2))
     print(json.dumps({"jobs": JOBS, "steps": steps, "one": one, "two": two, "ratio": one / two}))

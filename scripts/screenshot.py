@@ -39,6 +39,7 @@ SETTINGS = {
     "Comfy.Minimap.Visible": False,
     "Comfy.Graph.CanvasInfo": False,
     "Comfy.Graph.CanvasMenu": False,
+    "Comfy.RightSidePanel.IsOpen": False,
     "Comfy.TutorialCompleted": True,
 }
 

@@ -28,7 +28,16 @@ LONGEST = 900  # seconds that a fleet may take, with what else runs on the machi
 def start(jobs: Path, *flags: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "far_train", "fleet", str(jobs), *flags]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell lets what it starts in the background ignore Ctrl-C, tests included.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def wait_until(true: Callable[[], bool], fleet: subprocess.Popen[str]) -> None:
