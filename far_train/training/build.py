@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 from ..data.concepts import TrainingSet
@@ -81,9 +81,10 @@ def build_run(
     start: FarWeights | None,
     resume: bool,
     keep_base: bool,
+    keep_encodings: bool,
     callbacks: Callbacks,
 ) -> RunState:
-    """Begin or resume the run in ``folder``; see :func:`recipe.train` for the arguments.
+    """Begin or resume the run in ``folder``; see :class:`recipe.TrainingRun` for the arguments.
 
     ``undo`` gets what leaves ``base`` as it was found, also if this raises. Nothing is written before the inputs are
     checked.
@@ -115,7 +116,8 @@ def build_run(
     layers = supervised_layers(base.unet, side, side, config.attention_cells, base.family.supervised_modules)
     stride = layer_stride(layers[0], len(base.unet.config.block_out_channels))
     report = callbacks.progress_of("encoding")
-    with Encodings(Path(config.encoding_cache or folder / ENCODINGS), base.vae) as known:
+    place = Path(config.encoding_cache or folder / ENCODINGS)
+    with Encodings(place, base.vae) if keep_encodings else nullcontext() as known:
         latent_cache = cache_latents(
             training_set, base, vocabulary, stride, seed=config.train_seed, encodings=known, on_progress=report
         )

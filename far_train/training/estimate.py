@@ -109,7 +109,6 @@ def measure_cost(
         generated = config.num_class_images * len({name.noun for name in training_set.names})
         drawn = count_missing(training_set, base, config) if not steps_done else 0
     weights = _tensors(base)
-    config = config.replace(encoding_cache=None)  # to see how long it takes
     excerpt = _Excerpt(training_set, config.batch_size, config.prior_batch_size)
     prompts = config.sample_prompts or default_prompts(training_set.names)
     with (

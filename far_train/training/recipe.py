@@ -75,6 +75,7 @@ def train(
             start=start,
             resume=resume,
             keep_base=keep_base,
+            keep_encodings=True,
             callbacks=callbacks,
         ) as run,
     ):
@@ -87,7 +88,8 @@ def train(
 class TrainingRun:
     """A training that is set up and can be taken step by step, as estimates, benchmarks and tests do.
 
-    The arguments are those of :func:`train`. ``state`` is what the run holds, ``readback`` the metrics of its steps.
+    The arguments are those of :func:`train`, and ``keep_encodings``: whether encoded images are looked up and kept for
+    later runs, as :func:`train` does. ``state`` is what the run holds, ``readback`` the metrics of its steps.
     Use it as a context manager or close it: until then its adapter is installed in the base.
     """
 
@@ -101,6 +103,7 @@ class TrainingRun:
         start: FarWeights | None = None,
         resume: bool = False,
         keep_base: bool = True,
+        keep_encodings: bool = False,
         callbacks: Callbacks = Callbacks(),
     ):
         self.callbacks = callbacks
@@ -114,6 +117,7 @@ class TrainingRun:
                 start=start,
                 resume=resume,
                 keep_base=keep_base,
+                keep_encodings=keep_encodings,
                 callbacks=callbacks,
             )
             self._undo = undo.pop_all()
