@@ -109,10 +109,10 @@ def test_a_refusal_is_shown_to_the_client_that_asked_while_another_runs(comfy: C
 
 def test_an_error_stands_on_its_node_in_the_browser_that_queued(comfy: ComfyServer):
     """Also on nodes that show nothing else; and its name is short."""
-    (comfy.folder("input/broken") / "1.png").touch()
+    (comfy.folder("input/unreadable") / "1.png").touch()
     nothing_learned = defaults(comfy, "FaR_TrainOptions") | {"embedding_lr": 0.0, "low_rank_lr": 0.0}
     options = {"32": node("FaR_TrainOptions", **nothing_learned), "33": node("PreviewAny", source=["32", 0])}
-    cases = [(photos("broken", "31"), "31", "FaR.PhotoError"), (options, "32", "FaR.ConfigError")]
+    cases = [(photos("unreadable", "31"), "31", "FaR.PhotoError"), (options, "32", "FaR.ConfigError")]
     with listeners(comfy) as (own, other):
         for prompt, node_id, kind in cases:
             (error,) = comfy.errors(comfy.wait(comfy.queue(prompt)))
