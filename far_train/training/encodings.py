@@ -45,7 +45,8 @@ class Encodings:
 
     def find(self, image: Tensor) -> tuple[Tensor, Tensor] | None:
         """Mean and standard deviation of an image [H, W, 3] that was encoded before."""
-        path, name = self._kept.get(_key(image), (None, ""))
+        key = _key(image)
+        path, name = self._kept.get(key, (None, ""))
         if path is None:
             return None
         try:
@@ -54,12 +55,12 @@ class Encodings:
             os.utime(path)  # the longest unused goes first
         except Exception:  # it was deleted meanwhile, or is damaged
             return None
-        return tuple(encoding) if name == _name(image, encoding) else None
+        return tuple(encoding) if name == _name(key, encoding) else None
 
     def keep(self, image: Tensor, mean: Tensor, std: Tensor) -> None:
         """Remember what an image was encoded to."""
         encoding = torch.stack([mean, std])
-        self._new[_name(image, encoding)] = encoding
+        self._new[_name(_key(image), encoding)] = encoding
 
     def __enter__(self) -> Encodings:
         return self
@@ -70,9 +71,11 @@ class Encodings:
         name = hashlib.sha256(" ".join(sorted(self._new)).encode()).hexdigest()[:32]
         try:
             write_tensors(self.folder / f"{name}.safetensors", self._new, {})
-            self._forget_the_longest_unused()
-        except (OutputError, OSError) as e:
+        except OutputError as e:
             log.warning("Encoded images aren't kept for later runs: %s", e)
+            return
+        with suppress(OSError):  # another process may be deleting the same files
+            self._forget_the_longest_unused()
 
     def _forget_the_longest_unused(self) -> None:
         files = sorted(
@@ -89,9 +92,9 @@ def _key(image: Tensor) -> str:
     return f"{image.shape[1]}x{image.shape[0]}-{_digest(image)}"
 
 
-def _name(image: Tensor, encoding: Tensor) -> str:
+def _name(key: str, encoding: Tensor) -> str:
     """Of the tensor in a file; it tells what is in it, so that damage shows."""
-    return f"{_key(image)} {_digest(encoding)}"
+    return f"{key} {_digest(encoding)}"
 
 
 def _digest(tensor: Tensor) -> str:
