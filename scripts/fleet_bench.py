@@ -55,7 +55,7 @@ def seconds(workers: int, steps: int) -> float:
         try:
             command = [sys.executable, "-m", "far_train", "fleet", str(jobs), "--address", cluster.address]
             began = time.monotonic()
-            subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, stdout=2)
+            subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, stdout=sys.stderr)
             return time.monotonic() - began
         finally:
             cluster.shutdown()
