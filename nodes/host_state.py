@@ -53,8 +53,8 @@ def check_weights_are_all(called: str, patcher: Any) -> None:
     changes += ["hooks"] if getattr(patcher, "forced_hooks", None) else []
     if changes:
         raise BaseModelError(
-            f"{called} is changed by {changes[0]}, not in its weights, so FaR can't train on it; use Load LoRA, "
-            "without bypass and hooks"
+            f"{called} is changed by {changes[0]}, not in its weights, so FaR can't train on it; use Load LoRA "
+            "(Model and CLIP), without bypass and hooks"
         )
 
 

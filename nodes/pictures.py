@@ -18,11 +18,11 @@ TWO_SHADES_SHARE = 0.95
 
 HOW_TO_GET_MASKS = (
     "connect the masks of FaR Load Photos, FaR Extract Subject or any segmenter "
-    "(LoadImage has no mask for a picture without transparency: it sends 64×64 zeros)"
+    "(Load Image has no mask for a picture without transparency: it sends 64×64 zeros)"
 )
 
 INVERT_TOOLTIP = (
-    "Turn on if the masks are 1 on the background, as LoadImage's masks of transparent images are. Leave off for FaR "
+    "Turn on if the masks are 1 on the background, as Load Image's masks of transparent images are. Leave off for FaR "
     "nodes and segmenters."
 )
 
@@ -108,7 +108,7 @@ def _match(image: Tensor, mask: Tensor, invert: bool | None, label: str) -> Tens
         fix = "put InvertMask before this node" if invert is None else f"switch invert_mask {'off' if invert else 'on'}"
         raise SubjectError(
             f"{label}: its mask marks the frame around the subject and not the subject; {fix} "
-            "(LoadImage sends 1 − alpha: the transparent part of a cut-out)"
+            "(Load Image sends 1 − alpha: the transparent part of a cut-out)"
         )
     if not bool((mask > 0.5).any()):
         raise SubjectError(f"{label}: with invert_mask on, its mask is empty; switch it off")

@@ -23,7 +23,7 @@ def test_load_image_without_alpha(comfy: ComfyServer, loaded: None):
     """Its mask is 64×64 zeros."""
     prompt = {"1": node("LoadImage", image="opaque.png"), "2": concept(["1", 0], ["1", 1]), "3": preview_of()}
     node_id, words = refusal(comfy, prompt)
-    assert node_id == "2" and "the photo's mask is empty" in words and "LoadImage" in words
+    assert node_id == "2" and "the photo's mask is empty" in words and "Load Image" in words
 
 
 def test_load_image_with_alpha(comfy: ComfyServer, loaded: None):
