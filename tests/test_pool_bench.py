@@ -22,6 +22,12 @@ def results(path: Path, group: str, far: float, rival: float) -> Path:
 def test_pairs_of_several_benches_are_compared_each_within_its_own(tmp_path):
     first, second = results(tmp_path / "a.csv", "near-1", 0.9, 0.1), results(tmp_path / "b.csv", "near-2", 0.7, 0.1)
     lines = pool(first, second).stdout.splitlines()
+    assert lines[:4] == [
+        "| arm | All pairs | Near twins |",
+        "| --- | --- | --- |",
+        "| custom-diffusion | 10 (2) | 10 (2) |",
+        "| far | 80 (2) | 80 (2) |",
+    ]
     assert "| joint accuracy | far − custom-diffusion (2 pairs) | +70.0 | +60.0 … +80.0 | 0.5 | 0.5 |" in lines
     assert any("far to custom-diffusion (2) | +70.0" in line and line.endswith("| yes |") for line in lines)
 

@@ -17,19 +17,22 @@ from far_train.utils.files import write_text
 from .claims import claims_table
 from .summary import COLUMNS, PAIRS, Row, arms_of, contrasts, per_group, summarise
 
+KINDS = (
+    ("All pairs", PAIRS),
+    ("Near twins", ("near",)),
+    ("One class, far apart", ("far",)),
+    ("Two classes", ("classes",)),
+    ("Triples", ("triple",)),
+    ("Five subjects", ("five",)),
+    ("Single subject", ("single",)),
+)
+
 
 def write_report(rows: Sequence[Row], out: Path, title: str) -> Path:
     """Write results.md, results.csv, both plots and a contact sheet per arm; returns results.md."""
     parts = [f"# {title}", "", f"{len(rows)} runs. Means over groups with 95 % bootstrap intervals over them."]
-    for heading, kinds in (
-        ("All pairs", PAIRS),
-        ("Near twins", ("near",)),
-        ("One class, far apart", ("far",)),
-        ("Two classes", ("classes",)),
-        ("Triples", ("triple",)),
-        ("Five subjects", ("five",)),
-        ("Single subject", ("single",)),
-    ):
+    parts += ["", "## Joint accuracy by kind of group", "", *joint_accuracy_table(rows)]
+    for heading, kinds in KINDS:
         summary = summarise(rows, kinds)
         if summary:
             groups = len({r["group"] for r in rows if r["kind"] in kinds})
@@ -58,6 +61,20 @@ def _table(summary: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> l
             "–" if m not in measures else "{:.1f} ({:.0f}–{:.0f})".format(*(100 * v for v in measures[m]))
             for m in shown
         ]
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def joint_accuracy_table(rows: Sequence[Row]) -> list[str]:
+    """Markdown lines: the mean joint accuracy of each arm by kind of group, with the number of groups in brackets."""
+    found = {
+        arm: {heading: list(per_group(rows, arm, "success", kinds).values()) for heading, kinds in KINDS}
+        for arm in arms_of(rows)
+    }
+    shown = [heading for heading, _ in KINDS if any(values[heading] for values in found.values())]
+    lines = ["| arm | " + " | ".join(shown) + " |", "| --- |" + " --- |" * len(shown)]
+    for arm, values in found.items():
+        cells = [f"{100 * np.mean(values[h]):.0f} ({len(values[h])})" if values[h] else "–" for h in shown]
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return lines
 
