@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from far_train.training.checkpoints import load_checkpoint, save_checkpoint
+from far_train.training.loss_scaler import FP16_INITIAL_SCALE, LossScaler
 from far_train.utils import files
 from far_train.utils.errors import CheckpointError, OutputError
 
@@ -76,6 +77,34 @@ def test_damaged_checkpoints_are_passed_over(tmp_path: Path, caplog, damage: str
         load_checkpoint(tmp_path, *fresh)
 
 
+def test_checkpoints_of_repeated_steps_go_first(tmp_path: Path):
+    """The newest is damaged, so the run goes on from the one before, and stops before it gets as far."""
+    save_checkpoint(tmp_path, 1, *training(), keep=2)
+    save_checkpoint(tmp_path, 3, *training(), keep=2).write_bytes(b"")
+    save_checkpoint(tmp_path, 2, *training(2), keep=1)
+    fresh = training(5)
+    assert load_checkpoint(tmp_path, *fresh) == 2 and equal(fresh, training(2))
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(("before", "now"), [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)])
+def test_another_precision_is_told_and_the_loss_scale_begins_anew(tmp_path: Path, caplog, before, now):
+    def parts(dtype: torch.dtype) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
+        parameters, optimizer = training()
+        return parameters | LossScaler(torch.device("cpu"), dtype).saved(), optimizer
+
+    save_checkpoint(tmp_path, 4, *parts(before), keep=1, precision=before)
+    parameters, optimizer = parts(now)
+    assert load_checkpoint(tmp_path, parameters, optimizer, now) == 4
+    names = [str(dtype).removeprefix("torch.") for dtype in (now, before)]
+    assert "goes on in {}; until step 4 it was trained in {}".format(*names) in caplog.text
+    if now == torch.float16:
+        assert parameters["scaler"].tolist() == [FP16_INITIAL_SCALE, 0]
+    caplog.clear()
+    load_checkpoint(tmp_path, *parts(before), before)
+    assert not caplog.text
+
+
 def test_checkpoints_of_another_run(tmp_path: Path):
     save_checkpoint(tmp_path, 1, *training(width=3), keep=2)
     with pytest.raises(CheckpointError, match="belongs to another run"):
@@ -93,6 +122,13 @@ def test_a_failed_write_leaves_the_last_checkpoint_and_no_fragments(tmp_path: Pa
         save_checkpoint(tmp_path, 2, *training(1), keep=1)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-00000001.safetensors"]
     assert load_checkpoint(tmp_path, *training()) == 1
+
+
+def test_a_file_has_the_rights_of_all_new_ones_and_the_process_keeps_its_umask(tmp_path: Path, monkeypatch):
+    (tmp_path / "plain").touch()
+    monkeypatch.setattr(files.os, "umask", lambda _: pytest.fail("another thread would see this umask"))
+    files.write_text(tmp_path / "written", "x")
+    assert (tmp_path / "written").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path):

@@ -161,3 +161,25 @@ def test_a_full_or_forbidden_place_is_said_and_costs_nothing_else(dataset, bare,
         right = cached(dataset, bare, tmp_path / "file" / "kept")
     assert "aren't kept" in caplog.text
     assert equal(right, cached(dataset, bare, None))
+
+
+def test_a_file_larger_than_the_limit_stays(bare, tmp_path: Path, monkeypatch):
+    images = torch.rand(2, 8, 8, 3, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(encodings, "MOST_BYTES", 100_000)
+    for image in images:
+        with Encodings(tmp_path, bare.vae) as kept:
+            kept.keep(image, *torch.zeros(2, 4, 100, 100))
+    kept = Encodings(tmp_path, bare.vae)
+    assert [kept.find(image) is not None for image in images] == [False, True]
+
+
+def test_the_encodings_of_another_user_are_found(bare, tmp_path: Path, monkeypatch):
+    image = torch.rand(8, 8, 3, generator=torch.Generator().manual_seed(0))
+    with Encodings(tmp_path, bare.vae) as kept:
+        kept.keep(image, *torch.zeros(2, 4, 2, 2))
+
+    def forbidden(*_: object) -> None:
+        raise PermissionError("the file is another user's")
+
+    monkeypatch.setattr(os, "utime", forbidden)
+    assert Encodings(tmp_path, bare.vae).find(image) is not None

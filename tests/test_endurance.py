@@ -206,6 +206,23 @@ def test_sample_pictures_that_do_not_fit_are_left_out(small, balls, tmp_path: Pa
     assert "the sample pictures are left out" in caplog.text
 
 
+@pytest.mark.parametrize("what", ["sample", "check"])
+def test_pictures_of_which_not_even_one_fits_are_left_out(small, balls, tmp_path: Path, monkeypatch, caplog, what):
+    """The pictures' own smaller batches are of no use: the UNet fails whenever it draws."""
+    forward = small.unet.forward
+
+    def full(*given, **named):
+        if not torch.is_grad_enabled():
+            raise RuntimeError("CUDA out of memory")
+        return forward(*given, **named)
+
+    monkeypatch.setattr(small.unet, "forward", full)
+    config = CONFIG.replace(steps=4, output_preservation=False, sample_every=2 if what == "sample" else 0)
+    callbacks = Callbacks(on_check=lambda *_: pytest.fail("nothing was drawn")) if what == "check" else Callbacks()
+    assert train(small, balls, config, tmp_path / "run", callbacks=callbacks).provenance.steps == 4
+    assert "are left out" in caplog.text and "even one at a time" in caplog.text
+
+
 def test_other_errors_are_not_taken_for_memory(small: BaseModel):
     with pytest.raises(RuntimeError, match="shapes"):
         OomFallback(small.unet, MemoryPlan(4, False)).run(Failing(None, RuntimeError("shapes differ"), 1), 4)

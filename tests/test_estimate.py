@@ -63,6 +63,13 @@ def test_regularization_images_of_earlier_runs_are_not_counted(base, concepts, t
     assert measure_cost(base, bare, config.replace(class_image_steps=2)).drawn == 7  # they look otherwise
 
 
+def test_images_that_an_8_bit_base_drew_are_not_counted_either(base, concepts, tmp_path: Path):
+    bare = ConceptFusion(concepts, config=FusionConfig(size=128, count=3))
+    config = CONFIG.replace(class_image_cache=str(tmp_path), class_image_steps=1, fp8_base=True)
+    train(base, bare, config.replace(steps=1, sample_every=0), tmp_path / "run")
+    assert measure_cost(base, bare, config).drawn == 0
+
+
 def test_what_is_done_already_is_not_counted_again(base, concepts):
     bare = ConceptFusion(concepts, config=FusionConfig(size=128, count=3))
     cost = measure_cost(base, bare, CONFIG)
@@ -129,7 +136,7 @@ def test_the_words():
     cost = Cost("cuda", 1000, 0.5, 500, 0.1, 200, 3.0, 12, 4.0, 6_100_000_000, 640_000_000)
     assert cost.words.splitlines() == [
         "regularization images to draw: 200, 10 min",
-        "pictures to encode: 500, 50 s",
+        "pictures to encode: 500, 50 s; fewer if earlier runs have kept them",
         "steps: 1000, 8 min (0.50 s each)",
         "sample pictures: 12, 48 s",
         "in all: 20 min on cuda",

@@ -7,9 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from far_train.data.captions import Name
 from far_train.data.concepts import Concept
+from far_train.data.images import save_pair, save_picture
 from far_train.evaluation.detect_and_compare import (
     Comparison,
     Evaluation,
@@ -25,6 +27,7 @@ from far_train.mini.shipped import SUBJECTS, small_oracle, small_sam
 from far_train.mini.world import reference_photos
 from far_train.utils.errors import EncoderError, SubjectError
 
+from .command_line import refused
 from .tiny_encoders import write_encoder
 
 A, B = torch.tensor([1.0, 0.0]), torch.tensor([0.6, 0.8])  # a cosine of 0.6 between them
@@ -99,6 +102,20 @@ def test_concepts_that_the_encoder_cannot_tell_apart_are_named_and_never_mixed()
     whole = Evaluation(NAMES, alike.similarity, (compare_picture(torch.stack([A, A]), alike),))
     assert all(map(math.isnan, whole.mixing)) and whole.indistinct() == [NAMES]
     assert "can't tell the photos of <rex-dog> from those of <max-dog>" in whole.table()
+
+
+def test_one_photo_says_nothing_of_how_alike_photos_are():
+    """<rex-dog> has one photo, so what its photos are to each other is unknown; <max-dog> is judged as ever."""
+    one = References(NAMES, (A[None], torch.stack([B, B])))
+    assert one.similarity[0, 0].isnan() and one.similarity[1] == pytest.approx(torch.tensor([0.6, 1.0]))
+    found = F.normalize(torch.tensor([[1.0, 0.2], [0.6, 0.8]]), dim=-1)
+    seen = compare_picture(found, one)
+    assert [m.mixing for m in seen.matches] == [None, pytest.approx(0, abs=1e-6)] and seen.right
+    assert seen.score == pytest.approx(1 - (float(found[0] @ B) - 0.6) ** 2, abs=1e-6)
+    assert compare_picture(torch.stack([B, B]), one).present == (False, True)
+    whole = Evaluation(NAMES, one.similarity, (seen,))
+    assert "one photo of <rex-dog>: its mixing is unknown" in whole.words and "<max-dog>:" not in whole._whole()[1]
+    assert np.asarray(evaluation_plot(whole)).shape == (380, 900, 3)
 
 
 def test_several_pictures_in_one_table():
@@ -195,3 +212,16 @@ def test_segment_anything_proposes_the_subject_among_others():
     truth = concept.masks[0] > 0.5
     overlaps = [float((m & truth).sum() / (m | truth).sum()) for m in masks]
     assert masks and max(overlaps) > 0.7
+
+
+def test_prompts_beside_pictures_are_read_as_the_tokenizer_reads_them(tmp_path, capsys):
+    save_pair(tmp_path / "photos" / "0.png", torch.rand(40, 40, 3), torch.ones(40, 40).tril())
+    save_picture(tmp_path / "drawn" / "0.png", torch.rand(40, 40, 3))
+    prompt = tmp_path / "drawn" / "0.txt"
+    argv = ["evaluate", "--pictures", tmp_path / "drawn", "--concept", "<rex-dog>", "dog", tmp_path / "photos"]
+    argv += ["--encoder", tmp_path / "absent", "--sam", tmp_path / "absent", "--device", "cpu"]
+    for text, words in (("a <max-dog>", "no picture's prompt names all concepts"), ("A <Rex-Dog>", "absent")):
+        prompt.write_text(text)
+        refused(capsys, argv, words)
+    prompt.write_bytes("a café".encode("latin-1"))
+    refused(capsys, argv, "0.txt: can't be read as UTF-8 (byte 6); save it as UTF-8 text")

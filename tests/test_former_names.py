@@ -17,7 +17,7 @@ from far_train.cli.main import PROGRAM
 from far_train.data.dataset import DatasetFolder, write_dataset
 from far_train.data.settings import ExtractConfig, FusionConfig
 from far_train.models.settings import SampleConfig
-from far_train.training.run_folder import find_run, open_run, run_identity
+from far_train.training.run_folder import FORMERLY_IDENTIFYING, find_run, open_run, run_identity
 from far_train.training.settings import TrainConfig
 from far_train.utils.errors import CheckpointError, ConfigError
 
@@ -85,7 +85,8 @@ IMAGES_ALONE = TrainConfig(**EARLIER)
     ],
 )
 def test_settings_identify_the_runs_that_they_always_did(config, recorded):
-    assert digest(config.result_shaping()) == recorded
+    formerly = {name: getattr(config, name) for name in FORMERLY_IDENTIFYING if hasattr(config, name)}
+    assert digest(config.result_shaping() | formerly) == recorded
 
 
 def test_a_setting_that_came_later_identifies_runs_only_where_they_differ_from_earlier_ones():
@@ -107,9 +108,22 @@ class Base:
 
 def test_a_run_from_before_the_names_is_found_and_resumed(fusion, tmp_path: Path):
     identity = run_identity(Base(), fusion, TRAINED)
-    assert identity["config"].items() >= {k: v for k, v in TRAINING.items() if k != "prior_cache"}.items()
+    assert (
+        identity["config"].items()
+        >= {k: v for k, v in TRAINING.items() if k not in ("prior_cache", *FORMERLY_IDENTIFYING)}.items()
+    )
     open_run(tmp_path / "run", identity, resume=False)
     assert find_run(tmp_path, "run", run_identity(Base(), fusion, TRAINED))[0] == tmp_path / "run"
+    open_run(tmp_path / "run", identity, resume=True)
+
+
+@pytest.mark.parametrize("recorded", [None, 1])
+def test_a_run_from_when_the_micro_batch_identified_it_is_found_and_resumed(fusion, tmp_path: Path, recorded):
+    identity = run_identity(Base(), fusion, TRAINED)
+    begun = identity | {"config": identity["config"] | {"micro_batch": recorded}}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(json.dumps(begun))
+    assert find_run(tmp_path, "run", identity)[0] == tmp_path / "run"
     open_run(tmp_path / "run", identity, resume=True)
 
 

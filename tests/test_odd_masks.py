@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from far_train.data.folders import describe_unread
+from far_train.data.images import load_photo
+
 from .odd_registry import SIDE, Found, Place, Registry, mask, photo
 from .tiny_sam import save_tiny, tiny_sam
 
@@ -123,3 +126,12 @@ def _(place: Place) -> Found:
 @pytest.mark.parametrize("name", odd.cases)
 def test_odd_input(name: str, tiny_folder: Path, tmp_path: Path, caplog, capsys):
     odd.check(name, Place(tmp_path, tiny_folder, caplog, capsys))
+
+
+@pytest.mark.parametrize("suffix", [".mask.PNG", ".MASK.PNG", ".Mask.png"])
+def test_a_mask_file_is_read_whatever_its_case(tmp_path, suffix):
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "dog.jpg")
+    Image.new("L", (40, 30), 255).save(tmp_path / f"dog{suffix}", format="PNG")
+    assert load_photo(tmp_path / "dog.jpg").mask.mean() == 1 and not describe_unread(tmp_path)
+    (tmp_path / f"dog{suffix}").rename(tmp_path / "dog.mAsk.png")
+    assert "dog.mAsk.png (let its name end in .mask.png)" in describe_unread(tmp_path)

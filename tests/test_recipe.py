@@ -242,6 +242,13 @@ def test_a_resumed_run_must_be_the_same(base, fusion, concepts, tmp_path: Path):
     train(base, fusion, QUICK.replace(save_every=1, sample_every=2, sample_steps=1), tmp_path, resume=True)
 
 
+def test_checkpoints_of_an_unknown_run_are_not_taken_over(base, fusion, tmp_path: Path):
+    train(base, fusion, QUICK, tmp_path)
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(OutputError, match=r"checkpoints without run\.json"):
+        train(base, fusion, QUICK.replace(train_seed=1), tmp_path)
+
+
 def test_find_run(base, fusion, tmp_path: Path):
     one, two = (run_identity(base, fusion, QUICK.replace(train_seed=s)) for s in (1, 2))
     assert find_run(tmp_path, "dogs", one) == (tmp_path / "dogs", False)

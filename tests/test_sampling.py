@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from far_train.data.captions import Name
 from far_train.models.adapters import CrossAttentionKV
@@ -105,3 +108,12 @@ def test_a_trainings_samples_are_what_the_saved_weights_draw(base, fusion, tmp_p
         without = draw_pictures(base, vocabulary, prompts, QUICK, size=(fusion.size,) * 2, like_ksampler=True)
     gap = float((drawn - samples).abs().mean())
     assert gap < 0.1 * float((without - samples).abs().mean())
+
+
+@pytest.mark.parametrize("sampler", [DDIMScheduler, DPMSolverMultistepScheduler])
+def test_the_most_steps_begin_at_full_noise(base, sampler):
+    """With more, diffusers' spacing of the timesteps begins in the middle, or past the end."""
+    (steps,) = (f for f in fields(SampleConfig) if f.name == "sampling_steps")
+    scheduler = sampler.from_config(base.scheduler)
+    scheduler.set_timesteps(steps.metadata["high"])
+    assert 990 <= int(scheduler.timesteps[0]) < scheduler.config.num_train_timesteps

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..utils.errors import SubjectError
 from ..utils.terminal import progress_bars
+from ..utils.text_files import read_words
 from .data import concept_entries
 from .parsing import Argument, Command, Inputs, repeatable
 from .shared import DEVICE, MAX_SHOWN, beside, device_name
@@ -66,7 +67,8 @@ def evaluate(inputs: Inputs, _: None) -> None:
 def _shows(path: Path, tokens: list[str]) -> bool:
     """Whether a picture is meant to show all concepts: its prompt, as ``generate`` writes it beside it, names them."""
     prompt = path.with_suffix(".txt")
-    return not prompt.exists() or all(token in prompt.read_text(encoding="utf-8") for token in tokens)
+    words = read_words(prompt).lower() if prompt.exists() else None
+    return words is None or all(token in words for token in tokens)
 
 
 def _known(value: float) -> Any:

@@ -10,6 +10,7 @@ from ..utils.errors import PhotoError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MASK_SUFFIX = ".mask.png"
+MASK_SUFFIXES = (MASK_SUFFIX, ".mask.PNG", ".MASK.PNG", ".Mask.png", ".Mask.PNG")  # file systems that tell case apart
 SHEETS = (
     ".preview.jpg",
     ".grid.jpg",
@@ -53,8 +54,9 @@ def describe_unread(folder: Path, besides: Sequence[Path] = ()) -> str:
 
 
 def mask_path(photo: Path) -> Path:
-    """The mask file of a photo: NAME.mask.png next to NAME.jpg."""
-    return photo.with_name(photo.stem + MASK_SUFFIX)
+    """The mask file of a photo: NAME.mask.png next to NAME.jpg, or the one that is there in another case."""
+    paths = [photo.with_name(photo.stem + suffix) for suffix in MASK_SUFFIXES]
+    return next((path for path in paths if path.exists()), paths[0])
 
 
 def _unread(folder: Path, besides: Sequence[Path] = ()) -> str:
@@ -83,7 +85,9 @@ def _reason(path: Path, stems: set[str]) -> str:
         except OSError:
             return "a folder that can't be read"
     if name.endswith(MASK_SUFFIX):
-        return "" if path.name[: -len(MASK_SUFFIX)] in stems else "a mask without its photo"
+        if path.name[: -len(MASK_SUFFIX)] not in stems:
+            return "a mask without its photo"
+        return "" if path.name.endswith(MASK_SUFFIXES) else f"let its name end in {MASK_SUFFIX}"
     if name.endswith(SHEETS):
         return "a contact sheet written by FaR"
     if not path.exists():

@@ -41,13 +41,14 @@ class References:
 
     @property
     def similarity(self) -> Tensor:
-        """Mean cosine similarity of the photos of concepts i and k, [K, K]; of one concept, of different photos."""
+        """Mean cosine similarity of the photos of concepts i and k, [K, K]; of one concept, of different photos.
+
+        NaN for a concept with one photo: with itself it would be 1, whatever the encoder.
+        """
         rows = []
         for i, own in enumerate(self.features):
             row = [own @ other.T for other in self.features]
-            photos = len(own)
-            if photos > 1:  # a photo and itself would count as 1, whatever the encoder
-                row[i] = row[i][~torch.eye(photos, dtype=torch.bool)]
+            row[i] = row[i][~torch.eye(len(own), dtype=torch.bool)]
             rows.append(torch.stack([values.mean() for values in row]))
         return torch.stack(rows)
 
@@ -75,8 +76,9 @@ class Match:
     """The subject matched to one concept.
 
     ``index``: which of the subjects found. ``similarity``: to each concept's photos, [K]. ``present``: whether it looks
-    most like this concept, and enough like it. ``mixing``: 0 if it is as far from the other concepts as the reference
-    photos are, 1 if it is as close to another one; None if the encoder can't tell this concept from the others.
+    most like this concept, and enough like it if the concept has several photos. ``mixing``: 0 if it is as far from the
+    other concepts as the reference photos are, 1 if it is as close to another one; None if the encoder can't tell this
+    concept from the others, or if there is one photo of it.
     """
 
     index: int
@@ -135,8 +137,8 @@ def compare_picture(
     """Match the subjects found in a picture, features [n, d], to the concepts one to one, and compare.
 
     ``presence``: a subject is present if it is at least this many times as similar to its concept's photos as they are
-    to each other. ``counts_extra``: False if ``found`` holds more than a detector's subjects, such as every part of a
-    picture.
+    to each other; with one photo of the concept, if it is nearest to it. ``counts_extra``: False if ``found`` holds
+    more than a detector's subjects, such as every part of a picture.
     """
     truth, count = references.similarity, len(references.names)
     matches: list[Match | None] = [None] * count
@@ -146,7 +148,8 @@ def compare_picture(
             matches[concept] = _match(int(index), each[index], int(concept), truth, presence)
     extra = max(len(found) - count, 0) if counts_extra else None
     unscored = Comparison(tuple(matches), extra, math.nan)
-    score = 1 - float((unscored.similarity.nan_to_num(0.0) - truth).square().sum())
+    known = ~truth.isnan()
+    score = 1 - float((unscored.similarity.nan_to_num(0.0) - truth)[known].square().sum())
     return replace(unscored, score=score)
 
 
@@ -161,7 +164,8 @@ def _match(index: int, similarity: Tensor, concept: int, truth: Tensor, presence
         distance = float(((own - similarity) / margin)[distinct].min())
         mixing = min(max(1 - distance, 0.0), 1.0)
     nearest = bool((similarity[other] <= own).all())
-    return Match(index, similarity, nearest and float(own) >= presence * float(expected), mixing)
+    alike = bool(expected.isnan()) or float(own) >= presence * float(expected)
+    return Match(index, similarity, nearest and alike, mixing)
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,8 +209,8 @@ class Evaluation:
         """Pairs of concepts whose reference photos the encoder can't tell apart, so their mixing is unknown."""
         found = []
         for first, second in combinations(range(len(self.names)), 2):
-            within = min(self.truth[first, first], self.truth[second, second])
-            if within - self.truth[second, first] < LEAST_MARGIN:
+            within = [float(self.truth[i, i]) for i in (first, second)]
+            if any(value - float(self.truth[second, first]) < LEAST_MARGIN for value in within):
                 found.append((self.names[first], self.names[second]))
         return found
 
@@ -238,6 +242,9 @@ class Evaluation:
         lines = [f"{pictures}: right {self.right:.0%}, Detect-and-Compare {self.score:.3f}"]
         for a, b in self.indistinct():
             lines.append(f"This encoder can't tell the photos of {a.token} from those of {b.token}.")
+        for name, own in zip(self.names, self.truth.diagonal()):
+            if own.isnan():
+                lines.append(f"There is one photo of {name.token}: its mixing is unknown; give two or more to know it.")
         return lines
 
 

@@ -15,7 +15,7 @@ class DrawConfig(Config):
 
     sample_seed: int = setting(0, "random seed of the first image; each further one adds 1", low=0, high=2**63 - 1)
     sampler: str = setting("ddim", "ddim, or dpm++ (DPM-Solver++), which needs fewer steps", choices=("ddim", "dpm++"))
-    sampling_steps: int = setting(50, "sampling steps", low=1, high=1000)
+    sampling_steps: int = setting(50, "sampling steps", low=1, high=500)
     guidance: float = setting(7.0, "classifier-free guidance scale", low=1, high=50)
     negative_prompt: str = setting("", "what the images should not show")
     width: int | None = setting(None, "width in pixels; default: the base model's own", low=64, high=4096)

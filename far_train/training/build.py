@@ -172,7 +172,7 @@ def build_run(
 def restore(state: RunState) -> None:
     """Go back to the newest checkpoint, if there is one. Raises CheckpointError."""
     saved = state.saved()
-    state.step = load_checkpoint(state.checkpoints, saved, state.optimizer)
+    state.step = load_checkpoint(state.checkpoints, saved, state.optimizer, state.dtype)
     state.scaler.restore(saved)
     if state.world.is_main_process:
         cut_metrics(state.folder / METRICS_FILE, state.step)

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from ..data.concepts import Background, ClassPicture, Composite, TrainingSet
 from ..data.images import load_photo, save_picture
 from ..models.base import BaseModel
 from ..models.conditioning import plain_vocabulary
+from ..models.fp8 import Fp8Layers
 from ..models.sampling import draw_pictures
 from ..models.settings import DrawConfig, SampleConfig
 from ..utils.devices import choose_device
@@ -240,7 +242,11 @@ def count_missing(training_set: TrainingSet, base: BaseModel, config: TrainConfi
     wanted = [(noun, i) for noun in {n.noun for n in training_set.names} for i in range(config.num_class_images)]
     if not config.class_image_cache:
         return len(wanted)
-    with base.placed(*choose_device(config.device, config.precision)):
+    device, dtype = choose_device(config.device, config.precision)
+    with ExitStack() as undo:
+        if config.fp8_base:
+            undo.callback(Fp8Layers(base.unet, device).remove)
+        undo.enter_context(base.placed(device, dtype))
         folder = cache_folder(base, config, training_set.size)
     return sum(not picture_path(folder, *each).exists() for each in wanted)
 

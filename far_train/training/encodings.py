@@ -52,9 +52,10 @@ class Encodings:
         try:
             with safe_open(path, "pt") as file:
                 encoding = file.get_tensor(name)
-            os.utime(path)  # the longest unused goes first
         except Exception:  # it was deleted meanwhile, or is damaged
             return None
+        with suppress(OSError):  # the file may be another user's
+            os.utime(path)  # the longest unused goes first
         return tuple(encoding) if name == _name(key, encoding) else None
 
     def keep(self, image: Tensor, mean: Tensor, std: Tensor) -> None:
@@ -82,9 +83,9 @@ class Encodings:
             ((path.stat(), path) for path in self.folder.glob("*.safetensors")), key=lambda f: -f[0].st_mtime
         )
         total = 0
-        for about, path in files:
+        for number, (about, path) in enumerate(files):
             total += about.st_size
-            if total > MOST_BYTES:
+            if total > MOST_BYTES and number:  # the newest stays, however large it is
                 path.unlink(missing_ok=True)
 
 

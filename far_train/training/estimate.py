@@ -71,7 +71,8 @@ class Cost:
         if self.drawn:
             lines.append(f"regularization images to draw: {self.drawn}, {duration(self.drawn * self.draw_seconds)}")
         lines += [
-            f"pictures to encode: {self.encoded}, {duration(self.encoded * self.encode_seconds)}",
+            f"pictures to encode: {self.encoded}, {duration(self.encoded * self.encode_seconds)}; "
+            "fewer if earlier runs have kept them",
             f"steps: {self.steps}, {duration(self.steps * self.step_seconds)} ({self.step_seconds:.2f} s each)",
         ]
         if self.sampled:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from .checkpoints import LOSS_SCALE
+
 FP16_INITIAL_SCALE = 2.0**12  # each overflow halves it
 
 
@@ -31,10 +33,10 @@ class LossScaler(torch.amp.GradScaler):
             return {}
         state = self.state_dict()
         values = torch.tensor([state["scale"], float(state["_growth_tracker"])])
-        return {"scaler": nn.Parameter(values, requires_grad=False)}
+        return {LOSS_SCALE: nn.Parameter(values, requires_grad=False)}
 
     def restore(self, saved: Mapping[str, nn.Parameter]) -> None:
         """Take over what :meth:`saved` gave, with the values of a checkpoint."""
         if self.is_dynamic:
-            scale, growth = saved["scaler"].tolist()
+            scale, growth = saved[LOSS_SCALE].tolist()
             self.load_state_dict({**self.state_dict(), "scale": scale, "_growth_tracker": int(growth)})

@@ -248,7 +248,7 @@ class TrainingRun:
     def save_checkpoint(self) -> None:
         """Write a checkpoint, and delete those beyond ``keep_checkpoints``. Raises OutputError."""
         state, keep = self.state, self.state.config.keep_checkpoints
-        save_checkpoint(state.checkpoints, state.step, state.saved(), state.optimizer, keep)
+        save_checkpoint(state.checkpoints, state.step, state.saved(), state.optimizer, keep, state.dtype)
 
     def save_weights(self) -> FarWeights:
         """The weights learned so far; the main process writes their file, by which a finished run is known."""

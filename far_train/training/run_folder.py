@@ -15,12 +15,15 @@ from ..data.concepts import TrainingSet
 from ..models.weights import FarWeights
 from ..utils.errors import CheckpointError, OutputError
 from ..utils.files import make_folder, parse_json, remove_leftovers, write_json, write_text
+from .checkpoints import newest_step
 from .settings import TrainConfig
 
 SCHEMA = 2  # of run.json
 RUN_FILE = "run.json"
 WEIGHTS_FILE = "weights.safetensors"
+FORMERLY_IDENTIFYING = ("micro_batch",)  # settings that run.json held once, though they change no result
 METRICS_FILE = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
 ENCODINGS = "encodings"  # of a run that has no other place for them, until it is finished
 
 
@@ -92,11 +95,19 @@ def _runs_of_name(parent: Path, name: str) -> Iterator[tuple[Path, Any]]:
         if taken and folder.is_symlink():
             continue
         try:
-            yield folder, parse_json((folder / RUN_FILE).read_text(encoding="utf-8"))
+            yield folder, _read_identity(folder / RUN_FILE)
         except (OSError, ValueError):
             yield folder, None
         if not taken:
             return
+
+
+def _read_identity(path: Path) -> Any:
+    """The content of a run.json, without the settings that no longer identify a run. Raises OSError, ValueError."""
+    run = parse_json(path.read_text(encoding="utf-8"))
+    if isinstance(run, dict) and isinstance(run.get("config"), dict):
+        run["config"] = {k: v for k, v in run["config"].items() if k not in FORMERLY_IDENTIFYING}
+    return run
 
 
 def open_run(folder: Path, identity: dict[str, Any], resume: bool) -> None:
@@ -106,13 +117,18 @@ def open_run(folder: Path, identity: dict[str, Any], resume: bool) -> None:
     """
     path = folder / RUN_FILE
     if not path.exists():
+        if newest_step(folder / CHECKPOINTS):
+            raise OutputError(
+                f"{folder}: holds checkpoints without {RUN_FILE}, which would tell their run; delete them, or choose "
+                "another folder"
+            )
         make_folder(folder)
         write_json(path, identity)
         return
     if not resume:
         raise OutputError(f"{folder}: holds a run already; resume it (--resume) or choose another folder")
     try:
-        begun = parse_json(path.read_text(encoding="utf-8"))
+        begun = _read_identity(path)
     except (OSError, ValueError) as e:
         raise CheckpointError(f"{path}: can't be read ({e}); start anew in another folder") from e
     differing = _differences(begun, identity)

@@ -19,9 +19,11 @@ class TrainConfig(Config):
     )
     micro_batch: int | None = setting(
         None,
-        "samples per forward pass; fewer need less memory, and the step stays the same; default: all of a step",
+        "samples per forward pass; fewer need less memory, and the step stays the same (gradient accumulation); "
+        "default: all of a step, on a CUDA device as many as fit",
         low=1,
         high=4096,
+        shapes_result=False,
     )
     train_seed: int = setting(0, "random seed of noise, timesteps and batch order", low=0, high=2**63 - 1)
     embedding_lr: float = setting(5e-4, "learning rate of the placeholder tokens' embeddings", low=0, high=1)
@@ -100,7 +102,7 @@ class TrainConfig(Config):
         20,
         "sampling steps of generated regularization images (DPM-Solver++)",
         low=1,
-        high=1000,
+        high=500,
         was=("prior_steps",),
     )
     class_image_cache: str | None = setting(
@@ -149,7 +151,7 @@ class TrainConfig(Config):
     sample_every: int = setting(
         250, "steps between sample images; 0 disables them", low=0, high=10_000_000, shapes_result=False
     )
-    sample_steps: int = setting(25, "sampling steps of the sample images", low=1, high=1000, shapes_result=False)
+    sample_steps: int = setting(25, "sampling steps of the sample images", low=1, high=500, shapes_result=False)
     sample_prompts: tuple[str, ...] = setting(
         (),
         "prompts of the sample images; default: one per concept, and one with all of them",

@@ -18,6 +18,7 @@ from .distributed import World
 from .latent_cache import LatentCache
 from .loss_scaler import LossScaler
 from .oom_fallback import OomFallback
+from .run_folder import CHECKPOINTS
 from .settings import TrainConfig
 from .step_graph import GraphedPasses
 
@@ -59,7 +60,7 @@ class RunState:
     @property
     def checkpoints(self) -> Path:
         """The folder of the checkpoints."""
-        return self.folder / "checkpoints"
+        return self.folder / CHECKPOINTS
 
     def saved(self) -> dict[str, nn.Parameter]:
         """What a checkpoint holds besides the optimizer's moments: the learned parameters and fp16's loss scale."""

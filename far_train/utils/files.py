@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # what only writes texts and pictures, such as `queue`, begin
 
 MAX_HEADER = 16 * 2**20  # bytes of a safetensors file's header; that of a whole Stable Diffusion is below a megabyte
 SPARE_BYTES = 16 * 2**20  # of free space that a write leaves to everybody else
+UMASK = os.umask(0)  # it can only be read by setting it, so this is done once and before there are other threads
+os.umask(UMASK)
 # Windows takes these for devices, whatever the suffix; compare in lower case.
 RESERVED_NAMES = {"con", "prn", "aux", "nul", *(f"com{i}" for i in range(10)), *(f"lpt{i}" for i in range(10))}
 
@@ -56,7 +58,7 @@ def replacing(path: Path) -> Iterator[Path]:
             return
         with open(temporary, "rb+") as written:
             os.fsync(written.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, 0o666 & ~UMASK)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as e:
@@ -156,12 +158,6 @@ def parse_json(text: str) -> Any:
         return json.loads(text)
     except RecursionError as e:
         raise ValueError("it is nested too deeply") from e
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _sync_folder(folder: Path) -> None:

@@ -31,7 +31,7 @@ MEMORY_RAN_OUT = (
 def out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out: torch's CPU allocator and CUDA's libraries raise a plain
     RuntimeError. cuBLAS that can't make its handle ("not initialized") most often lacks the memory for it."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError, OutOfMemory)):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in MEMORY_RAN_OUT)
 
@@ -53,7 +53,7 @@ def skip_without_memory(what: str) -> Iterator[None]:
     """Leave out, with a warning, what a training can do without."""
     try:
         yield
-    except (MemoryError, RuntimeError) as e:
+    except (MemoryError, RuntimeError, OutOfMemory) as e:
         if not out_of_memory(e):
             raise
         log.warning("Memory ran out (%s): %s are left out.", reason_of(e), what)
