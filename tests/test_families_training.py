@@ -23,6 +23,7 @@ from far_train.models.tokens import RARE_WORDS
 from far_train.models.weights import FarWeights, describe
 from far_train.training import step
 from far_train.training.build import MOST_PARAMETERS
+from far_train.training.callbacks import Callbacks
 from far_train.training.estimate import measure_cost
 from far_train.training.recipe import TrainingRun, train
 from far_train.training.settings import TrainConfig
@@ -158,9 +159,12 @@ def test_the_table_counts_the_parameters_of_full_size_models(family: Family):
     assert sum(weight.numel() for weight in kv_weights(unet).values()) == family.kv_parameters
 
 
-def test_another_size_than_the_bases_own_is_said(family_folder: Path, fusion, concepts, tmp_path: Path, caplog):
-    TrainingRun(load_base(family_folder), fusion, QUICK, tmp_path / "own").close()
-    assert "was made for" not in caplog.text
+def test_another_size_than_the_bases_own_is_said(family_folder: Path, fusion, concepts, tmp_path: Path):
+    notes: list[str] = []
+    told = Callbacks(on_note=notes.append)
+    TrainingRun(load_base(family_folder), fusion, QUICK, tmp_path / "own", callbacks=told).close()
+    assert not notes
     larger = ConceptFusion(concepts, config=FusionConfig(size=192, count=2))
-    TrainingRun(load_base(family_folder), larger, QUICK.replace(prior_batch_size=0), tmp_path / "larger").close()
-    assert "The dataset has 192 px, this base was made for 128 px" in caplog.text
+    bare = QUICK.replace(prior_batch_size=0)
+    TrainingRun(load_base(family_folder), larger, bare, tmp_path / "larger", callbacks=told).close()
+    assert notes == ["The dataset has 192 px, this base was made for 128 px, where it learns and draws best."]

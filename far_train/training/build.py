@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
@@ -35,8 +35,6 @@ from .state import RunState
 from .step import accumulate_gradients, graph_passes, sample_batch
 from .step_graph import uses_cuda_graph
 
-log = logging.getLogger(__name__)
-
 MOST_PARAMETERS = 100_000_000  # that training all K and V may have; SD 1.5 and 2.1 have a quarter of it
 
 
@@ -50,8 +48,17 @@ def check_trainable(family: Family, config: TrainConfig) -> None:
         )
 
 
-def check_inputs(base: BaseModel, training_set: TrainingSet, config: TrainConfig, start: FarWeights | None) -> None:
-    """Refuse what can't be trained. Raises BaseModelError, DatasetError, ConfigError, WeightsError."""
+def check_inputs(
+    base: BaseModel,
+    training_set: TrainingSet,
+    config: TrainConfig,
+    start: FarWeights | None,
+    on_note: Callable[[str], None],
+) -> None:
+    """Refuse what can't be trained, and tell ``on_note`` what had better not be.
+
+    Raises BaseModelError, DatasetError, ConfigError, WeightsError.
+    """
     check_trainable(base.family, config)
     if TextConditioner(base).has_placeholders:
         raise BaseModelError(
@@ -62,10 +69,9 @@ def check_inputs(base: BaseModel, training_set: TrainingSet, config: TrainConfig
         raise DatasetError("dataset: it holds no composites; fuse at least one")
     check_size(base, training_set.size, training_set.size)
     if training_set.size != base.native_size:
-        log.warning(
-            "The dataset has %d px, this base was made for %d px, where it learns and draws best.",
-            training_set.size,
-            base.native_size,
+        on_note(
+            f"The dataset has {training_set.size} px, this base was made for {base.native_size} px, where it learns "
+            "and draws best."
         )
     if start is not None:
         start.check_fits(base)
@@ -89,7 +95,7 @@ def build_run(
     ``undo`` gets what leaves ``base`` as it was found, also if this raises. Nothing is written before the inputs are
     checked.
     """
-    check_inputs(base, training_set, config, start)
+    check_inputs(base, training_set, config, start, callbacks.on_note)
     vocabulary = Vocabulary(base.tokenizer, training_set.names, base.tokenizer_size, config.vectors_per_token)
     device, dtype = choose_device(config.device, config.precision)
     world = World.current()
