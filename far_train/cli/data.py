@@ -97,8 +97,16 @@ EXTRACT = Command(
         Argument("photos", "folder of photos; NAME.mask.png or an alpha channel is taken as the mask", required=True),
         Argument("out", "folder for NAME.png and NAME.mask.png", required=True),
         Argument("sam", "Segment Anything weights, .safetensors or .pth; needed for photos without a mask"),
-        Argument("box", "the subject's box in pixels, the same in each photo: X0,Y0,X1,Y1", structured=True),
-        Argument("points", "points in pixels, 1 on the subject, 0 off it: 'X,Y,1 X,Y,0'", structured=True),
+        Argument(
+            "box",
+            "the subject's box in pixels of the original photo, the same in each photo: X0,Y0,X1,Y1",
+            structured=True,
+        ),
+        Argument(
+            "points",
+            "points in pixels of the original photo, 1 on the subject, 0 off it: 'X,Y,1 X,Y,0'",
+            structured=True,
+        ),
         Argument("prompts", "JSON or YAML file: photo name → {box: [x0,y0,x1,y1], points: [[x,y,1]]}", structured=True),
         Argument(
             "keep_others",

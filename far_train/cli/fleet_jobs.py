@@ -80,7 +80,7 @@ class Placement(Config):
         None, "GPUs, or the share of one; default: 1 where there are GPUs, else 0", low=0, high=1
     )
     priority: int = setting(0, "jobs of higher priority begin first", low=-1_000_000, high=1_000_000)
-    retries: int = setting(3, "how often a job goes on that loses its machine or process", low=0, high=100)
+    retries: int = setting(3, "how many times a job is restarted after losing its machine or process", low=0, high=100)
 
 
 @dataclass(frozen=True)

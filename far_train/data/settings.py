@@ -96,7 +96,12 @@ class FusionConfig(Config):
         high=1,
         was=("row",),
     )
-    margin: float = setting(1 / 64, "smallest gap between subjects, as a fraction of the canvas", low=0, high=0.1)
+    margin: float = setting(
+        1 / 64,
+        "margin around each subject, as a fraction of the canvas; subjects are at least twice as far apart",
+        low=0,
+        high=0.1,
+    )
     erode: float = setting(
         1 / 768, "width of the rim cut off each mask before pasting, as a fraction of the canvas", low=0, high=0.08
     )
@@ -109,7 +114,8 @@ class FusionConfig(Config):
     )
     collage_caption_probability: float = setting(
         0.5,
-        "probability that a caption calls its picture a collage, so that traces of pasting are learned as that word",
+        "probability that the caption of a pasted picture calls it a collage, so that traces of pasting are learned as "
+        "that word",
         low=0,
         high=1,
         was=("collage_words",),
