@@ -14,7 +14,7 @@ from ..far_train.evaluation.trained import check_trained, check_words, save_chec
 from ..far_train.utils.errors import ConfigError, FarError
 from ..far_train.utils.out_of_memory import skip_without_memory
 from . import host_folders, host_memory, host_ui
-from .evaluate import AUTOMATIC, MINI_ORACLE, choose_encoder
+from .evaluate import AUTOMATIC, MINI_ORACLE, choose_encoder, placed
 
 OFF = "off"
 
@@ -62,7 +62,7 @@ def check_run(
                 host_ui.stop_if_interrupted()
                 return find(picture)
 
-            with nullcontext() if sam is None else host_memory.on_compute_device(sam):
+            with placed(encoder), nullcontext() if sam is None else host_memory.on_compute_device(sam):
                 checks = check_trained(dataset, prompts, pictures, encoder, find_or_stop)
             save_check(folder, checks, prompts, pictures)
             host_ui.log_and_show(f"{folder.name} is trained\n{check_words(checks)}", node_id)

@@ -21,7 +21,7 @@ from . import host_folders, host_ui
 from .naming import file_name
 from .pictures import counted
 from .previews import refusal_shown, shown
-from .sockets import FarConcepts, FarDataset, all_of, check_choice, check_sockets, schema
+from .sockets import FarConcepts, FarDataset, all_of, check_choice, check_sockets, schema, unknown_choice
 
 PREVIEWS = 16
 MAX_SIZE = 2048  # of composites, in pixels
@@ -122,7 +122,9 @@ class LoadDataset(io.ComfyNode):
         return f"folder: there is no dataset '{folder}' in {places}; make one with FaR Save Dataset"
 
     @classmethod
-    def fingerprint_inputs(cls, folder: str) -> str:
+    def fingerprint_inputs(cls, folder: str | None) -> str | float:
+        if folder is None:
+            return unknown_choice()
         path = dataset_folders().get(folder)
         if path is None:
             return "none"

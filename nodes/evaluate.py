@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -122,23 +123,24 @@ class Evaluate(io.ComfyNode):
                 "masks: where are the subjects? Connect masks of any segmenter, or a sam_model that proposes them"
             )
         progress = host_ui.Progress(len(pictures), cls.hidden.unique_id)
-        references = read_references(known, chosen)
         compared, seen, regions = [], [], []
-        for i, picture in enumerate(pictures):
-            host_ui.stop_if_interrupted()
-            if given is not None:
-                found = given[i]
-            elif detect is not None:
-                found = detect(picture)
-            else:
-                with host_memory.on_compute_device(sam):
-                    found = propose_masks(sam, picture)
-            proposed = given is None and detect is None
-            features = chosen.features(picture, found)
-            compared.append(compare_picture(features, references, presence=presence[0], counts_extra=not proposed))
-            seen.append(tinted(picture, *_coloured(found, compared[-1], proposed)))
-            regions.append(_concept_masks(picture, found, compared[-1]))
-            progress.update(i + 1)
+        with placed(chosen):
+            references = read_references(known, chosen)
+            for i, picture in enumerate(pictures):
+                host_ui.stop_if_interrupted()
+                if given is not None:
+                    found = given[i]
+                elif detect is not None:
+                    found = detect(picture)
+                else:
+                    with host_memory.on_compute_device(sam):
+                        found = propose_masks(sam, picture)
+                proposed = given is None and detect is None
+                features = chosen.features(picture, found)
+                compared.append(compare_picture(features, references, presence=presence[0], counts_extra=not proposed))
+                seen.append(tinted(picture, *_coloured(found, compared[-1], proposed)))
+                regions.append(_concept_masks(picture, found, compared[-1]))
+                progress.update(i + 1)
         host_memory.empty_cache()
         whole = Evaluation(references.names, references.similarity, tuple(compared))
         words = [c.words(whole.names) for c in compared]
@@ -162,7 +164,7 @@ def _concept_masks(picture: Tensor, found: Sequence[Tensor], comparison: Compari
 
 
 def choose_encoder(name: str, clip_vision: Any = None) -> Encoder:
-    """The encoder behind a choice of the node. Raises EncoderError that says how to get one."""
+    """The encoder behind a choice of the node; use it in :func:`placed`. Raises EncoderError: how to get one."""
     if name == MINI_ORACLE:
         from ..far_train.mini.likeness import OracleEncoder
         from ..far_train.mini.shipped import small_oracle
@@ -181,7 +183,14 @@ def choose_encoder(name: str, clip_vision: Any = None) -> Encoder:
             f"encoder: there is no image encoder in models/clip_vision: {HOW_TO_GET_ONE}. Or connect Load CLIP Vision. "
             f"For the drawn subjects of the small world choose '{MINI_ORACLE}'"
         )
-    return FolderEncoder(folders[name], host_memory.compute_device())
+    return FolderEncoder(folders[name])
+
+
+def placed(encoder: Encoder) -> AbstractContextManager[Any]:
+    """Have an encoder from a folder on the compute device for a while; the others need no help."""
+    if isinstance(encoder, FolderEncoder):
+        return host_memory.on_compute_device(encoder.model)
+    return nullcontext()
 
 
 def sort_masks(masks: Sequence[Tensor], pictures: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,8 +21,11 @@ def input_folder() -> Path:
 def input_subfolders() -> list[str]:
     """Folders below the input folder, relative, with forward slashes; hidden ones left out."""
     root = input_folder()
-    found = (p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_dir())
-    return sorted(name for name in found if not any(part.startswith(".") for part in name.split("/")))
+    found = []
+    for folder, inside, _files in os.walk(root):  # for each node that the host lists: it must not ask of every file
+        inside[:] = [name for name in inside if not name.startswith(".")]
+        found += [(Path(folder) / name).relative_to(root).as_posix() for name in inside]
+    return sorted(found)
 
 
 def output_folder() -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import logging
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -28,6 +29,7 @@ PREVIEW_SIDE = 512  # pixels of a live preview's longest side
 # The client that posted the prompt being validated. The host answers each request in an asyncio task of its own, with
 # its own context, so that this can't be read in another request or in the thread that runs prompts.
 _posting_client: ContextVar[str | None] = ContextVar("far_posting_client", default=None)
+_look_over: list[Callable[[Any], Mapping[str, str]]] = []
 
 
 class Progress:
@@ -77,7 +79,7 @@ def show_text(text: str, node_id: str | None) -> None:
 
 
 def show_refusal(text: str, node_id: str | None) -> None:
-    """Show on a node why it is refused: for ``validate_inputs``, while another client's prompt may be running."""
+    """Show on a node why it is refused: while a prompt is validated, when another client's prompt may be running."""
     _send(text, node_id, _posting_client.get())
 
 
@@ -102,9 +104,14 @@ def shorten_error_names() -> None:
             kind.__module__ = "FaR"
 
 
-def listen_to_prompts() -> None:
-    """Have the host say who posts a prompt before it validates the prompt, which :func:`show_refusal` needs."""
+def listen_to_prompts(look_over: Callable[[Any], Mapping[str, str]]) -> None:
+    """Have the host say who posts a prompt before it validates the prompt, which :func:`show_refusal` needs.
+
+    ``look_over(graph)``: what to show in that browser, by node id.
+    """
     server = _server()
+    if look_over not in _look_over:
+        _look_over.append(look_over)
     if server is not None and _note_client not in server.on_prompt_handlers:
         server.add_on_prompt_handler(_note_client)
 
@@ -112,6 +119,10 @@ def listen_to_prompts() -> None:
 def _note_client(request: Any) -> Any:
     client = request.get("client_id") if isinstance(request, dict) else None
     _posting_client.set(client if isinstance(client, str) else None)
+    graph = request.get("prompt") if isinstance(request, dict) else None
+    for look_over in _look_over:
+        for node_id, note in look_over(graph).items():
+            show_refusal(note, node_id)
     return request
 
 

@@ -62,6 +62,8 @@ def own_masks(
 ) -> list[Tensor | SubjectError | None]:
     """Of each picture's masks the subject's, 1 = subject; None where the only one is empty; or why there is none.
 
+    A picture whose only mask is empty has none, so that ``index`` doesn't count it where there is a ``fallback``.
+
     ``pictures``: [H,W,3] each. ``groups``: see :func:`group_masks`. ``index``: see
     :func:`far_train.data.instances.choose_instance`. ``fallback``: a picture without masks may have its subject found
     otherwise. Raises SubjectError as :func:`match_masks` does.
@@ -71,13 +73,14 @@ def own_masks(
         if not group and not index:
             found.append(None if fallback else SubjectError(f"{label}: has no mask; {HOW_TO_GET_MASKS}"))
             continue
+        number = 0 if fallback and len(group) == 1 and not bool((group[0] > 0.5).any()) else index
         try:
-            mask = _chosen(picture, group, prompt, index)
+            mask = _chosen(picture, group, prompt, number)
         except SubjectError as e:
             found.append(SubjectError(f"{label}: {e}"))
             continue
         (own,) = match_masks([picture], [in_range(mask)], invert=None, labels=[label])
-        found.append(SubjectError(f"{label}: index: mask {index} is empty") if own is None and index else own)
+        found.append(SubjectError(f"{label}: index: mask {number} is empty") if own is None and number else own)
     return found
 
 

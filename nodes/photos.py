@@ -22,7 +22,7 @@ from .pictures import HOW_TO_GET_MASKS, counted, doubts, photo_labels, some_of, 
 from .previews import as_image, refusal_shown, shown, subject_sheet
 from .prompts import BOX_FORMATS, boxes_by_photo, cut_at_edges, read_prompts, unscored
 from .segmentation import LoadSam, find_subjects
-from .sockets import BoundingBox, SamModel, check_choice, schema
+from .sockets import BoundingBox, SamModel, check_choice, schema, unknown_choice
 
 MAX_SIDE = 8192
 MASK_USES = ("as they are", "as hints for SAM")
@@ -86,7 +86,9 @@ class LoadPhotos(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, folder: str, max_side: int) -> str:
+    def fingerprint_inputs(cls, folder: str | None, max_side: int) -> str | float:
+        if folder is None:
+            return unknown_choice()
         try:
             photos = list_photos(host_folders.input_folder() / folder)
         except (PhotoError, TypeError):
@@ -252,9 +254,9 @@ class ExtractSubject(io.ComfyNode):
             batches = [len(image) if image.ndim == 4 else 1 for image in images]
             groups = group_masks(batches, masks, [len(frame) for frame in boxes])
             given = own_masks(pictures, groups, prompts, index[0], labels, sam is not None)
-        elif index[0]:  # without its box, SAM would look in the middle of the photo
+        if index[0]:  # without its box, SAM would look in the middle of the photo
             for i, frame in enumerate(boxes):
-                if len(frame) < index[0]:
+                if given[i] is None and len(frame) < index[0]:
                     given[i] = SubjectError(f"{labels[i]}: index: there is no box {index[0]} of {len(frame)}")
         if sam is None and any(m is None for m in given):
             missing = labels[next(i for i, m in enumerate(given) if m is None)]

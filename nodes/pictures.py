@@ -94,9 +94,7 @@ def match_masks(
 
 
 def _match(image: Tensor, mask: Tensor, invert: bool | None, label: str) -> Tensor | None:
-    if not bool((mask > 0.5).any()):
-        if float((mask > 0).float().mean()) >= FAINT_SHARE:
-            raise SubjectError(f"{label}: its mask {describe_faint(mask)}")
+    if not shows_subject(mask, label):
         return None
     if mask.shape != image.shape[:2]:
         raise SubjectError(
@@ -113,6 +111,15 @@ def _match(image: Tensor, mask: Tensor, invert: bool | None, label: str) -> Tens
     if not bool((mask > 0.5).any()):
         raise SubjectError(f"{label}: with invert_mask on, its mask is empty; switch it off")
     return mask
+
+
+def shows_subject(mask: Tensor, label: str) -> bool:
+    """Whether a mask [H,W] isn't empty. Raises SubjectError naming ``label`` for one that is only too dark."""
+    if bool((mask > 0.5).any()):
+        return True
+    if float((mask > 0).float().mean()) >= FAINT_SHARE:
+        raise SubjectError(f"{label}: its mask {describe_faint(mask)}")
+    return False
 
 
 def doubts(images: Sequence[Tensor], masks: Sequence[Tensor | None], labels: Sequence[str]) -> list[str]:

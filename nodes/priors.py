@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import gc
-import hashlib
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..far_train.data.concepts import ClassPicture, Concept
 from ..far_train.data.folders import mask_path
-from ..far_train.data.images import load_mask, load_photo, save_mask, to_pil
+from ..far_train.data.images import load_mask, load_photo, save_mask
 from ..far_train.data.settings import ExtractConfig
 from ..far_train.data.subjects import Prompt, SubjectExtractor
-from ..far_train.models.base import BaseModel
-from ..far_train.models.settings import SampleConfig
 from ..far_train.training.class_images import (
     EVERYDAY_SCENES,
     draw_class_images,
@@ -29,17 +24,24 @@ from ..far_train.training.class_images import (
     scene_path,
 )
 from ..far_train.training.settings import TrainConfig
-from ..far_train.utils.devices import choose_device
 from ..far_train.utils.errors import FarError
-from ..far_train.utils.files import make_folder, write_json
-from . import host_folders, host_memory, host_models, host_ui
+from .drawing import draw_once, sampling, sampling_inputs
+from .known_files import files_generation, remember_files
 from .live_view import DrawingView
-from .pictures import INVERT_TOOLTIP, counted, doubts, match_masks, photo_labels, tidy_noun, unroll_images, unroll_masks
+from .pictures import (
+    INVERT_TOOLTIP,
+    counted,
+    doubts,
+    match_masks,
+    photo_labels,
+    shows_subject,
+    tidy_noun,
+    unroll_images,
+    unroll_masks,
+)
 from .previews import MAX_SHOWN, as_image, shown, subject_sheet
 from .segmentation import find_subjects
 from .sockets import Carried, FarConcepts, FarPrior, SamModel, all_of, base_inputs, schema
-
-Drawn = TypeVar("Drawn")
 
 
 class ClassPrior(io.ComfyNode):
@@ -76,10 +78,16 @@ class ClassPrior(io.ComfyNode):
             ],
             outputs=[
                 FarPrior.Output("prior", tooltip="For FaR Concept Fusion."),
-                io.Image.Output("preview", tooltip="The first images with their masks, as one image."),
+                io.Image.Output(
+                    "preview", tooltip="The first images of each class noun with their masks, as one image."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> int:
+        return files_generation(cls.hidden.unique_id)
 
     @classmethod
     def execute(
@@ -100,7 +108,7 @@ class ClassPrior(io.ComfyNode):
             SubjectExtractor(sam_model)  # so that a wrong one is refused before the pictures are drawn
         wanted = [(noun, i) for noun in nouns for i in range(count)]
         config = sampling(prior_seed, steps, guidance)
-        pictures, folder = draw_once(
+        pictures, folder, paths = draw_once(
             "priors",
             (model, clip, vae),
             config,
@@ -109,12 +117,11 @@ class ClassPrior(io.ComfyNode):
             lambda base, folder, **on: draw_class_images(base, nouns, count, folder, config, size=size or None, **on),
             DrawingView(cls.hidden.unique_id, "images"),
         )
-        if sam_model is not None:
-            view = DrawingView(cls.hidden.unique_id, "masks")
-            pictures = with_masks(pictures, [picture_path(folder, *w) for w in wanted], sam_model, view)
+        pictures = with_masks(pictures, paths, sam_model, DrawingView(cls.hidden.unique_id, "masks"))
+        remember_files(cls.hidden.unique_id, [mask_path(path) for path in paths])
         masked = sum(p.mask is not None for p in pictures)
         text = f"{counted(len(pictures), 'regularization image')}, {masked} of them with a mask, in {folder}"
-        return prior_output(cls, pictures, text)
+        return prior_output(cls, pictures, first_of_each(pictures), text)
 
 
 class EmptyScenes(io.ComfyNode):
@@ -160,6 +167,10 @@ class EmptyScenes(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> int:
+        return files_generation(cls.hidden.unique_id)
+
+    @classmethod
     def execute(
         cls,
         model: Any,
@@ -174,7 +185,7 @@ class EmptyScenes(io.ComfyNode):
     ) -> io.NodeOutput:
         places = parse_scenes(scenes.splitlines())
         config = sampling(scene_seed, steps, guidance)
-        drawn, folder = draw_once(
+        drawn, folder, _ = draw_once(
             "scenes",
             (model, clip, vae),
             config,
@@ -189,120 +200,15 @@ class EmptyScenes(io.ComfyNode):
         return io.NodeOutput([b.image[None] for b in drawn], [b.phrase for b in drawn], ui=shown(cls, sheet, text))
 
 
-def sampling_inputs(seed: str) -> list[Any]:
-    """How a node draws with the base, read by :func:`sampling`; ``seed`` names the input of the seed."""
-    return [
-        io.Int.Input(
-            seed,
-            display_name="seed",
-            default=0,
-            min=0,
-            max=2**53 - 1,
-            control_after_generate=False,
-            tooltip="Seed of the images. With the same seed, images on disk are reused.",
-        ),
-        io.Int.Input(
-            "steps",
-            default=TrainConfig.class_image_steps,
-            min=1,
-            max=200,
-            tooltip="Sampling steps (DPM-Solver++). 20 are enough.",
-        ),
-        io.Float.Input(
-            "guidance",
-            display_name="CFG",
-            default=SampleConfig.guidance,
-            min=1.0,
-            max=20.0,
-            step=0.5,
-            tooltip="Classifier-free guidance scale. 6 to 7.5 work well.",
-        ),
-        io.Int.Input(
-            "size",
-            default=0,
-            min=0,
-            max=2048,
-            step=64,
-            tooltip="Width and height in pixels. 0: the native size of the base model (Stable Diffusion 1.5: 512, 2.1: "
-            "768, XL: 1024).",
-        ),
-    ]
-
-
-def sampling(seed: int, steps: int, guidance: float) -> SampleConfig:
-    return SampleConfig(sample_seed=seed, sampler="dpm++", sampling_steps=steps, guidance=guidance, sample_batch=1)
-
-
-def draw_once(
-    kind: str,
-    models: tuple[Any, Any, Any],
-    config: SampleConfig,
-    size: int,
-    paths: Callable[[Path], Sequence[Path]],
-    draw: Callable[..., list[Drawn]],
-    view: DrawingView,
-) -> tuple[list[Drawn], Path]:
-    """What ``draw(base, folder, on_progress=, on_step=)`` gives, and the folder in which it keeps the pictures.
-
-    ``models``: MODEL, CLIP and VAE. The base goes to the device only if one of ``paths(folder)`` is missing.
-    """
-    with host_memory.no_inference_mode():
-        base = host_models.read_base(*models)
-        folder = drawn_folder(kind, base, config, size or base.native_size)
-        try:
-            if not all(path.exists() for path in paths(folder)):
-                host_memory.unload_models()
-                base.to(*choose_device(str(host_memory.compute_device())))
-            drawn = draw(
-                base,
-                folder,
-                on_progress=lambda done, total: _show_progress(view, folder, done, total),
-                on_step=lambda _done, _total: host_ui.stop_if_interrupted(),
-            )
-        finally:
-            del base
-            gc.collect()
-            host_memory.unload_models()
-    return drawn, folder
-
-
-def _show_progress(view: DrawingView, folder: Path, done: int, total: int) -> None:
-    """Report the pictures drawn so far and show the newest. What is drawn is on disk, so a cancel loses nothing."""
-    host_ui.stop_if_interrupted()
-    newest = max(folder.rglob("*[0-9][0-9][0-9][0-9].png"), key=lambda p: p.stat().st_mtime_ns, default=None)
-    view.update(done, total, None if newest is None else to_pil(load_photo(newest).image))
-
-
-def drawn_folder(kind: str, base: BaseModel, config: SampleConfig, size: int) -> Path:
-    """Where what this base draws with these settings is kept. The number of pictures doesn't matter: it may grow.
-
-    A training keeps its own regularization images under another key (``class_images.prior_key``), although they may be
-    the same: that key is of the base in the precision in which it draws. Here the base isn't cast to it, nor moved to
-    the device, while all pictures are on disk.
-    """
-    settings = {
-        "base": base.fingerprint,
-        "prediction_type": base.prediction_type,
-        "size": size,
-        "prior_seed": config.sample_seed,
-        "sampler": config.sampler,
-        "steps": config.sampling_steps,
-        "guidance": config.guidance,
-    }
-    if base.zero_terminal_snr:
-        settings["zero_terminal_snr"] = True
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    folder = make_folder(host_folders.output_folder() / "far" / kind / key)
-    write_json(folder / "settings.json", settings)
-    return folder
-
-
 def with_masks(
     pictures: Sequence[ClassPicture], paths: Sequence[Path], sam: Any, view: DrawingView
 ) -> list[ClassPicture]:
-    """The pictures with their subjects' masks, made once and kept beside them, where people can mend them."""
+    """The pictures with their subjects' masks, made once and kept beside them, where people can mend them.
+
+    ``sam``: None to make none. A picture whose mask a person has painted black goes without. Raises SubjectError.
+    """
     masks = [load_mask(mask_path(p)) if mask_path(p).exists() else None for p in paths]
-    missing = [i for i, mask in enumerate(masks) if mask is None]
+    missing = [i for i, mask in enumerate(masks) if mask is None and sam is not None]
     photos = [load_photo(paths[i]) for i in missing]
     with closing(find_subjects(photos, sam, [Prompt()] * len(photos), ExtractConfig())) as found:
         for done, (i, (_, subject)) in enumerate(zip(missing, found)):
@@ -310,7 +216,9 @@ def with_masks(
                 save_mask(mask_path(paths[i]), subject.mask)
                 masks[i] = subject.mask
             view.update(done + 1, len(missing))
-    return [ClassPicture(p.noun, p.image, mask) for p, mask in zip(pictures, masks)]
+    labels = [f"{path.parent.name}/{path.name}" for path in paths]
+    used = [m if m is not None and shows_subject(m, label) else None for m, label in zip(masks, labels)]
+    return [ClassPicture(p.noun, p.image, mask, label) for p, mask, label in zip(pictures, used, labels)]
 
 
 class PriorFromImages(io.ComfyNode):
@@ -346,7 +254,7 @@ class PriorFromImages(io.ComfyNode):
             ],
             outputs=[
                 FarPrior.Output("prior", tooltip="For FaR Concept Fusion."),
-                io.Image.Output("preview", tooltip="The first images with their masks, as one image."),
+                io.Image.Output("preview", tooltip="The last images with their masks, as one image."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -369,14 +277,27 @@ class PriorFromImages(io.ComfyNode):
         masked = sum(p.mask is not None for p in own)
         everything = [*all_of("prior", prior, ClassPicture, "FAR_PRIOR"), *own]
         text = f"{counted(len(own), 'picture')} of a {word}, {masked} of them with a mask"
-        return prior_output(cls, everything, text, doubts(pictures, found, photo_labels(len(pictures))))
+        newest = everything[-MAX_SHOWN:]
+        return prior_output(cls, everything, newest, text, doubts(pictures, found, photo_labels(len(pictures))))
+
+
+def first_of_each(pictures: Sequence[ClassPicture]) -> list[ClassPicture]:
+    """What a sheet shows of drawn pictures: the first of each noun, as many of one as of another."""
+    by_noun: dict[str, list[ClassPicture]] = {}
+    for picture in pictures:
+        by_noun.setdefault(picture.noun, []).append(picture)
+    share = max(MAX_SHOWN // max(len(by_noun), 1), 1)
+    return [picture for group in by_noun.values() for picture in group[:share]][:MAX_SHOWN]
 
 
 def prior_output(
-    cls: type[io.ComfyNode], pictures: Sequence[ClassPicture], text: str, warnings: Sequence[str] = ()
+    cls: type[io.ComfyNode],
+    pictures: Sequence[ClassPicture],
+    some: Sequence[ClassPicture],
+    text: str,
+    warnings: Sequence[str] = (),
 ) -> io.NodeOutput:
-    """Regularization images as a node's output, with a sheet of the newest."""
-    some = pictures[-MAX_SHOWN:]
+    """Regularization images as a node's output, with a sheet of ``some``."""
     sheet = subject_sheet([p.image for p in some], [p.mask for p in some], [p.noun for p in some])
     return io.NodeOutput(Carried(pictures), as_image(sheet), ui=shown(cls, sheet, text, warnings))
 

@@ -2,28 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 APPLY = "FaR_ApplyWeights"
 # Nodes whose own text may hold the tokens whatever their CLIP is: strengths by token, prompts of sample pictures.
 KNOWING = (APPLY, "FaR_Train")
+MODELS = ("model", "clip", "vae")  # inputs that bring no text
+
+_applied: set[str] = set()
+_noted: set[str] = set()  # nodes that show a note
+
+
+def remember_tokens(tokens: Collection[str]) -> None:
+    """Note tokens that FaR Apply Weights has applied, for :func:`plain_text_notes`."""
+    _applied.update(tokens)
+
+
+def plain_text_notes(graph: Any) -> dict[str, str]:
+    """What to say on which nodes of a prompt that was just posted: see :func:`unpatched_prompts`.
+
+    By all tokens that were applied since the host started. The host takes a FaR Apply Weights that hasn't changed from
+    its cache, so that the node itself can't see what else has. A node that is right again shows nothing: stock nodes
+    would keep the note for ever. ``graph``: whatever was posted as a prompt.
+    """
+    if not isinstance(graph, Mapping):
+        return {}
+    known = {node_id: node for node_id, node in graph.items() if _is_node(node)}
+    applies = any(node["class_type"] == APPLY for node in known.values())
+    unpatched = unpatched_prompts(known, sorted(_applied)) if applies else {}
+    settled = [n for n in known if n in _noted and n not in unpatched and not known[n]["class_type"].startswith("FaR_")]
+    _noted.difference_update(settled)
+    return dict.fromkeys(settled, "") | notes_of(unpatched)
+
+
+def notes_of(unpatched: Mapping[str, Collection[str]]) -> dict[str, str]:
+    """What to say on the nodes that :func:`unpatched_prompts` has found."""
+    _noted.update(unpatched)
+    fix = "will be read as plain text here: connect the CLIP of FaR Apply Weights"
+    return {node_id: f"{' and '.join(tokens)} {fix}" for node_id, tokens in unpatched.items()}
 
 
 def unpatched_prompts(graph: Mapping[str, Any], tokens: Collection[str]) -> dict[str, list[str]]:
     """Nodes whose text holds some of ``tokens`` but whose CLIP doesn't come through FaR Apply Weights.
 
     ``graph`` is a queued prompt in API format, node id → {"class_type", "inputs"}. Returns the tokens by node id: such
-    a node would read them as plain text, without a word.
+    a node would read them as plain text, without a word. A text may also come from a node that only holds it.
     """
     found = {}
     for node_id, node in graph.items():
         inputs = node.get("inputs", {})
-        clip, texts = inputs.get("clip"), [v.lower() for v in inputs.values() if isinstance(v, str)]
+        clip, texts = inputs.get("clip"), [text.lower() for text in _texts(graph, inputs)]
         held = [t for t in tokens if any(t in text for text in texts)]
         if held and node["class_type"] not in KNOWING and _is_link(clip) and not _comes_through(graph, clip[0], set()):
             found[node_id] = held
     return found
+
+
+def _texts(graph: Mapping[str, Any], inputs: Mapping[str, Any]) -> Iterator[str]:
+    """The texts of a node's inputs, written down or linked to a node like PrimitiveStringMultiline."""
+    for name, value in inputs.items():
+        if isinstance(value, str):
+            yield value
+        elif _is_link(value) and name not in MODELS:
+            written = graph.get(value[0], {}).get("inputs", {}).values()
+            if not any(map(_is_link, written)):
+                yield from (text for text in written if isinstance(text, str))
+
+
+def _is_node(node: Any) -> bool:
+    return (
+        isinstance(node, Mapping)
+        and isinstance(node.get("class_type"), str)
+        and isinstance(node.get("inputs"), Mapping)
+    )
 
 
 def _is_link(value: Any) -> bool:

@@ -17,7 +17,7 @@ from ..far_train.mini.shipped import SAM, small_sam
 from ..far_train.utils.errors import FarError, SubjectError
 from . import host_folders, host_memory, host_ui
 from .previews import refusal_shown
-from .sockets import SamModel, check_choice, schema
+from .sockets import SamModel, check_choice, schema, unknown_choice
 
 SMALL_SAM = "FaR mini SAM (built in)"
 
@@ -62,7 +62,9 @@ class LoadSam(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str) -> str:
+    def fingerprint_inputs(cls, model_name: str | None) -> str | float:
+        if model_name is None:
+            return unknown_choice()
         try:
             return host_folders.files_fingerprint([sam_path(model_name)])
         except (FileNotFoundError, TypeError, AttributeError):

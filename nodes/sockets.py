@@ -91,6 +91,14 @@ def check_choice(refusal: bool | str) -> None:
         raise ConfigError(str(refusal))
 
 
+def unknown_choice() -> float:
+    """For ``fingerprint_inputs`` of a choice that comes through a link, which the host doesn't tell: never the same.
+
+    A new object each time: the host compares by identity first.
+    """
+    return float("nan")
+
+
 def all_of(name: str, given: Sequence[Any], kind: type, called: str) -> list[Any]:
     """The things of all lists of a socket that takes several. Raises ConfigError naming the input."""
     found = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ from ..far_train.training.settings import TrainConfig
 from ..far_train.utils.errors import ConfigError, Interrupted
 from . import host_folders, host_memory, host_models, host_ui, sockets
 from .check import check_run, is_checked
+from .host_attention import applied_tokens
+from .known_files import files_generation, remember_files
 from .live_view import LiveView, metrics_of
 from .naming import file_name
 from .train_options import Options
@@ -136,6 +139,10 @@ class Train(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> int:
+        return files_generation(cls.hidden.unique_id)
+
+    @classmethod
     def execute(
         cls,
         model: Any,
@@ -172,29 +179,37 @@ class Train(io.ComfyNode):
             if continue_from is not None:
                 sockets.check_sockets(continue_from=(continue_from, FarWeights, "FAR_WEIGHTS"))
             check_trainable(host_models.check_family(model, clip), config)
+            on_top = on_top_of(applied_tokens(clip), continue_from)
             identity = run_identity(host_models.identify_base(model, clip, vae), dataset, config, continue_from)
             name = file_name(name, "run")
             folder, finished = find_run(host_folders.output_folder() / "far", name, identity)
             if finished:
                 text = f"{folder.name} is trained already: loaded from {folder}\n{check_words(load_check(folder))}"
-                host_ui.log_and_show(text.strip(), cls.hidden.unique_id)
+                host_ui.log_and_show(f"{on_top}\n{text}".strip(), cls.hidden.unique_id)
             elif dry_run:
                 with _freed_base(model, clip, vae) as base:
                     check_captions(dataset, base, config.vectors_per_token)
-                    cost = measure_cost(
-                        base,
-                        dataset,
-                        config,
-                        start=continue_from,
-                        steps_done=len(metrics_of(folder)),
-                        should_stop=host_ui.interrupted,
-                    )
-                host_ui.log_and_show(f"dry run of {folder.name}\n{cost.words}", cls.hidden.unique_id)
+                    try:
+                        cost = measure_cost(
+                            base,
+                            dataset,
+                            config,
+                            start=continue_from,
+                            steps_done=len(metrics_of(folder)),
+                            should_stop=host_ui.interrupted,
+                        )
+                    except Interrupted:
+                        host_ui.raise_interrupted()
+                text = f"{on_top}\ndry run of {folder.name}\n{cost.words}"
+                host_ui.log_and_show(text.strip(), cls.hidden.unique_id)
                 return io.NodeOutput(*[host_ui.blocked_output()] * 4, ui={"text": (cost.words,)})
             else:
                 live = LiveView(cls.hidden.unique_id, folder, total, new_run_note(folder, name, identity))
+                if on_top:
+                    live.on_note(on_top)
                 _train(model, clip, vae, dataset, config, folder, continue_from, options, live)
             weights = FarWeights.load(folder / WEIGHTS_FILE)
+            remember_files(cls.hidden.unique_id, [folder / WEIGHTS_FILE])
             curve = from_pil(loss_curves(metrics_of(folder)))[None]
             return io.NodeOutput(sockets.CarriedWeights.of(weights), curve, _last_samples(folder), str(folder))
 
@@ -207,6 +222,21 @@ def check_sample_prompts(prompts: Sequence[str], tokens: Sequence[str]) -> None:
     for prompt in prompts:
         for token in unknown_tokens(prompt, tokens):
             raise ConfigError(f"sample_prompt: there is no {token} in the dataset; it has: {', '.join(tokens)}")
+
+
+def on_top_of(tokens: Sequence[str], continue_from: FarWeights | None) -> str:
+    """What to say of a training on MODEL and CLIP in which FaR Apply Weights has put ``tokens``; "" if there are none.
+
+    Raises ConfigError with weights to continue from: they are in MODEL already, or others are.
+    """
+    if not tokens:
+        return ""
+    applied = f"MODEL and CLIP come through FaR Apply Weights ({', '.join(tokens)})"
+    if continue_from is not None:
+        raise ConfigError(
+            f"continue_from: {applied}, so that weights would be applied twice; connect the checkpoint's MODEL and CLIP"
+        )
+    return f"{applied}: the result only works on top of those weights. Else connect the checkpoint's MODEL and CLIP."
 
 
 def new_run_note(folder: Path, name: str, identity: dict[str, Any]) -> str:
@@ -278,8 +308,8 @@ def _freed_base(model: Any, clip: Any, vae: Any) -> Iterator[BaseModel]:
 
 def _last_samples(folder: Path) -> Tensor:
     """The newest sample pictures of a run, [n, H, W, 3]; one black picture if it made none."""
-    paths = sorted((folder / "samples").glob("step-*.png"))
-    newest = [p for p in paths if p.name.split("-")[1] == paths[-1].name.split("-")[1]]
+    found = {tuple(map(int, re.findall(r"\d+", p.stem))): p for p in (folder / "samples").glob("step-*.png")}
+    newest = [found[place] for place in sorted(found) if place[0] == max(found)[0]]
     return torch.stack([load_photo(p).image for p in newest]) if newest else torch.zeros(1, 64, 64, 3)
 
 

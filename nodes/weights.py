@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
+from collections.abc import Collection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,11 +19,10 @@ from ..far_train.models.weights import FarWeights, describe
 from ..far_train.utils.errors import ConfigError, WeightsError
 from ..far_train.utils.files import parse_json
 from . import host_folders, host_memory, host_models, host_tokens, host_ui, sockets
+from .host_attention import applied_tokens
 from .naming import file_name, place
 from .previews import refusal_shown
-from .prompt_graph import unpatched_prompts
-
-log = logging.getLogger(__name__)
+from .prompt_graph import notes_of, remember_tokens, unpatched_prompts
 
 _STRENGTH_LINE = re.compile(r"(<[^<>\s]+>|[^\s=:<>]+)\s*[=:]\s*(\S+)")
 
@@ -52,7 +51,8 @@ class SaveWeights(io.ComfyNode):
                 io.Boolean.Input(
                     "export_embeddings",
                     default=False,
-                    tooltip="Also save one embedding per concept. In prompts: embedding:corgi-dog.",
+                    tooltip="Also save one embedding per concept. In prompts: embedding:corgi-dog, or as the node then "
+                    "says: a number is added to a name in use.",
                 ),
                 io.Int.Input(
                     "lora_rank",
@@ -66,6 +66,7 @@ class SaveWeights(io.ComfyNode):
             ],
             outputs=[io.String.Output(display_name="files", tooltip="The saved files, one per line.")],
             is_output_node=True,
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -74,7 +75,7 @@ class SaveWeights(io.ComfyNode):
     ) -> io.NodeOutput:
         sockets.check_sockets(weights=(weights, FarWeights, "FAR_WEIGHTS"))
         stem = file_name(name.removesuffix(".safetensors"), "weights")
-        files = []
+        files, hints = [], []
         # Exports are made aside and then placed, so that none of them lands on a file of the same name.
         with host_memory.no_inference_mode(), TemporaryDirectory(prefix="far-") as made:
             whole = Path(made) / "weights.safetensors"
@@ -87,8 +88,16 @@ class SaveWeights(io.ComfyNode):
             if export_embeddings:
                 for path in export.export_embeddings(weights, Path(made) / "embeddings"):
                     files.append(place(path, host_folders.model_folder("embeddings"), path.stem))
+                    hints.append(embedding_hint(path.stem, files[-1].stem))
         text = "\n".join(map(str, files))
+        host_ui.log_and_show("\n".join([*hints, "saved:", text]), cls.hidden.unique_id)
         return io.NodeOutput(text, ui={"text": (text,)})
+
+
+def embedding_hint(wanted: str, given: str) -> str:
+    """How to write an exported embedding in prompts: its file has another name if another training's has that one."""
+    hint = f"write embedding:{given}"
+    return hint if given == wanted else f"{hint} (embedding:{wanted} is of another training)"
 
 
 class LoadWeights(io.ComfyNode):
@@ -117,9 +126,9 @@ class LoadWeights(io.ComfyNode):
         return f"file: models/far holds no file '{file}'; train with FaR Train and FaR Save Weights, or copy it there"
 
     @classmethod
-    def fingerprint_inputs(cls, file: str | None) -> str:
+    def fingerprint_inputs(cls, file: str | None) -> str | float:
         if file is None:
-            return ""
+            return sockets.unknown_choice()
         about = host_folders.model_path("far", file).stat()
         return f"{file} {about.st_size} {about.st_mtime_ns}"
 
@@ -174,7 +183,7 @@ class ApplyWeights(io.ComfyNode):
                 sockets.Model.Output(tooltip="For the sampler."),
                 sockets.Clip.Output(tooltip="For prompts with placeholder tokens."),
             ],
-            hidden=[io.Hidden.prompt],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )
 
     @classmethod
@@ -185,21 +194,21 @@ class ApplyWeights(io.ComfyNode):
         if not -4 <= strength <= 4:  # the host lets NaN pass
             raise ConfigError(f"strength: {strength} is out of range; it must be between -4 and 4")
         strengths = parse_strengths(concept_strength, weights)
-        for node_id, tokens in unpatched_prompts(cls.hidden.prompt or {}, list(weights.embeddings)).items():
-            host_ui.log_and_show(
-                f"{' and '.join(tokens)} will be read as plain text here: connect the CLIP of FaR Apply Weights",
-                node_id,
-            )
+        remember_tokens(weights.embeddings)
+        unpatched = unpatched_prompts(cls.hidden.prompt or {}, list(weights.embeddings))
+        for node_id, note in notes_of(unpatched).items():
+            host_ui.log_and_show(note, node_id)
         with host_memory.no_inference_mode(), torch.no_grad():
-            check_fits(weights, model, clip)
+            notes = [*check_fits(weights, model, clip), *check_again(weights, applied_tokens(clip))]
+            host_ui.log_and_show("\n".join([*notes, f"applied: {', '.join(weights.embeddings)}"]), cls.hidden.unique_id)
             rows = {t: _at_strength(clip, weights, t, strengths.get(t, 1.0)) for t in weights.embeddings}
             return io.NodeOutput(
                 host_models.patch_model(model, weights, strength), host_tokens.apply_tokens(clip, rows)
             )
 
 
-def check_fits(weights: FarWeights, model: Any, clip: Any) -> None:
-    """Refuse a base of another family or prediction type, warn about another one of the same kind.
+def check_fits(weights: FarWeights, model: Any, clip: Any) -> list[str]:
+    """Refuse a base of another family or prediction type; what to say of another one of the same kind.
 
     Raises BaseModelError, WeightsError. Shapes are checked where the weights are put in.
     """
@@ -213,8 +222,20 @@ def check_fits(weights: FarWeights, model: Any, clip: Any) -> None:
         )
     # MODEL without the graph's patches counts as well: other FaR weights or a LoRA may have been applied before.
     digests = (kv_digest(host_models.kv_weights(model, patched=patched)) for patched in (True, False))
-    if about.base_digest not in digests:
-        log.warning("These FaR weights were trained on another base of the same shape than MODEL; likeness may suffer.")
+    if about.base_digest in digests:
+        return []
+    return ["These FaR weights were trained on another base of the same shape than MODEL; likeness may suffer."]
+
+
+def check_again(weights: FarWeights, before: Collection[str]) -> list[str]:
+    """What to say of tokens that another FaR Apply Weights has put into CLIP ``before``."""
+    again = [token for token in weights.embeddings if token in before]
+    if not again:
+        return []
+    return [
+        f"{', '.join(again)}: applied before by another FaR Apply Weights. The later embedding counts, but MODEL has "
+        "the LoRAs of both; remove one of the two nodes."
+    ]
 
 
 def parse_strengths(text: str, weights: FarWeights) -> dict[str, float]:

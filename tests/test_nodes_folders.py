@@ -57,3 +57,16 @@ def test_the_hosts_datasets_folders_if_it_has_some(folders, tmp_path):
     assert folders.dataset_roots() == []  # before ComfyUI 0.33
     host.folder_names_and_paths["datasets"] = ([str(tmp_path / "datasets"), "/elsewhere"], set())
     assert folders.dataset_roots() == [tmp_path / "datasets", Path("/elsewhere")]
+
+
+def test_subfolders_of_the_input_folder_are_found_without_asking_of_every_file(folders, tmp_path, monkeypatch):
+    for name in ("dogs/corgi/old", ".hidden/dogs", "cats", "dogs/.cache/x", "elsewhere"):
+        (tmp_path / "input" / name).mkdir(parents=True)
+    (tmp_path / "input" / "dogs" / "1.png").touch()
+    (tmp_path / "input" / "linked").symlink_to(tmp_path / "input" / "dogs", target_is_directory=True)
+    folders.folder_paths.get_input_directory = lambda: str(tmp_path / "input")
+    asked: list[Path] = []
+    monkeypatch.setattr(Path, "is_dir", lambda self, **_: asked.append(self))
+    monkeypatch.setattr(Path, "stat", lambda self, **_: asked.append(self))
+    assert folders.input_subfolders() == ["cats", "dogs", "dogs/corgi", "dogs/corgi/old", "elsewhere", "linked"]
+    assert asked == []

@@ -107,7 +107,9 @@ def test_what_cannot_be_chosen_says_why():
 
 def test_a_photo_without_masks_may_have_its_subject_found_otherwise():
     assert choose([]) is None and choose([NONE]) is None and choose([NONE, NONE]) is None
+    assert choose([NONE], index=1) is None and choose([NONE], index=2) is None
     assert "photo 1: has no mask" in str(choose([], fallback=False))
+    assert "photo 1: index: mask 1 is empty" in str(choose([NONE], index=1, fallback=False))
 
 
 def test_a_mask_of_another_size_is_refused_for_the_whole_node():

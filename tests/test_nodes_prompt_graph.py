@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from .nodes_pack import pack_module
 
-unpatched_prompts = pack_module("nodes.prompt_graph").unpatched_prompts
+prompt_graph = pack_module("nodes.prompt_graph")
+unpatched_prompts = prompt_graph.unpatched_prompts
 
 
 def node(kind: str, **inputs):
@@ -45,6 +46,33 @@ def test_other_prompts_and_other_nodes_are_left_alone():
         )
         == {}
     )
+
+
+def test_texts_that_come_from_nodes_which_only_hold_them():
+    held = node("PrimitiveStringMultiline", value="a <corgi-dog> dog")
+    made = node("FaR_Concept", images=["far", 0], token="<chow-dog>")
+    text = node("CLIPTextEncode", clip=["base", 1], text=["held", 0])
+    assert found(held=held, text=text) == {"text": ["<corgi-dog>"]}
+    assert found(held=held, text=node("CLIPTextEncode", clip=["far", 1], text=["held", 0])) == {}
+    assert found(made=made, prior=node("FaR_ClassPrior", clip=["base", 1], concepts=["made", 0])) == {}
+    assert found(model=node("Detailer", model=["base", 0], clip=["base", 1], text="a dog")) == {}
+
+
+def test_a_posted_graph_is_looked_over_with_the_tokens_that_were_applied(monkeypatch):
+    monkeypatch.setattr(prompt_graph, "_applied", set())
+    monkeypatch.setattr(prompt_graph, "_noted", set())
+    graph = GRAPH | {"text": node("CLIPTextEncode", clip=["base", 1], text="a <corgi-dog> dog")}
+    assert prompt_graph.plain_text_notes(graph) == {}
+    prompt_graph.remember_tokens(["<corgi-dog>"])
+    note = "<corgi-dog> will be read as plain text here: connect the CLIP of FaR Apply Weights"
+    assert prompt_graph.plain_text_notes(graph) == {"text": note}
+    odd = {"a": None, "b": [], "c": {"class_type": "FaR_ApplyWeights"}, "d": {"inputs": {}}}
+    assert prompt_graph.plain_text_notes(graph | odd) == {"text": note}
+    mended = graph | {"text": node("CLIPTextEncode", clip=["far", 1], text="a <corgi-dog> dog")}
+    assert [prompt_graph.plain_text_notes(g) for g in (mended, mended)] == [{"text": ""}, {}]
+    without = {name: graph[name] for name in ("base", "text")}
+    for nothing in (without, odd, {}, None, "text", [graph]):
+        assert prompt_graph.plain_text_notes(nothing) == {}
 
 
 def test_graphs_that_go_in_circles_or_miss_nodes():

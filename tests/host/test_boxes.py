@@ -33,3 +33,17 @@ def test_a_photo_in_which_a_detector_found_nothing_is_named(comfy: ComfyServer):
     prompt["8"] = node("FaRTest_BoundingBox", x=40, y=20, width=50, height=60, frames="1, 2, 0")
     told = comfy.run(prompt)["3"]["text"][0].splitlines()
     assert "photo 3 (c): no box was given; SAM looked in the middle of the photo" in told[:-1]
+
+
+def test_a_number_chooses_the_box_where_photos_have_no_mask(comfy: ComfyServer):
+    """FaR Load Photos sends an empty mask for each; the middle of a photo is no answer to 'subject number' 2."""
+    photo_folder(comfy, "numbered", masks=False)
+    box = node("FaRTest_BoundingBox", x=40, y=20, width=50, height=60, frames="1, 2, 0")
+    for index, used in ((1, "ab"), (2, "b")):
+        prompt = extraction("numbered", 0.0, box=["8", 0], index=index) | {"8": box}
+        without = comfy.run(prompt)["4"]["text"]
+        prompt["3"]["inputs"]["masks"] = ["1", 1]
+        assert comfy.run(prompt)["4"]["text"] == without
+        lines = dict(zip("abc", without[0].splitlines(), strict=True))
+        assert [name for name in lines if "score" in lines[name]] == list(used)
+        assert f"photo 3 (c): index: there is no box {index} of 0" in lines["c"]

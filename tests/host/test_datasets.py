@@ -73,7 +73,7 @@ def test_the_next_training_learns_edited_masks_and_captions(comfy: ComfyServer, 
         redrawn.save(mask)
         comfy.run(prompt)
         seen.catch_up()
-    told = next(text for node_id, text in seen.texts if node_id == "5")
+    told = next(text for node_id, text in seen.said if node_id == "5")
     assert told.startswith(
         "changed: dataset (its content changed); this starts a new run, edited-2, at step 1; edited is"
     )

@@ -65,7 +65,7 @@ def test_texts_and_pictures_go_to_the_client_that_queued(comfy: ComfyServer):
         comfy.run(training(comfy, "mine", steps=4, options={"sample_every": 2}))
         own.catch_up()
         assert {(shown_on, "3 photos, 3 of them with a mask") for shown_on in ("28:13", "28")} <= set(own.texts)
-        assert ("4", "encoding (5 pictures)") in own.texts
+        assert ("4", "encoding (5 pictures)") in own.said
         assert nothing_seen(other)
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from .comfy_server import ComfyServer
 from .graphs import defaults, encoded, node, tiny_base
 from .photos import pictures
+from .test_training import run_folder, training
 
 SIZE = 128  # pixels, of the test pack's dataset
 STEPS = 5  # a divisor of 1000: else ddim_uniform takes one more
@@ -50,6 +51,14 @@ def test_samples_are_what_the_ksampler_draws(comfy: ComfyServer, base: dict, req
     for ours, theirs in ((first, plain), (second, learned)):
         assert np.abs(ours - theirs).max() <= 1  # of 255: sample pictures are rounded, SaveImage cuts off
     assert np.abs(second - without).max() > 20
+
+
+def test_more_than_ten_samples_keep_the_order_of_their_prompts(comfy: ComfyServer):
+    options = {"sample_every": 1, "sample_steps": 1}
+    prompt = training(comfy, "eleven", steps=1, options=options, sample_prompt="\n".join("abcdefghijk"))
+    shown = pictures(comfy, comfy.run(prompt)["6"])
+    drawn = [Image.open(run_folder(comfy, "eleven") / f"samples/step-000001-{i}.png") for i in range(11)]
+    assert [np.abs(a.astype(int) - np.asarray(b)).max() <= 1 for a, b in zip(shown, drawn, strict=True)] == [True] * 11
 
 
 def stock_pictures(comfy: ComfyServer, base: dict, lora: str, *asked: tuple[str, int, float]) -> list[np.ndarray]:

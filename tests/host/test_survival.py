@@ -15,11 +15,14 @@ import pytest
 from far_train.models.weights import FarWeights
 from far_train.training.run_folder import read_metrics
 
+from ..tiny_encoders import write_encoder
+from ..tiny_sam import save_tiny, tiny_sam
 from .comfy_server import ComfyServer, ExecutionFailed, default_packs
 from .faults import FAULTS, fault, held_bytes, wait_reached
 from .find_host import REPO, Host
 from .graphs import node
 from .listener import Listener
+from .test_evaluate import judged
 from .test_mini import line
 from .test_training import run_folder, steps_of, training
 
@@ -85,6 +88,19 @@ def test_a_cancel_in_every_phase(frail: ComfyServer, learned: FarWeights, phase:
         assert not run_folder(frail, f"{name}-2").exists()
     else:
         assert same(again, learned)
+
+
+@pytest.mark.parametrize("phase", ["encoding", "step"])
+def test_a_cancelled_dry_run_is_no_error(frail: ComfyServer, phase: str):
+    prompt = prompt_of(frail, f"dry-{phase}")
+    prompt["4"]["inputs"]["dry_run"] = True
+    fault(frail, phase)
+    prompt_id = frail.queue(prompt)
+    wait_reached(frail)
+    entry = frail.cancel(prompt_id)
+    fault(frail, None)
+    assert [(e.kind, e.node_type) for e in frail.errors(entry)] == [("interrupted", "FaR_Train")]
+    assert not run_folder(frail, f"dry-{phase}").exists()
 
 
 @pytest.mark.parametrize(
@@ -223,3 +239,21 @@ def test_how_soon_a_cancel_is_acknowledged(frail: ComfyServer):
         assert list(run_folder(frail, name).glob("checkpoints/checkpoint-*.safetensors"))
     print(f"\n{len(waited)} cancels: {min(waited):.2f} to {max(waited):.2f} s, a step takes up to {step:.2f} s")
     assert max(waited) <= step + 1
+
+
+def test_the_hosts_models_make_room_for_an_encoder(frail: ComfyServer):
+    """In FaR Evaluate, and in the check of a training, where there is a SAM as well."""
+    folder = frail.folder("models/clip_vision/tiny-dino")
+    write_encoder(folder, "dinov2")
+    save_tiny(frail.folder("models/sams") / "tiny.safetensors", tiny_sam(3))
+    fault(frail, "placements")
+    try:
+        frail.run(judged(encoder="tiny-dino", masks=["12", 1]))
+        assert "Dinov2Model" in frail.get("/far_test/state")["reached"]
+        fault(frail, "placements")
+        frail.run(training(frail, "roomy", steps=1, options={"check_with": "tiny-dino"}))
+        assert frail.get("/far_test/state")["reached"][:1] == ["Dinov2Model"]
+        assert (run_folder(frail, "roomy") / "check.json").exists()
+    finally:
+        fault(frail, None)
+        shutil.rmtree(folder)  # an encoder makes other trainings be checked

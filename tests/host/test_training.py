@@ -98,7 +98,7 @@ def test_progress_and_pictures_are_seen_while_it_trains(comfy: ComfyServer):
     picture = next(payload for kind, payload in seen.binaries if kind == PREVIEW)
     assert b"JFIF" in picture[:2000]
     assert any(kind == NODE_TEXT and b"encoding (5 pictures)" in text for kind, text in seen.binaries)
-    told = [text for node_id, text in seen.texts if node_id == "4"]
+    told = [text for node_id, text in seen.said if node_id == "4"]
     assert told[0] == "encoding (5 pictures)"  # and not that it has started, or succeeded, before the first step
     assert all(line.startswith(("encoding", "step ")) for line in told)
 
@@ -286,8 +286,8 @@ def test_a_cancelled_training_goes_on_when_queued_again(comfy: ComfyServer):
     with Listener(comfy) as seen:
         comfy.run(prompt)
         seen.catch_up()
-    assert seen.texts[0] == ("4", f"resumes from step {len(begun)}\nencoding (5 pictures)")
-    assert any(f"resumes from step {len(begun)}\nstep " in text for _, text in seen.texts)
+    assert seen.said[0] == ("4", f"resumes from step {len(begun)}\nencoding (5 pictures)")
+    assert any(f"resumes from step {len(begun)}\nstep " in text for _, text in seen.said)
     assert read_metrics(folder / "metrics.jsonl")[: len(begun)] == begun  # seconds and all: not trained again
     assert steps_of(folder) == list(range(1, 26))
     assert not run_folder(comfy, "cancelled-2").exists()
@@ -300,7 +300,7 @@ def test_a_changed_setting_that_begins_another_run_is_told(comfy: ComfyServer):
         changed = {"embedding_lr": 0.001, "prior_weight": 0.5, "weight_decay": 0.1}
         comfy.run(training(comfy, "renewed", steps=4, train_seed=1, options=changed))
         seen.catch_up()
-    first, second, third = [text for _, text in seen.texts if "encoding" in text]
+    first, second, third = [text for _, text in seen.said if "encoding" in text]
     assert first == "encoding (5 pictures)"
     assert second == (
         "changed: steps (3 then, 2 now); this starts a new run, renewed-2, at step 1; renewed is kept\n"

@@ -161,6 +161,48 @@ def test_saving_twice_keeps_one_file_and_other_weights_get_a_number(comfy, base,
     assert save(first) == ["kept-once.safetensors"]
 
 
+def test_how_to_write_an_embedding_is_told(comfy, weights, saved):
+    """The file of another training's token of that name stays, and the name means that one."""
+    again = {f"<again-{token[1:]}": rows for token, rows in weights.embeddings.items()}
+    other = {token: {name: row + 1 for name, row in rows.items()} for token, rows in again.items()}
+    about = Provenance(**vars(weights.provenance) | {"nouns": dict.fromkeys(again, "ball")})
+    told = []
+    for suffix, rows in (("-a", again), ("-b", other)):
+        save = node("FaR_SaveWeights", weights=["1", 0], name="told", export_lora=False, export_embeddings=True,
+                    lora_rank=0)  # fmt: skip
+        file = saved(FarWeights(rows, weights.deltas, about), suffix)
+        with Listener(comfy) as listener:
+            outputs = comfy.run({"1": node("FaR_LoadWeights", file=file), "2": save})
+            listener.catch_up()
+        ((_, text),) = [shown for shown in listener.texts if shown[0] == "2"]
+        assert text.endswith("saved:\n" + outputs["2"]["text"][0])
+        told += text.splitlines()[:2]
+    assert told == [
+        "write embedding:again-red-ball",
+        "write embedding:again-blue-ball",
+        "write embedding:again-red-ball-2 (embedding:again-red-ball is of another training)",
+        "write embedding:again-blue-ball-2 (embedding:again-blue-ball is of another training)",
+    ]
+
+
+def test_warnings_stand_on_the_node_that_applies(comfy, weights, saved):
+    """Of another base, and of a token that is applied twice; gone when there is no more reason."""
+    prompt = applied(saved(weights))
+    plain = {name: dict(entry) for name, entry in prompt.items()}
+    prompt["1"] = tiny_base(weights_seed=1)
+    prompt["8"] = node("FaR_ApplyWeights", model=["3", 0], clip=["3", 1], weights=["2", 0], strength=1.0)
+    prompt |= {"9": encoded("a <red-ball> ball", ["8", 1]), "10": predicted("twice", ["8", 0], ["9", 0])}
+    with Listener(comfy) as listener:
+        comfy.run(prompt)
+        comfy.run(plain)
+        listener.catch_up()
+    first, last = [text for node_id, text in listener.texts if node_id == "3"]
+    assert first.startswith("These FaR weights were trained on another base")
+    assert last == "applied: <red-ball>, <blue-ball>"
+    (second,) = [text for node_id, text in listener.texts if node_id == "8"]
+    assert "\n<red-ball>, <blue-ball>: applied before by another FaR Apply Weights" in second
+
+
 def test_weighted_and_stacked_prompts(comfy, base, weights, saved):
     """Emphasis reaches the embedding, and two nodes in a row know each other's tokens."""
     renamed = FarWeights(
@@ -205,8 +247,24 @@ def test_prompts_with_an_unpatched_clip_are_told_so(comfy, weights, saved):
     with Listener(comfy) as listener:
         comfy.run(prompt)
     told = [payload for kind, payload in listener.binaries if kind == NODE_TEXT]
-    assert sum(b"&lt;red-ball&gt; will be read as plain text here" in payload for payload in told) == 1
+    assert any(b"&lt;red-ball&gt; will be read as plain text here" in payload for payload in told)
     assert all(payload[4:5] == b"6" for payload in told if b"plain text" in payload)
+
+
+def test_a_prompt_rewired_after_a_good_run_is_told_so(comfy, weights, saved):
+    """FaR Apply Weights comes from the cache then, and the text from a node that only holds it."""
+    prompt = applied(saved(weights))
+    prompt["6"] = node("PrimitiveStringMultiline", value="a <red-ball> ball")
+    prompt["4"]["inputs"]["text"] = ["6", 0]
+    with Listener(comfy) as listener:
+        comfy.run(prompt)
+        prompt["4"]["inputs"]["clip"] = ["1", 1]
+        assert "3" in comfy.cached(comfy.wait(comfy.queue(prompt)))
+        prompt["4"]["inputs"]["clip"] = ["3", 1]
+        comfy.run(prompt)
+        listener.catch_up()
+    note = "<red-ball> will be read as plain text here: connect the CLIP of FaR Apply Weights"
+    assert [text for node_id, text in listener.texts if node_id == "4"] == [note, ""]
 
 
 def test_concept_strength_zero_is_the_noun(comfy, base, weights, saved):

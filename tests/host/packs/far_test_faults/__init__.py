@@ -68,12 +68,25 @@ def broken_previews() -> None:
     fail(live_view, "loss_curves", lambda: ValueError("a preview that fails"), times=3)
 
 
+def noted_placements() -> None:
+    """Not a fault: "reached" lists the models for which the host's models make room."""
+    memory = far("nodes.host_memory")
+    real = memory.on_compute_device
+
+    def noting(module: torch.nn.Module) -> Any:
+        reached.append(type(module).__name__)
+        return real(module)
+
+    replace(memory, "on_compute_device", noting)
+
+
 FAULTS: dict[str, Callable[[], None]] = {
     "memory once": lambda: fail(far("far_train.training.step"), "forward_backward", out_of_memory, times=2),
     "memory": lambda: fail(far("far_train.training.step"), "forward_backward", out_of_memory),
     "memory while encoding": lambda: fail(far("far_train.training.build"), "cache_latents", out_of_memory),
     "disk": full_disk,
     "preview": broken_previews,
+    "placements": noted_placements,
     "crash": lambda: fail(far("far_train.training.recipe"), "take_step", ZeroDivisionError),
     "crash while segmenting": lambda: fail(far("far_train.data.subjects"), "choose_mask", ZeroDivisionError),
 }
