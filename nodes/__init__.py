@@ -14,7 +14,6 @@ from . import (
     mini,
     photos,
     priors,
-    prompt_graph,
     train_options,
     training,
     weights,
@@ -27,7 +26,7 @@ class FarExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         host_folders.register_model_folders()
-        host_ui.listen_to_prompts(prompt_graph.plain_text_notes)
+        host_ui.listen_to_prompts()
         host_ui.shorten_error_names()
         modules = (photos, priors, concepts, fusion, train_options, training, weights, attention, evaluate, mini)
         return [errors_shown(node) for module in modules for node in module.NODES]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import html
 import logging
-from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -21,6 +20,7 @@ from server import PromptServer
 
 from ..far_train.utils import errors
 from ..far_train.utils.errors import FarError
+from .prompt_graph import plain_text_notes
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,6 @@ PREVIEW_SIDE = 512  # pixels of a live preview's longest side
 # The client that posted the prompt being validated. The host answers each request in an asyncio task of its own, with
 # its own context, so that this can't be read in another request or in the thread that runs prompts.
 _posting_client: ContextVar[str | None] = ContextVar("far_posting_client", default=None)
-_look_over: list[Callable[[Any], Mapping[str, str]]] = []
 
 
 class Progress:
@@ -104,14 +103,12 @@ def shorten_error_names() -> None:
             kind.__module__ = "FaR"
 
 
-def listen_to_prompts(look_over: Callable[[Any], Mapping[str, str]]) -> None:
+def listen_to_prompts() -> None:
     """Have the host say who posts a prompt before it validates the prompt, which :func:`show_refusal` needs.
 
-    ``look_over(graph)``: what to show in that browser, by node id.
+    What a prompt would read as plain text is said in that browser at once.
     """
     server = _server()
-    if look_over not in _look_over:
-        _look_over.append(look_over)
     if server is not None and _note_client not in server.on_prompt_handlers:
         server.add_on_prompt_handler(_note_client)
 
@@ -119,10 +116,8 @@ def listen_to_prompts(look_over: Callable[[Any], Mapping[str, str]]) -> None:
 def _note_client(request: Any) -> Any:
     client = request.get("client_id") if isinstance(request, dict) else None
     _posting_client.set(client if isinstance(client, str) else None)
-    graph = request.get("prompt") if isinstance(request, dict) else None
-    for look_over in _look_over:
-        for node_id, note in look_over(graph).items():
-            show_refusal(note, node_id)
+    for node_id, note in plain_text_notes(request.get("prompt") if isinstance(request, dict) else None).items():
+        show_refusal(note, node_id)
     return request
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..far_train.evaluation.sheets import loss_curves, picture_grid
 from ..far_train.training.checkpoints import newest_step
-from ..far_train.training.run_folder import METRICS_FILE, read_metrics
+from ..far_train.training.run_folder import CHECKPOINTS, METRICS_FILE, read_metrics
 from ..far_train.utils.wording import Countdown, duration, rate, size_in_words
 from . import host_memory, host_ui
 
@@ -32,7 +32,7 @@ class LiveView:
     def __init__(self, node_id: str | None, folder: Path, steps: int, note: str = ""):
         self.progress = host_ui.Progress(steps, node_id)
         self.node_id, self.folder, self.steps, self.note = node_id, folder, steps, note
-        self.saved = newest_step(folder / "checkpoints")
+        self.saved = newest_step(folder / CHECKPOINTS)
         if self.saved:
             self.note = f"resumes from step {self.saved}"
         self.phase = ""
@@ -81,7 +81,7 @@ class LiveView:
 
     def on_cancel(self) -> None:
         """Say where the run stands, which is saved."""
-        step = newest_step(self.folder / "checkpoints")
+        step = newest_step(self.folder / CHECKPOINTS)
         if step:
             host_ui.log_and_show(f"stopped at step {step} of {self.steps} and saved; press Run to resume", self.node_id)
         else:

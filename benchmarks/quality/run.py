@@ -47,6 +47,7 @@ from far_train.models.sampling import draw_pictures
 from far_train.models.tokens import Vocabulary
 from far_train.training.class_images import WithClassImages
 from far_train.training.recipe import Callbacks, train
+from far_train.training.run_folder import CHECKPOINTS
 from far_train.training.settings import TrainConfig
 from far_train.utils.errors import CheckpointError, Interrupted
 from far_train.utils.files import write_json, write_tensors, write_text
@@ -225,7 +226,7 @@ class Bench:
         )
         config = config.replace(device=str(self.device))
         weights = train(base, training_set, config, folder, resume=folder.exists(), callbacks=callbacks)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         return apply_weights(weights, base)
 
     # ---- figures

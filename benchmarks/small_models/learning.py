@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from far_train.training.checkpoints import load_checkpoint, save_checkpoint
-from far_train.training.run_folder import METRICS_FILE, cut_metrics, open_run, read_metrics
+from far_train.training.run_folder import CHECKPOINTS, METRICS_FILE, cut_metrics, open_run, read_metrics
 from far_train.utils.config import Config, setting
 from far_train.utils.devices import choose_device
 from far_train.utils.errors import CheckpointError, Interrupted, TrainingDiverged
@@ -136,7 +136,7 @@ def fit(
     captures = captured_loss is not None and device.type == "cuda"
     optimizer = _optimizer(module, parameters, config, capturable=captures)
     saved = {f"model/{k}": p for k, p in parameters.items()} | {f"average/{k}": p for k, p in average.items()}
-    first = step = load_checkpoint(folder / "checkpoints", saved, optimizer)
+    first = step = load_checkpoint(folder / CHECKPOINTS, saved, optimizer)
     cut_metrics(folder / METRICS_FILE, step)
     trained = _seconds_trained(folder / METRICS_FILE)
     started, kept = time.monotonic(), step
@@ -181,7 +181,7 @@ def fit(
         nonlocal kept
         report(metrics_file)
         if step != kept:
-            save_checkpoint(folder / "checkpoints", step, saved, optimizer, config.keep_checkpoints)
+            save_checkpoint(folder / CHECKPOINTS, step, saved, optimizer, config.keep_checkpoints)
             kept = step
 
     try:
@@ -280,7 +280,7 @@ def load_averaged(module: M, folder: Path) -> tuple[M, int]:
     """
     average = {k: nn.Parameter(p.detach().clone(), requires_grad=False) for k, p in module.named_parameters()}
     optimizer = torch.optim.AdamW(module.parameters())
-    step = load_checkpoint(folder / "checkpoints", {f"average/{k}": p for k, p in average.items()}, optimizer)
+    step = load_checkpoint(folder / CHECKPOINTS, {f"average/{k}": p for k, p in average.items()}, optimizer)
     if not step:
         raise CheckpointError(f"{folder}: holds no checkpoint; train this model first")
     return _averaged(module, average), step
