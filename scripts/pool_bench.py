@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Print joint accuracy, contrasts and claims over several benches together, from their results.csv.
+"""Print the tables of a report over several benches together, from their results.csv.
 
     python scripts/pool_bench.py benchmarks/reports/2026-11-26/bench-*.csv
 
@@ -15,9 +15,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.quality.claims import claims_table  # noqa: E402
 from benchmarks.quality.summary import COLUMNS  # noqa: E402
-from benchmarks.quality.tables import contrast_table, joint_accuracy_table  # noqa: E402
+from benchmarks.quality.tables import report_tables  # noqa: E402
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -39,7 +38,7 @@ def main(paths: list[Path]) -> None:
     groups = [group for bench in benches for group in {row["group"] for row in bench}]
     if twice := {group for group in groups if groups.count(group) > 1}:
         sys.exit(f"{', '.join(sorted(twice))}: in more than one file, which would mix settings; leave one out")
-    print("\n".join([*joint_accuracy_table(rows), "", *contrast_table(rows), "", *claims_table(rows)]))
+    print("\n".join(report_tables(rows)).strip())
 
 
 if __name__ == "__main__":

@@ -31,7 +31,19 @@ KINDS = (
 def write_report(rows: Sequence[Row], out: Path, title: str) -> Path:
     """Write results.md, results.csv, both plots and a contact sheet per arm; returns results.md."""
     parts = [f"# {title}", "", f"{len(rows)} runs. Means over groups with 95 % bootstrap intervals over them."]
-    parts += ["", "## Joint accuracy by kind of group", "", *joint_accuracy_table(rows)]
+    parts += report_tables(rows)
+    write_text(out / "results.md", "\n".join(parts) + "\n")
+    write_text(out / "results.csv", _csv(rows))
+    save_sheet(out / "success-drift.png", plot_success_against_drift(summarise(rows, PAIRS)))
+    save_sheet(out / "leakage-similarity.png", plot_leakage(rows))
+    for arm in arms_of(rows):
+        _join_sheets(out, arm, rows)
+    return out / "results.md"
+
+
+def report_tables(rows: Sequence[Row]) -> list[str]:
+    """Markdown lines of a report: all tables that these rows can fill, each below its heading."""
+    parts = ["", "## Joint accuracy by kind of group", "", *joint_accuracy_table(rows)]
     for heading, kinds in KINDS:
         summary = summarise(rows, kinds)
         if summary:
@@ -43,13 +55,7 @@ def write_report(rows: Sequence[Row], out: Path, title: str) -> Path:
     claimed = claims_table(rows)
     if claimed:
         parts += ["", "## Claims", "", '"Open" means inconclusive: the interval includes the bound.', "", *claimed]
-    write_text(out / "results.md", "\n".join(parts) + "\n")
-    write_text(out / "results.csv", _csv(rows))
-    save_sheet(out / "success-drift.png", plot_success_against_drift(summarise(rows, PAIRS)))
-    save_sheet(out / "leakage-similarity.png", plot_leakage(rows))
-    for arm in arms_of(rows):
-        _join_sheets(out, arm, rows)
-    return out / "results.md"
+    return parts
 
 
 def _table(summary: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> list[str]:
