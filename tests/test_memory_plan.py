@@ -14,10 +14,10 @@ from far_train.training.settings import TrainConfig
 GB = 2**30
 
 
-def plan(samples: int, free: float, fast: float, lean: float, **settings) -> MemoryPlan:
-    """The plan for ``free`` GB, where one sample takes ``fast`` or, checkpointed, ``lean`` GB."""
+def plan(samples: int, free: float, fast: float, lean: float, graph: bool = False, **settings) -> MemoryPlan:
+    """The plan for ``free`` GB, where one sample takes ``fast`` or, checkpointed, ``lean`` GB of an eager step."""
     trials = {False: Trial(fast * GB, int(free * GB / MARGIN)), True: Trial(lean * GB, int(free * GB / MARGIN))}
-    return choose_plan(TrainConfig(**settings), samples, trials.__getitem__)
+    return choose_plan(TrainConfig(**settings), samples, trials.__getitem__, graph)
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,11 @@ def plan(samples: int, free: float, fast: float, lean: float, **settings) -> Mem
 )
 def test_the_fastest_plan_that_fits(free: float, expected: MemoryPlan):
     assert plan(4, free, 1.5, 0.25) == expected
+
+
+def test_a_captured_step_is_left_more_room():
+    assert plan(4, 6.1, 1.5, 0.25, graph=True) == MemoryPlan(2, False)  # 1.3 × as much: 1.95 GB a sample
+    assert plan(4, 7.9, 1.5, 0.25, graph=True) == MemoryPlan(4, False)
 
 
 def test_one_sample_that_does_not_fit_is_checkpointed():
@@ -81,7 +86,7 @@ def test_free_memory_is_asked_for_after_the_trial(fake_cuda):
         fake_cuda.in_use, fake_cuda.peak = 700, 100
 
     plan = plan_memory(TrainConfig(), 4, torch.device("cuda"), one_sample)
-    assert plan == MemoryPlan(2, False)  # two samples of 100 bytes in nine tenths of 300
+    assert plan == MemoryPlan(2, False)  # two captured samples of 130 bytes in nine tenths of 300
     assert fake_cuda.log == ["sample False", "free"]
 
 
@@ -89,6 +94,6 @@ def test_a_trial_that_does_not_fit_is_checkpointed(fake_cuda):
     def one_sample(checkpointing: bool) -> None:
         if not checkpointing:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        fake_cuda.peak = 200
+        fake_cuda.peak = 150
 
     assert plan_memory(TrainConfig(), 4, torch.device("cuda"), one_sample) == MemoryPlan(4, True)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..utils.ahead import computed_ahead, spare_threads
 from ..utils.errors import CaptionError, DatasetError, FarError, OutputError, UnreadableFile
 from ..utils.files import make_folder, parse_json, write_json, write_text
 from ..utils.text_files import read_words
@@ -51,15 +52,20 @@ def write_dataset(
     make_folder(unfinished)
     try:
         instances, priors = training_set.composite_count(), training_set.prior_count()
+
+        def write(i: int) -> dict[str, Any] | None:
+            if i < instances:
+                return _write_composite(unfinished / "composites", f"{i:04d}", training_set.composite(i))
+            prior, stem = training_set.prior(i - instances), f"{i - instances:04d}"
+            save_picture(unfinished / "priors" / f"{stem}.png", prior.image)
+            write_text(unfinished / "priors" / f"{stem}.txt", prior.caption + "\n")
+            return None
+
         entries = []
-        for i in range(instances):
-            on_progress(i, instances + priors)
-            entries.append(_write_composite(unfinished / "composites", f"{i:04d}", training_set.composite(i)))
-        for i in range(priors):
-            on_progress(instances + i, instances + priors)
-            prior = training_set.prior(i)
-            save_picture(unfinished / "priors" / f"{i:04d}.png", prior.image)
-            write_text(unfinished / "priors" / f"{i:04d}.txt", prior.caption + "\n")
+        with computed_ahead(write, instances + priors, spare_threads()) as written:
+            for i in range(instances + priors):
+                on_progress(i, instances + priors)
+                entries.append(next(written))
         names = [{"token": n.token, "noun": n.noun} for n in training_set.names]
         write_json(
             unfinished / "dataset.json",
@@ -67,7 +73,7 @@ def write_dataset(
                 "schema": SCHEMA,
                 "size": training_set.size,
                 "concepts": names,
-                "composites": entries,
+                "composites": entries[:instances],
                 "about": about or {},
             },
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -36,11 +37,17 @@ class Capture(Protocol):
     def __call__(self, compute: Compute, inputs: Inputs) -> Callable[[], Tensor]: ...
 
 
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures of a process: cuBLAS keeps a workspace of 64 MiB for every stream it has worked on."""
+    return torch.cuda.Stream(device)
+
+
 def capture_cuda_graph(compute: Compute, inputs: Inputs) -> Callable[[], Tensor]:
     """A :class:`Capture` by a CUDA graph. ``compute`` also runs ``WARM_UP`` times before."""
     device = next(iter(inputs.values())).device
     with torch.cuda.device(device):
-        stream = torch.cuda.Stream(device)
+        stream = _capture_stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):

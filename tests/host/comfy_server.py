@@ -135,7 +135,7 @@ class ComfyServer:
         command = [
             str(self.host.python),
             "main.py",
-            "--cpu",
+            *(["--cpu"] if os.environ.get("COMFYUI_DEVICE", "cpu") == "cpu" else []),
             "--base-directory",
             str(self.base),
             "--listen",
