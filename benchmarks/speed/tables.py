@@ -96,7 +96,7 @@ def _step_line(row: Row, reference: Row) -> str:
         f"{row.samples_per_second:.3g}",
         f"{reference.seconds / row.seconds:.2f}×" if reference.seconds else "",
         f"{row.share_of_peak:.0%}" if row.share_of_peak is not None else "",
-        f"{row.peak_bytes / 2**30:.2f} GB" if row.peak_bytes else "",
+        f"{row.peak_bytes / 2**30:.2f} GiB" if row.peak_bytes else "",
         f"{row.peak_bytes / reference.peak_bytes:.2f}×" if row.peak_bytes and reference.peak_bytes else "",
         f"{1000 * row.gpu_seconds:.4g}" if row.gpu_seconds else "",
         str(row.launches) if row.launches else "",
