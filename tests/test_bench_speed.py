@@ -23,12 +23,17 @@ from .command_line import refused
 FLOPS = {"reference": 8_000, "fast": 4_000, "preserving": 6_000, "lean": 5_000}
 
 
+def known_counts(configs: dict, size: int, batch: int, dtype: torch.dtype) -> dict[str, Counts]:
+    assert configs["unet"] and (size, batch, dtype) == (128, 4, torch.float32)
+    return {mode: Counts(flops=n) for mode, n in FLOPS.items()}
+
+
 @pytest.fixture
 def small_is_tiny(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The small model is the tiny one, and what its steps cost is known; ``test_counting.py`` counts."""
     monkeypatch.setattr(measure, "small_base", lambda: load_base(tiny_folder))
     monkeypatch.setattr(measure, "read_configs", lambda _: read_configs(tiny_folder))
-    monkeypatch.setattr(measure, "count_steps", lambda *_: {mode: Counts(flops=n) for mode, n in FLOPS.items()})
+    monkeypatch.setattr(measure, "count_steps", known_counts)
 
 
 def test_the_command_writes_tables_and_json(small_is_tiny, tmp_path: Path, capsys):
@@ -41,6 +46,7 @@ def test_the_command_writes_tables_and_json(small_is_tiny, tmp_path: Path, capsy
     for row in report["steps"]:  # of a step of four samples; what a method computes needlessly doesn't count
         useful = row["samples_per_second"] * (1_500 if row["mode"] == "preserving" else 1_000)
         assert row["share_of_peak"] == pytest.approx(useful / report["matmul_flops_per_second"])
+    assert report["counts"]["128"]["fast"]["host_waits"] == 0
     assert {mode: counts["flops"] for mode, counts in report["counts"]["128"].items()} == FLOPS
     assert [(s["pool"], s["concepts"]) for s in report["sweep"]] == list(measure.SWEEP)
     assert all(s["seconds"] > 0 for s in report["sweep"])

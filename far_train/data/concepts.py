@@ -188,6 +188,12 @@ class TrainingSet(Protocol):
     def prior(self, index: int) -> Composite: ...
 
 
+def picture_at(training_set: TrainingSet, index: int) -> Composite:
+    """Picture ``index`` of all: first the composites, then the regularization images."""
+    composites = training_set.composite_count()
+    return training_set.composite(index) if index < composites else training_set.prior(index - composites)
+
+
 def check_picture(image: Tensor, where: str) -> None:
     """Refuse a picture of the wrong shape, such as a batch. Raises SubjectError naming ``where``."""
     if image.ndim != 3 or image.shape[-1] != 3:

@@ -24,7 +24,7 @@ from ..utils.errors import CaptionError, DatasetError, FarError, OutputError, Un
 from ..utils.files import make_folder, parse_json, write_json, write_text
 from ..utils.text_files import read_words
 from .captions import Name, check_noun, check_token, locate_mentions
-from .concepts import Composite, TrainingSet
+from .concepts import Composite, TrainingSet, picture_at
 from .folders import OTHER_PICTURES, SUFFIXES, describe_unread, list_photos
 from .images import load_mask, load_photo, save_mask, save_picture
 from .masks import describe_faint
@@ -53,13 +53,9 @@ def write_dataset(
     try:
         instances, priors = training_set.composite_count(), training_set.prior_count()
 
-        def write(i: int) -> dict[str, Any] | None:
-            if i < instances:
-                return _write_composite(unfinished / "composites", f"{i:04d}", training_set.composite(i))
-            prior, stem = training_set.prior(i - instances), f"{i - instances:04d}"
-            save_picture(unfinished / "priors" / f"{stem}.png", prior.image)
-            write_text(unfinished / "priors" / f"{stem}.txt", prior.caption + "\n")
-            return None
+        def write(i: int) -> dict[str, Any]:
+            folder, number = ("composites", i) if i < instances else ("priors", i - instances)
+            return _write_picture(unfinished / folder, f"{number:04d}", picture_at(training_set, i))
 
         entries = []
         with computed_ahead(write, instances + priors, spare_threads()) as written:
@@ -103,7 +99,8 @@ def _check_free(folder: Path) -> None:
         raise OutputError(f"{folder}: is not empty; choose another folder or delete it")
 
 
-def _write_composite(folder: Path, stem: str, composite: Composite) -> dict[str, Any]:
+def _write_picture(folder: Path, stem: str, composite: Composite) -> dict[str, Any]:
+    """Write a picture with its caption and the masks of its mentions; returns its entry of dataset.json."""
     save_picture(folder / f"{stem}.png", composite.image)
     write_text(folder / f"{stem}.txt", composite.caption + "\n")
     mentions = []

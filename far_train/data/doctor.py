@@ -21,7 +21,7 @@ from torch import Tensor
 from ..utils.errors import SubjectError
 from .alike import background_histogram, difference_hash, hash_distance, intersection
 from .captions import COLLAGE_TEMPLATES, SOME_TOKEN, TEMPLATES, Name
-from .concepts import Composite, Concept, TrainingSet
+from .concepts import Composite, Concept, TrainingSet, picture_at
 from .dataset import DatasetFolder
 from .images import Photo
 from .masks import check_own_mask, mask_box
@@ -111,7 +111,7 @@ def examine_dataset(
     captions = []
     for i in range(total):
         on_progress(i, total)
-        composite = dataset.composite(i) if i < count else dataset.prior(i - count)
+        composite = picture_at(dataset, i)
         captions.append(composite.caption)
         if i < count:
             findings += _examine_composite(composite, labels[i])

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data.concepts import Composite, TrainingSet
+from ..data.concepts import Composite, TrainingSet, picture_at
 from ..data.dataset import DatasetFolder
 from ..models.base import BaseModel
 from ..models.tokens import TokenizedPrompt, Vocabulary
@@ -181,11 +181,8 @@ def cache_latents(
         drawn = mean + std * torch.randn((1, *mean.shape), generator=generator)[0]
         return (drawn * base.vae.config.scaling_factor).float()
 
-    def build(i: int) -> Composite:
-        return training_set.composite(i) if i < composites else training_set.prior(i - composites)
-
-    # A GPU encodes faster than one core fuses.
-    with computed_ahead(build, total, threads_beside(base.device, world.size)) as pictures:
+    threads = threads_beside(base.device, world.size)  # a GPU encodes faster than one core fuses
+    with computed_ahead(partial(picture_at, training_set), total, threads) as pictures:
         for i in range(total):
             on_progress(i, total)
             picture = next(pictures)

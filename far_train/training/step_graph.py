@@ -39,7 +39,7 @@ class Capture(Protocol):
 
 @cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures of a process: cuBLAS keeps a workspace of 64 MiB for every stream it has worked on."""
+    """One for all captures of a process: cuBLAS keeps a workspace for every stream that it has worked on."""
     return torch.cuda.Stream(device)
 
 
