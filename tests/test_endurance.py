@@ -178,7 +178,7 @@ def test_ten_runs_in_one_process_leave_nothing_behind(small: BaseModel, balls, t
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"),
                                    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")])  # fmt: skip
 def test_out_of_memory_is_tried_again_with_less_at_once(small, balls, tmp_path: Path, monkeypatch, caplog, error):
-    """The third backward fails twice: checkpointing, then halves. The gradient is the whole step's all the same."""
+    """The third backward fails twice: halves, then checkpointing. The gradient is the whole step's all the same."""
     whole = train(small, balls, CONFIG.replace(steps=3), tmp_path / "whole")
     sizes = []
 
@@ -189,8 +189,8 @@ def test_out_of_memory_is_tried_again_with_less_at_once(small, balls, tmp_path: 
 
     monkeypatch.setattr(step, "forward_backward", Spy(step.forward_backward, error, 3, 4))
     weights = train(small, balls, CONFIG.replace(steps=3), tmp_path / "run")
-    assert sizes == [3, 3, 3, 3, 1, 1, 1]
-    assert "going on with gradient checkpointing" in caplog.text and "going on with 1 samples at once" in caplog.text
+    assert sizes == [3, 3, 3, 1, 1, 1, 1]
+    assert "continuing with gradient checkpointing" in caplog.text and "continuing with micro_batch 1" in caplog.text
     assert not small.unet.training and not small.unet.is_gradient_checkpointing
     assert weights.provenance.config == whole.provenance.config
     for name in whole.shapes():

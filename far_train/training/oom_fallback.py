@@ -21,8 +21,8 @@ T = TypeVar("T")
 class OomFallback:
     """Runs steps by a memory plan, which it tightens for the rest of the run whenever memory runs out.
 
-    First it switches on gradient checkpointing, then it halves the micro-batch. The step stays the same but for
-    rounding.
+    As in the plan (:func:`.memory_plan.choose_plan`), smaller micro-batches come before gradient checkpointing, which
+    computes the forward pass twice. The step stays the same but for rounding.
     """
 
     def __init__(self, unet: nn.Module, plan: MemoryPlan):
@@ -54,12 +54,12 @@ class OomFallback:
             self._tighten(micro_batch, reason)
 
     def _tighten(self, micro_batch: int, reason: str) -> None:
-        if not self.plan.checkpointing:
-            self.use(MemoryPlan(self.plan.micro_batch, checkpointing=True))
-            log.warning("Memory ran out (%s): going on with gradient checkpointing, which takes longer.", reason)
-        elif micro_batch > 1:
-            self.use(MemoryPlan(micro_batch // 2, checkpointing=True))
-            log.warning("Memory ran out (%s): going on with %d samples at once.", reason, self.plan.micro_batch)
+        if micro_batch > 1:
+            self.use(MemoryPlan(micro_batch // 2, self.plan.checkpointing))
+            log.warning("Memory ran out (%s): continuing with micro_batch %d.", reason, self.plan.micro_batch)
+        elif not self.plan.checkpointing:
+            self.use(MemoryPlan(1, checkpointing=True))
+            log.warning("Memory ran out (%s): continuing with gradient checkpointing, which takes longer.", reason)
         else:
             raise OutOfMemory(
                 f"a training step doesn't fit into memory, even one sample at a time ({reason}); what is done is kept "
