@@ -18,6 +18,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from ..utils.ahead import computed_ahead, spare_threads
 from ..utils.errors import SubjectError
 from .alike import background_histogram, difference_hash, hash_distance, intersection
 from .captions import COLLAGE_TEMPLATES, SOME_TOKEN, TEMPLATES, Name
@@ -108,14 +109,18 @@ def examine_dataset(
     labels = [f"composite {i}" for i in range(count)]
     if isinstance(dataset, DatasetFolder):
         labels = [str(path.with_suffix(".png")) for path, _ in dataset.captions()][:count]
-    captions = []
-    for i in range(total):
-        on_progress(i, total)
+
+    def look(i: int) -> tuple[str, list[Finding]]:
         composite = picture_at(dataset, i)
-        captions.append(composite.caption)
-        if i < count:
-            findings += _examine_composite(composite, labels[i])
-    on_progress(total, total)
+        return composite.caption, list(_examine_composite(composite, labels[i])) if i < count else []
+
+    captions = []
+    on_progress(0, total)
+    with computed_ahead(look, total, spare_threads()) as looked_at:
+        for done, (caption, found) in enumerate(looked_at, 1):
+            captions.append(caption)
+            findings += found
+            on_progress(done, total)
     return findings + examine_captions(captions, dataset.names)
 
 
