@@ -19,7 +19,7 @@ from far_train.training.recipe import TrainingRun
 from far_train.training.settings import TrainConfig
 from far_train.training.step import accumulate_gradients, sample_batch
 
-STEPS = 60
+STEPS = 30
 QUICK = TrainConfig(steps=STEPS, batch_size=1, prior_batch_size=1, sample_every=0, device="cpu")
 
 

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from far_train.data.dataset import write_dataset
+from far_train.data.dataset import DatasetFolder, write_dataset
+from far_train.models.loading import load_base
+from far_train.training.recipe import train
+from far_train.training.settings import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 STEPS = 16
@@ -50,7 +53,7 @@ def equal(a: dict, b: dict) -> bool:
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_folder: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     run = tmp_path_factory.mktemp("whole") / "run"
-    subprocess.run(command(tiny_folder, dataset, run), cwd=ROOT, check=True, capture_output=True)
+    train(load_base(tiny_folder), DatasetFolder(dataset), TrainConfig(steps=STEPS, sample_every=0, device="cpu"), run)
     return load_file(run / "weights.safetensors")
 
 
