@@ -5,8 +5,9 @@ Needs about 16 GB of memory, 12 GB of disk and a quarter of an hour on two cores
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +34,16 @@ from far_train.training.settings import TrainConfig
 from far_train.utils.errors import BaseModelError
 
 pytestmark = pytest.mark.full_size
+RANDOM = torch.randn(1_000_003).mul_(0.02).half()  # a prime number of values, so that hardly any two rows are the same
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_cores() -> Iterator[None]:
+    """Large models gain from threads; the other tests' small ones don't (see conftest.py)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +67,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Family], P
 
 def random_weight(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """fp16 values of about the size that trained ones have: small matrices, norms of one, no biases."""
-    weight = torch.zeros(tensor.shape, dtype=torch.float16)
     if tensor.ndim > 1:
-        return weight.normal_(std=0.02)
-    return weight + ("norm" in name and name.endswith("weight"))
+        count = tensor.numel()
+        return RANDOM.repeat(-(-count // len(RANDOM)))[:count].reshape(tensor.shape)
+    return torch.zeros(tensor.shape, dtype=torch.float16) + ("norm" in name and name.endswith("weight"))
 
 
 @pytest.mark.parametrize(
