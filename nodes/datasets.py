@@ -101,8 +101,8 @@ class LoadDataset(io.ComfyNode):
                 io.Combo.Input(
                     "folder",
                     options=list(dataset_folders()),
-                    tooltip="A dataset in output/far/datasets; in ComfyUI's datasets folder if its name starts with "
-                    "datasets/, in its input folder if with input/.",
+                    tooltip="Names that start with datasets/ are in ComfyUI's datasets folder, those with input/ in "
+                    "its input folder, all others in output/far/datasets.",
                 )
             ],
             outputs=[

@@ -70,7 +70,7 @@ LABELS = {
 }
 TOOLTIPS = {
     "prior_batch_size": "Regularization images per step (prior preservation). 0: off.",
-    "micro_batch": "Samples per forward pass. The result is the same; fewer need less memory. 0: all at once.",
+    "micro_batch": "Samples per forward pass. The result is the same; fewer need less memory. 0: automatic.",
     "gradient_checkpointing": "Use less memory, at the cost of speed.",
     "precision": "Precision of the frozen base model.",
     "sample_every": "Steps between sample images. 0: no samples.",

@@ -154,11 +154,11 @@ def cli_page() -> str:
 def section(command: Command) -> Iterator[str]:
     yield f"## {command.name}\n"
     yield f"{command.description}\n"
-    required = "".join(f" {usage(a)}" for a in command.arguments if a.required)
+    required = "".join(f" {a.name.upper() if a.bare else usage(a)}" for a in command.arguments if a.required)
     yield f"```text\npython -m far_train {command.name}{required} …\n```\n"
     rows = ["| flag | meaning |", "| --- | --- |"]
     for a in command.arguments:
-        rows.append(f"| `{usage(a)}`{' (required)' if a.required else ''} | {cell(a.help)} |")
+        rows.append(f"| `{usage(a)}`{' (required)' if a.required else ''} | {cell(a.meaning)} |")
     yield "\n".join(rows) + "\n"
     if command.settings:
         name = command.settings.__name__

@@ -68,12 +68,7 @@ QUEUE = Command(
     "queue",
     "run a workflow on a running ComfyUI and wait for its end",
     (
-        Argument(
-            "workflow",
-            "API-format JSON, such as those in workflows/api; --workflow may be left out",
-            True,
-            bare=True,
-        ),
+        Argument("workflow", "API-format JSON, such as those in workflows/api", True, bare=True),
         Argument(
             "host",
             "the ComfyUI's address (default: http://127.0.0.1:8188); repeat to share a grid among several",

@@ -78,16 +78,24 @@ def _known(value: float) -> Any:
 
 EVALUATE = Command(
     "evaluate",
-    "judge whether pictures show the concepts, each like its photos and unmixed (Detect-and-Compare)",
+    "judge whether pictures show the concepts, each like its photos and unmixed (Detect-and-Compare); writes scores "
+    "and a sheet of verdicts beside the folder",
     (
-        Argument("pictures", "folder of pictures; those whose prompt lacks a concept are left out", required=True),
+        Argument(
+            "pictures",
+            "folder of pictures. NAME.txt beside NAME.png, as generate writes it, is its prompt; pictures whose prompt "
+            "lacks a concept are left out, those without a prompt are judged",
+            required=True,
+        ),
         Argument(
             "concept",
             "a concept: its placeholder token, class noun and folder of subjects; repeat for each",
             True,
             repeatable(("TOKEN", "NOUN", "FOLDER"), 3),
         ),
-        Argument("encoder", "image encoder in transformers' layout, DINOv2 or CLIP: a folder", required=True),
+        Argument(
+            "encoder", "image encoder in transformers' layout, such as DINOv2, CLIP or SigLIP: a folder", required=True
+        ),
         Argument("sam", "Segment Anything weights, .safetensors or .pth; proposes the subjects", required=True),
         DEVICE,
     ),

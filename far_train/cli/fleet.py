@@ -55,7 +55,7 @@ FLEET = Command(
     (
         Argument("jobs", "job file, YAML or JSON: the subject sets, and the settings of each step", True, bare=True),
         Argument("address", "a Ray cluster, such as ray://head:10001 or auto (default: this machine alone)"),
-        Argument("resume", "go on with the jobs of this file that are not done", options=SWITCH),
+        Argument("resume", "continue the jobs of this file that are not done", options=SWITCH),
     ),
     fleet,
 )

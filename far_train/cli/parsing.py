@@ -40,6 +40,11 @@ class Argument:
     def flag(self) -> str:
         return flag_of(self.name)
 
+    @property
+    def meaning(self) -> str:
+        """What --help says of it."""
+        return f"{self.help} ({self.flag} may be left out)" if self.bare else self.help
+
     def check(self, value: Any) -> None:
         """Refuse a value of the wrong type, as a settings file may hold it. Raises ConfigError."""
         options = dict(self.options)
@@ -121,7 +126,7 @@ def add_flags(parser: argparse.ArgumentParser, command: Command) -> None:
         options = {"metavar": argument.name.upper(), **dict(argument.options)}
         if argument.options == SWITCH:
             options.pop("metavar")
-        text = argument.help + (" [required]" if argument.required else "")
+        text = argument.meaning + (" [required]" if argument.required else "")
         parser.add_argument(argument.flag, help=_escape(text), **options)
         if argument.bare:
             parser.add_argument(argument.name, nargs="?", help=argparse.SUPPRESS)

@@ -78,7 +78,7 @@ GENERATE = Command(
         Argument("count", "pictures per prompt (default: 1)", options=NUMBER),
         Argument(
             "out",
-            "folder for the pictures; existing ones are kept, new ones numbered on: picture N has the seed "
+            "folder for the pictures; existing ones are kept, and numbering continues: picture N uses seed "
             "sample_seed + N",
             required=True,
         ),
