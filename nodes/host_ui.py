@@ -40,7 +40,7 @@ class Progress:
 
     def update(self, done: int, total: int | None = None, preview: Image.Image | None = None) -> None:
         """Show ``done`` of ``total`` and, if given, a picture on the node."""
-        if interrupted() or _running_client() is None:
+        if interrupted() or running_client() is None:
             return
         picture = None if preview is None else ("JPEG", preview.convert("RGB"), PREVIEW_SIDE)
         try:
@@ -74,7 +74,7 @@ def log_and_show(text: str, node_id: str | None) -> None:
 
 def show_text(text: str, node_id: str | None) -> None:
     """Show a line of text on a node that is being executed."""
-    _send(text, node_id, _running_client())
+    _send(text, node_id, running_client())
 
 
 def show_refusal(text: str, node_id: str | None) -> None:
@@ -116,12 +116,13 @@ def listen_to_prompts() -> None:
 def _note_client(request: Any) -> Any:
     client = request.get("client_id") if isinstance(request, dict) else None
     _posting_client.set(client if isinstance(client, str) else None)
-    for node_id, note in plain_text_notes(request.get("prompt") if isinstance(request, dict) else None).items():
+    graph = request.get("prompt") if isinstance(request, dict) else None
+    for node_id, note in plain_text_notes(graph, _posting_client.get() or "").items():
         show_refusal(note, node_id)
     return request
 
 
-def _running_client() -> str | None:
+def running_client() -> str | None:
     """The client whose prompt is being executed; None where it named none. Means nothing outside of ``execute``."""
     return getattr(_server(), "client_id", None)
 

@@ -11,7 +11,8 @@ KNOWING = (APPLY, "FaR_Train")
 MODELS = ("model", "clip", "vae")  # inputs that bring no text
 
 _applied: set[str] = set()
-_noted: set[str] = set()  # nodes that show a note
+_noted: set[tuple[str, str, str]] = set()  # what shows a note: the client, the node's id and its class
+SETTLED = "fixed: placeholder tokens are read as such here"  # the front end ignores an empty text
 
 
 def remember_tokens(tokens: Collection[str]) -> None:
@@ -19,26 +20,28 @@ def remember_tokens(tokens: Collection[str]) -> None:
     _applied.update(tokens)
 
 
-def plain_text_notes(graph: Any) -> dict[str, str]:
+def plain_text_notes(graph: Any, client: str) -> dict[str, str]:
     """What to say on which nodes of a prompt that was just posted: see :func:`unpatched_prompts`.
 
     By all tokens that were applied since the host started. The host takes a FaR Apply Weights that hasn't changed from
-    its cache, so that the node itself can't see what else has. A node that is right again shows nothing: stock nodes
-    would keep the note for ever. ``graph``: whatever was posted as a prompt.
+    its cache, so that the node itself can't see what else has. A node that is right again says so: stock nodes would
+    keep the note for ever. ``graph``: whatever ``client`` posted as a prompt.
     """
     if not isinstance(graph, Mapping):
         return {}
     known = {node_id: node for node_id, node in graph.items() if _is_node(node)}
     applies = any(node["class_type"] == APPLY for node in known.values())
     unpatched = unpatched_prompts(known, sorted(_applied)) if applies else {}
-    settled = [n for n in known if n in _noted and n not in unpatched and not known[n]["class_type"].startswith("FaR_")]
-    _noted.difference_update(settled)
-    return dict.fromkeys(settled, "") | notes_of(unpatched)
+    kinds = {n: node["class_type"] for n, node in known.items() if n not in unpatched}
+    # FaR's own nodes say something else when they run.
+    settled = [n for n, kind in kinds.items() if (client, n, kind) in _noted and not kind.startswith("FaR_")]
+    _noted.difference_update((client, n, kinds[n]) for n in settled)
+    return dict.fromkeys(settled, SETTLED) | notes_of(unpatched, known, client)
 
 
-def notes_of(unpatched: Mapping[str, Collection[str]]) -> dict[str, str]:
-    """What to say on the nodes that :func:`unpatched_prompts` has found."""
-    _noted.update(unpatched)
+def notes_of(unpatched: Mapping[str, Collection[str]], graph: Mapping[str, Any], client: str) -> dict[str, str]:
+    """What to say on the nodes of a client's ``graph`` that :func:`unpatched_prompts` has found."""
+    _noted.update((client, node_id, graph[node_id]["class_type"]) for node_id in unpatched)
     fix = "will be read as plain text here: connect the CLIP of FaR Apply Weights"
     return {node_id: f"{' and '.join(tokens)} {fix}" for node_id, tokens in unpatched.items()}
 

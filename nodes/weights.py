@@ -195,8 +195,9 @@ class ApplyWeights(io.ComfyNode):
             raise ConfigError(f"strength: {strength} is out of range; it must be between -4 and 4")
         strengths = parse_strengths(concept_strength, weights)
         remember_tokens(weights.embeddings)
-        unpatched = unpatched_prompts(cls.hidden.prompt or {}, list(weights.embeddings))
-        for node_id, note in notes_of(unpatched).items():
+        graph = cls.hidden.prompt or {}
+        unpatched = unpatched_prompts(graph, list(weights.embeddings))
+        for node_id, note in notes_of(unpatched, graph, host_ui.running_client() or "").items():
             host_ui.log_and_show(note, node_id)
         with host_memory.no_inference_mode(), torch.no_grad():
             notes = [*check_fits(weights, model, clip), *check_again(weights, applied_tokens(clip))]

@@ -62,17 +62,20 @@ def test_a_posted_graph_is_looked_over_with_the_tokens_that_were_applied(monkeyp
     monkeypatch.setattr(prompt_graph, "_applied", set())
     monkeypatch.setattr(prompt_graph, "_noted", set())
     graph = GRAPH | {"text": node("CLIPTextEncode", clip=["base", 1], text="a <corgi-dog> dog")}
-    assert prompt_graph.plain_text_notes(graph) == {}
+    assert prompt_graph.plain_text_notes(graph, "alice") == {}
     prompt_graph.remember_tokens(["<corgi-dog>"])
     note = "<corgi-dog> will be read as plain text here: connect the CLIP of FaR Apply Weights"
-    assert prompt_graph.plain_text_notes(graph) == {"text": note}
+    assert prompt_graph.plain_text_notes(graph, "alice") == {"text": note}
     odd = {"a": None, "b": [], "c": {"class_type": "FaR_ApplyWeights"}, "d": {"inputs": {}}}
-    assert prompt_graph.plain_text_notes(graph | odd) == {"text": note}
+    assert prompt_graph.plain_text_notes(graph | odd, "alice") == {"text": note}
     mended = graph | {"text": node("CLIPTextEncode", clip=["far", 1], text="a <corgi-dog> dog")}
-    assert [prompt_graph.plain_text_notes(g) for g in (mended, mended)] == [{"text": ""}, {}]
+    others = GRAPH | {"text": node("KSampler", model=["far", 0])}  # a node of that id in another workflow
+    assert prompt_graph.plain_text_notes(mended, "bob") == prompt_graph.plain_text_notes(others, "alice") == {}
+    fixed = "fixed: placeholder tokens are read as such here"
+    assert [prompt_graph.plain_text_notes(mended, "alice") for _ in range(2)] == [{"text": fixed}, {}]
     without = {name: graph[name] for name in ("base", "text")}
     for nothing in (without, odd, {}, None, "text", [graph]):
-        assert prompt_graph.plain_text_notes(nothing) == {}
+        assert prompt_graph.plain_text_notes(nothing, "alice") == {}
 
 
 def test_graphs_that_go_in_circles_or_miss_nodes():

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import threading
+import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,7 +19,7 @@ from far_train.cli import comfy_client, comfy_grid
 from far_train.cli.comfy_client import RunningHost
 from far_train.cli.comfy_grid import GridRunner, collect, finished, plan, read_axis
 from far_train.cli.main import main
-from far_train.utils.errors import Interrupted, QueueError
+from far_train.utils.errors import Interrupted, QueueError, RunFailed
 
 from .command_line import refused
 
@@ -43,6 +44,10 @@ class Farm(ThreadingHTTPServer):
         self.cancelled: list[str] = []
         self.fails: Callable[[dict], bool] = lambda prompt: False
         self.refuses = self.dies = self.hangs = False
+        self.deleted: set[str] = set()  # pictures that are gone
+        self.dropped: set[int] = set()  # prompts that were cleared from the queue
+        self.answers_after = 0.0  # seconds until it says that a prompt is queued
+        self.clients: list[str] = []
         self.looks = 0
         self.saves = True
         self.cached: list[str] = []
@@ -77,7 +82,9 @@ class Handler(BaseHTTPRequestHandler):
             self.reply({"error": {}, "node_errors": {"2": {"errors": [error]}}}, 400)
         elif self.path == "/prompt":
             farm.prompts.append(body["prompt"])
+            farm.clients.append(body["client_id"])
             farm.looks = 2
+            time.sleep(farm.answers_after)
             self.reply({"prompt_id": f"p{len(farm.prompts) - 1}", "node_errors": {}})
         else:
             farm.cancelled += body.get("delete", [])
@@ -90,13 +97,16 @@ class Handler(BaseHTTPRequestHandler):
         if farm.dies and number >= 0:
             self.close_connection = True
         elif address.path == "/queue":
-            farm.looks -= not farm.hangs
-            running = [[0, f"p{number}", {}, {}, []]] if farm.looks > 0 else []
+            farm.looks = 0 if number in farm.dropped else farm.looks - (not farm.hangs)
+            running = [[0, f"p{number}", {}, {"client_id": farm.clients[-1]}, []]] if farm.looks > 0 else []
             self.reply({"queue_running": running, "queue_pending": []})
         elif address.path.startswith("/history/"):
-            self.reply({f"p{number}": self.entry(number)} if farm.looks <= 0 else {})
+            ended = farm.looks <= 0 and number not in farm.dropped
+            self.reply({f"p{number}": self.entry(number)} if ended else {})
         else:
             query = dict(urllib.parse.parse_qsl(address.query))
+            if query["filename"] in farm.deleted:
+                return self.reply({}, 404)
             inputs = farm.prompts[int(query["filename"][1:].split(".")[0])]["2"]["inputs"]
             png = io.BytesIO()
             Image.new("RGB", (32, 32), (20 * inputs["seed"], int(10 * inputs["cfg"]), 0)).save(png, "PNG")
@@ -303,6 +313,30 @@ def test_hosts_share_the_runs_and_one_may_die(farms, tmp_path):
     first.dies = True
     with pytest.raises(QueueError, match="no host is left"):
         run_grid(grid("Draw.seed=11..12"), [first, second], tmp_path)
+
+
+def test_a_lost_picture_or_a_cleared_queue_fails_its_run_alone(farm, tmp_path):
+    farm.deleted, farm.dropped = {"p0.png"}, {1}
+    runs = grid("Draw.seed=1..3")
+    with pytest.raises(RunFailed) as failed:
+        run_grid(runs, [farm], tmp_path)
+    assert "2 of 3 runs failed" in str(failed.value) and "seed=1: the host doesn't give out p0.png" in str(failed.value)
+    assert "seed=2: the host no longer has this workflow" in str(failed.value)
+    assert [bool(finished(run, tmp_path)) for run in runs] == [False, False, True]
+
+
+def test_a_workflow_whose_answer_comes_too_late_is_not_queued_again(farm, monkeypatch, tmp_path):
+    monkeypatch.setattr(comfy_client, "SUBMIT_TIMEOUT", 0.5)
+    farm.answers_after, farm.hangs = 1.0, True
+    told: list[str] = []
+
+    def say(text: str) -> None:
+        told.append(text)
+        farm.hangs = False
+
+    (run,) = grid("Draw.seed=4")
+    GridRunner([run], [RunningHost(farm.url)], tmp_path, say).run()
+    assert farm.seeds == [4] and finished(run, tmp_path) and told[-1].startswith("done: ")
 
 
 def test_ctrl_c_stops_the_run_on_the_host_and_keeps_what_is_done(farm, monkeypatch, tmp_path):

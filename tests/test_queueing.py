@@ -330,7 +330,7 @@ def test_a_failing_node_is_named(fake):
 
 def test_a_vanished_workflow_ends_the_wait(fake):
     fake.entry = {}
-    with pytest.raises(QueueError, match="knows this workflow no more"):
+    with pytest.raises(QueueError, match="no longer has this workflow"):
         run_workflow(WORKFLOW, RunningHost(fake.url))
 
 

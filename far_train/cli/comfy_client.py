@@ -19,11 +19,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..utils.errors import HostLost, QueueError, UnreadableFile
+from ..utils.errors import HostLost, QueueError, RunFailed, UnreadableFile
 from ..utils.text_files import read_words
 
 DEFAULT_HOST = "http://127.0.0.1:8188"
 POLL_SECONDS = 0.5
+SUBMIT_TIMEOUT = 60.0  # seconds for taking a workflow, which a host does between two answers of its own
 ANSWER_TIMEOUT = 60.0  # seconds without an answer: loading a checkpoint can keep the host from answering for long
 REPORT_SECONDS = 30.0
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -164,7 +165,8 @@ class RunningHost:
             try:
                 return json.loads(self.ask(path) or b"null")
             except (OSError, http.client.HTTPException, ValueError) as e:
-                if time.monotonic() > deadline or isinstance(e, urllib.error.HTTPError):
+                refused = isinstance(e, urllib.error.HTTPError) and e.code < 500  # above, a proxy may wait for the host
+                if time.monotonic() > deadline or refused:
                     raise HostLost(f"{self.url} no longer answers ({e}); look at its log") from e
                 time.sleep(POLL_SECONDS)
 
@@ -175,11 +177,15 @@ class RunningHost:
         """
         try:
             # What cached nodes show gets into the history only for prompts of a client, even if it isn't listening.
-            answer = json.loads(self.ask("/prompt", {"prompt": workflow, "client_id": client_id}))
+            body = {"prompt": workflow, "client_id": client_id}
+            answer = json.loads(self.ask("/prompt", body, timeout=SUBMIT_TIMEOUT))
         except urllib.error.HTTPError as e:
             answer = _json_of(e)
             raise QueueError(f"the host refuses the workflow:\n{_complaints(workflow, answer)}") from e
         except (OSError, http.client.HTTPException, ValueError) as e:
+            with suppress(HostLost):  # a busy host may have queued it, although its answer comes too late
+                if _timed_out(e) and (prompt_id := self._prompt_of(client_id)):
+                    return prompt_id
             raise HostLost(f"no ComfyUI answers at {self.url} ({getattr(e, 'reason', e)}); start it first") from e
         if answer.get("node_errors"):
             # The host would run the other branches; half a result is not what was asked for.
@@ -187,6 +193,14 @@ class RunningHost:
                 self.cancel(answer["prompt_id"])
             raise QueueError(f"a part of the workflow is invalid:\n{_complaints(workflow, answer)}")
         return answer["prompt_id"]
+
+    def _prompt_of(self, client_id: str) -> str | None:
+        """The id of what is queued or running for a client. Raises HostLost."""
+        queue = self.ask_patiently("/queue")
+        for _, prompt_id, _, extra_data, *_ in queue["queue_running"] + queue["queue_pending"]:
+            if extra_data.get("client_id") == client_id:
+                return prompt_id
+        return None
 
     def cancel(self, prompt_id: str) -> None:
         """Take a prompt out of the queue, or interrupt it if it is running; others are left alone.
@@ -219,7 +233,7 @@ class RunningHost:
         """Wait for a prompt's end; returns its entry in the history. ``say`` gets a line now and then.
 
         ``at_work``: the node at work, of which a change is told at once, and what to say of it.
-        Raises HostLost, and StoppedWaiting once ``stopped`` says yes.
+        Raises HostLost, RunFailed if the host has dropped the prompt, StoppedWaiting once ``stopped`` says yes.
         """
         began, told, state = time.monotonic(), 0.0, ""
         path = f"/history/{urllib.parse.quote(prompt_id)}"
@@ -232,7 +246,7 @@ class RunningHost:
             waiting = sorted(item[:2] for item in queue["queue_pending"])
             ahead = next((i for i, item in enumerate(waiting) if item[1] == prompt_id), None)
             if ahead is None and all(item[1] != prompt_id for item in queue["queue_running"]):
-                raise HostLost("the host knows this workflow no more: it was restarted, or the queue was cleared")
+                raise RunFailed("the host no longer has this workflow: it was restarted, or its queue was cleared")
             before = state
             if ahead is None:
                 state, words = at_work()
@@ -247,12 +261,18 @@ class RunningHost:
             time.sleep(POLL_SECONDS)
 
     def fetch(self, file: Mapping[str, str]) -> bytes:
-        """The content of a file that a node showed or saved. Raises QueueError."""
+        """The content of a file that a node showed or saved. Raises HostLost, RunFailed if the host hasn't got it."""
         query = urllib.parse.urlencode({k: file.get(k, "") for k in ("filename", "subfolder", "type")})
         try:
             return self.ask(f"/view?{query}", timeout=300)
+        except urllib.error.HTTPError as e:
+            raise RunFailed(f"the host doesn't give out {file.get('filename')} ({e})") from e
         except (OSError, http.client.HTTPException) as e:
-            raise QueueError(f"the host doesn't give out {file.get('filename')} ({e})") from e
+            raise HostLost(f"{self.url} no longer answers ({e}); look at its log") from e
+
+
+def _timed_out(error: Exception) -> bool:
+    return isinstance(error, TimeoutError) or isinstance(getattr(error, "reason", None), TimeoutError)
 
 
 def _json_of(error: urllib.error.HTTPError) -> dict[str, Any]:
