@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from comfy_api.latest import io
@@ -18,6 +19,7 @@ from ..far_train.evaluation.sheets import dataset_sheet, overlay, save_sheet
 from ..far_train.utils.errors import ConfigError
 from ..far_train.utils.files import parse_json
 from . import host_folders, host_ui
+from .known_files import files_generation, remember_files
 from .naming import file_name
 from .pictures import counted
 from .previews import refusal_shown, shown
@@ -57,6 +59,10 @@ class SaveDataset(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> int:
+        return files_generation(cls.hidden.unique_id)
+
+    @classmethod
     def execute(cls, dataset: TrainingSet, name: str) -> io.NodeOutput:
         check_sockets(dataset=(dataset, TrainingSet, "FAR_DATASET"))
         digest = dataset.digest()
@@ -67,6 +73,7 @@ class SaveDataset(io.ComfyNode):
         else:
             saved = save(dataset, folder, digest, cls.hidden.unique_id)
             text = f"written to {folder}"
+        remember_files(cls.hidden.unique_id, [folder, *folder.rglob("*")])  # of folders, what was added
         sheet = dataset_sheet(build_previews(saved, None), saved.names)
         return io.NodeOutput(saved, str(folder), ui=shown(cls, sheet, text))
 

@@ -124,7 +124,8 @@ class Evaluate(io.ComfyNode):
             )
         progress = host_ui.Progress(len(pictures), cls.hidden.unique_id)
         compared, seen, regions = [], [], []
-        with placed(chosen):
+        proposing = given is None and detect is None
+        with placed(chosen), host_memory.on_compute_device(sam) if proposing else nullcontext():
             references = read_references(known, chosen)
             for i, picture in enumerate(pictures):
                 host_ui.stop_if_interrupted()
@@ -133,12 +134,10 @@ class Evaluate(io.ComfyNode):
                 elif detect is not None:
                     found = detect(picture)
                 else:
-                    with host_memory.on_compute_device(sam):
-                        found = propose_masks(sam, picture)
-                proposed = given is None and detect is None
+                    found = propose_masks(sam, picture)
                 features = chosen.features(picture, found)
-                compared.append(compare_picture(features, references, presence=presence[0], counts_extra=not proposed))
-                seen.append(tinted(picture, *_coloured(found, compared[-1], proposed)))
+                compared.append(compare_picture(features, references, presence=presence[0], counts_extra=not proposing))
+                seen.append(tinted(picture, *_coloured(found, compared[-1], proposing)))
                 regions.append(_concept_masks(picture, found, compared[-1]))
                 progress.update(i + 1)
         host_memory.empty_cache()

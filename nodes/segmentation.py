@@ -113,10 +113,6 @@ def find_subjects(
                 yield photo, e
         return
     extractor = SubjectExtractor(sam, config)
-    if "HQ" in type(sam.mask_decoder).__name__:
-        raise SubjectError(
-            "this SAM_MODEL is HQ-SAM, which is called in another way; load an original SAM ViT-B, -L or -H"
-        )
     with host_memory.on_compute_device(sam):
         for photo, prompt in zip(photos, prompts):
             host_ui.stop_if_interrupted()

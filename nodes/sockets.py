@@ -41,7 +41,10 @@ def base_inputs(
 
 
 class ReportsMemory:
-    """Mixin of what travels through sockets: the host asks for its bytes when it decides what to forget first."""
+    """Mixin of what travels through sockets: ComfyUI 0.8 asks for its bytes when it decides what to forget first.
+
+    0.33 doesn't ask; it counts tensors in lists and tuples alone.
+    """
 
     def get_ram_usage(self) -> int:
         return bytes_in(tuple(self) if isinstance(self, tuple) else vars(self))

@@ -186,6 +186,8 @@ class Train(io.ComfyNode):
             if finished:
                 text = f"{folder.name} is trained already: loaded from {folder}\n{check_words(load_check(folder))}"
                 host_ui.log_and_show(f"{on_top}\n{text}".strip(), cls.hidden.unique_id)
+                if dry_run:
+                    return io.NodeOutput(*[host_ui.blocked_output()] * 4, ui={"text": (text,)})
             elif dry_run:
                 with _freed_base(model, clip, vae) as base:
                     check_captions(dataset, base, config.vectors_per_token)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -240,6 +241,9 @@ def test_extract_names_the_photo_without_a_subject():
 def test_a_model_that_is_no_sam_is_refused():
     with pytest.raises(SubjectError, match="Linear is not a segment-anything model.*image_encoder"):
         SubjectExtractor(torch.nn.Linear(2, 2))
+    decoder = type("MaskDecoderHQ", (), {})()
+    with pytest.raises(SubjectError, match="sam_model: this is HQ-SAM"):
+        SubjectExtractor(SimpleNamespace(image_encoder=1, prompt_encoder=1, mask_decoder=decoder, preprocess=1))
 
 
 def test_missing_package_says_how_to_install_it(monkeypatch):

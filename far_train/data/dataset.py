@@ -22,6 +22,7 @@ from typing import Any
 from ..utils.ahead import computed_ahead, spare_threads
 from ..utils.errors import CaptionError, DatasetError, FarError, OutputError, UnreadableFile
 from ..utils.files import make_folder, parse_json, write_json, write_text
+from ..utils.locks import locked
 from ..utils.text_files import read_words
 from .captions import Name, check_noun, check_token, locate_mentions
 from .concepts import Composite, TrainingSet, picture_at
@@ -47,6 +48,17 @@ def write_dataset(
     folder = Path(folder)
     _check_free(folder)
     place = folder.resolve()
+    busy = f"{folder}: another process is writing this dataset; wait for it, or choose another folder"
+    with locked(place.with_name(f"{place.name}.lock"), busy):
+        _check_free(folder)  # somebody may just have finished it
+        _write(training_set, folder, place, about or {}, on_progress)
+    return DatasetFolder(folder)
+
+
+def _write(
+    training_set: TrainingSet, folder: Path, place: Path, about: dict[str, Any], on_progress: Callable[[int, int], None]
+) -> None:
+    """Write to ``place``, the full path of ``folder``."""
     unfinished = place.with_name(f"{place.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed
     make_folder(unfinished)
@@ -70,7 +82,7 @@ def write_dataset(
                 "size": training_set.size,
                 "concepts": names,
                 "composites": entries[:instances],
-                "about": about or {},
+                "about": about,
             },
         )
         try:
@@ -83,7 +95,6 @@ def write_dataset(
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     on_progress(instances + priors, instances + priors)
-    return DatasetFolder(folder)
 
 
 def _check_free(folder: Path) -> None:

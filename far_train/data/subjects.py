@@ -165,6 +165,10 @@ class SubjectExtractor:
                 f"sam_model: this {type(sam).__name__} is not a segment-anything model (it has no {', '.join(missing)})"
                 "; load a SAM ViT-B, ViT-L or ViT-H"
             )
+        if "HQ" in type(sam.mask_decoder).__name__:
+            raise SubjectError(
+                "sam_model: this is HQ-SAM, which is called in another way; load an original SAM ViT-B, ViT-L or ViT-H"
+            )
         self.sam = sam
         self.config = config or ExtractConfig()
         self._hints = self.config.replace(min_area=0)

@@ -20,6 +20,7 @@ from ..models.weights import FarWeights
 from ..utils.devices import choose_device
 from ..utils.errors import BaseModelError, ConfigError, DatasetError
 from ..utils.files import check_space
+from ..utils.locks import locked
 from .callbacks import Callbacks
 from .checkpoints import checkpoint_bytes, load_checkpoint
 from .class_images import with_class_images
@@ -29,7 +30,7 @@ from .latent_cache import cache_latents
 from .loss_scaler import LossScaler
 from .memory_plan import MemoryPlan, plan_memory
 from .oom_fallback import OomFallback
-from .run_folder import ENCODINGS, METRICS_FILE, cut_metrics, open_run, run_identity
+from .run_folder import ENCODINGS, LOCK_FILE, METRICS_FILE, cut_metrics, open_run, run_identity
 from .settings import TrainConfig
 from .state import RunState
 from .step import accumulate_gradients, graph_passes, sample_batch
@@ -103,6 +104,8 @@ def build_run(
     if config.batch_size < world.size:
         raise ConfigError(f"batch_size: {config.batch_size} composites are too few for {world.size} processes")
     if world.is_main_process:
+        busy = f"{folder}: another process is training this run; wait for it, or choose another folder"
+        undo.enter_context(locked(folder / LOCK_FILE, busy))
         open_run(folder, run_identity(base, training_set, config, start), resume)
     world.barrier()
 

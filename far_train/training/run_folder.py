@@ -22,6 +22,7 @@ SCHEMA = 2  # of run.json
 RUN_FILE = "run.json"
 WEIGHTS_FILE = "weights.safetensors"
 FORMERLY_IDENTIFYING = ("micro_batch",)  # settings that run.json held once, though they change no result
+LOCK_FILE = "run.lock"  # there while a process trains
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 ENCODINGS = "encodings"  # of a run that has no other place for them, until it is finished

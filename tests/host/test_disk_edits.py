@@ -89,6 +89,20 @@ def test_a_deleted_run_is_trained_again(comfy: ComfyServer):
     assert not rerun(comfy, prompt, "4")[0]
 
 
+def test_an_edited_dataset_is_trained_as_it_is(comfy: ComfyServer):
+    """Its node's output goes straight to the training; a folder that is gone is written again."""
+    prompt = training(comfy, "on-saved") | {"7": node("FaR_SaveDataset", dataset=["2", 0], name="on saved")}
+    prompt["4"]["inputs"]["dataset"] = ["7", 0]
+    comfy.run(prompt)
+    assert not rerun(comfy, prompt, "7")[0]
+    folder = comfy.folder("output") / "far" / "datasets" / "on saved"
+    (folder / "composites" / "0001.png").unlink()
+    assert rerun(comfy, prompt, "7")[0] and run_folder(comfy, "on-saved-2").exists()
+    assert not rerun(comfy, prompt, "7")[0]
+    shutil.rmtree(folder)
+    assert rerun(comfy, prompt, "7")[0] and len(list(folder.glob("composites/*[0-9].png"))) == 3
+
+
 def test_the_sheet_shows_the_first_of_each_class(comfy: ComfyServer):
     """Two nouns share its 24 places, and not the last noun alone."""
     photo_folder(comfy, "sheet")

@@ -264,7 +264,10 @@ def test_a_prompt_rewired_after_a_good_run_is_told_so(comfy, weights, saved):
         comfy.run(prompt)
         listener.catch_up()
     note = "<red-ball> will be read as plain text here: connect the CLIP of FaR Apply Weights"
-    assert [text for node_id, text in listener.texts if node_id == "4"] == [note, "fixed: placeholder tokens are read as such here"]
+    assert [text for node_id, text in listener.texts if node_id == "4"] == [
+        note,
+        "fixed: placeholder tokens are read as such here",
+    ]
 
 
 def test_concept_strength_zero_is_the_noun(comfy, base, weights, saved):
