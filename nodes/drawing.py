@@ -85,8 +85,9 @@ def draw_once(
         base = host_models.read_base(*models)
         folder = drawn_folder(kind, base, config, size or base.native_size)
         files = paths(folder)
+        drawing = not all(path.exists() for path in files)
         try:
-            if not all(path.exists() for path in files):
+            if drawing:
                 host_memory.unload_models()
                 base.to(*choose_device(str(host_memory.compute_device())))
             drawn = draw(
@@ -98,7 +99,8 @@ def draw_once(
         finally:
             del base
             gc.collect()
-            host_memory.unload_models()
+            if drawing:
+                host_memory.unload_models()
     remember_files(view.node_id, files)
     return drawn, folder, files
 
