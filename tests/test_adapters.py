@@ -151,6 +151,7 @@ def test_weights_of_another_kind_are_no_start(base, fusion, tmp_path: Path):
         train(base, fusion, ATTENTION, tmp_path / "b", start=whole)
     with pytest.raises(WeightsError, match="have rank 3; set lora_rank to 3"):
         train(base, fusion, ATTENTION.replace(lora_rank=4), tmp_path / "c", start=lora)
+    assert not any((tmp_path / name).exists() for name in "abc")  # before anything is drawn or encoded
     still = ATTENTION.replace(steps=1, embedding_lr=1e-9, lora_lr=0)
     on = train(base, fusion, still, tmp_path / "d", start=lora)
     assert all(torch.equal(d.up, lora.low_rank_deltas[name].up) for name, d in on.low_rank_deltas.items())

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from far_train.data.fusion import ConceptFusion
+from far_train.data.images import load_photo
 from far_train.data.settings import FusionConfig
 from far_train.models.base import BaseModel
 from far_train.models.loading import load_base
@@ -67,6 +68,17 @@ def test_the_key_is_of_all_that_shapes_a_picture(base: BaseModel):
     keys.add(prior_key(base, sampling, 128))
     assert len(keys) == 6
     assert prior_key(base, sampling.replace(sample_batch=1), 128) in keys  # side by side or not, they are the same
+
+
+def test_pictures_are_read_when_they_are_asked_for(base: BaseModel, tmp_path: Path, monkeypatch):
+    """A training needs each only once, and hundreds would take gigabytes."""
+    read = []
+    monkeypatch.setattr(class_images, "load_photo", lambda path: read.append(path) or load_photo(path))
+    config = SampleConfig(sampling_steps=1)
+    pictures = class_images.draw_class_images(base, ["ball", "cup"], 2, tmp_path, config, size=64)
+    assert len(pictures) == 4 and not read
+    assert [p.noun for p in pictures] == ["ball", "ball", "cup", "cup"] and len(read) == 4
+    assert torch.equal(pictures[-1].image, load_photo(tmp_path / "cup" / "0001.png").image)
 
 
 def test_few_steps_are_the_default():

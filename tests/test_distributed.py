@@ -123,6 +123,13 @@ def test_alone_nothing_is_joined(monkeypatch: pytest.MonkeyPatch):
         assert world.any_process(True) and not world.any_process(False)
 
 
+def test_processes_of_this_machine_are_told_from_all(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert (World(0, 1).size_here, World(0, 8).size_here) == (1, 8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert (World(0, 1).size_here, World(0, 8).size_here) == (1, 2)
+
+
 def test_a_batch_smaller_than_the_number_of_processes(base, fusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(World, "current", classmethod(lambda cls: World(0, 4)))
     with pytest.raises(ConfigError, match="batch_size: 2 composites are too few for 4 processes"):

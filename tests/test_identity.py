@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,29 @@ def test_a_fingerprint_from_elsewhere_holds_until_the_weights_change(base: BaseM
     with torch.no_grad():
         base.vae.decoder.conv_out.bias.add_(1)
     assert base.fingerprint not in ("known", own)
+
+
+def test_a_fingerprint_keeps_no_weights_alive(base: BaseModel):
+    assert base.fingerprint
+    weights = [weakref.ref(p) for module in base.parts.values() for p in module.parameters()]
+    base.to("meta")
+    gc.collect()
+    assert len(weights) > 400 and not any(weight() is not None for weight in weights)
+
+
+def test_a_base_that_can_not_be_placed_stays_as_it_was(base: BaseModel, monkeypatch):
+    before, move = copies(base), torch.nn.Module.to
+
+    def full(module, *args, **kwargs):
+        if module is base.vae:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return move(module, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "to", full)
+    with pytest.raises(torch.OutOfMemoryError), base.placed("cpu", torch.bfloat16):
+        pass
+    after = copies(base)
+    assert all(torch.equal(before[k], v) and v.dtype == before[k].dtype for k, v in after.items())
 
 
 def test_a_run_of_an_earlier_version_is_called_so(base: BaseModel, fusion, tmp_path: Path):

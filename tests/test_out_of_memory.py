@@ -59,6 +59,26 @@ def test_batches_shrink_where_memory_runs_out(caplog):
     ]
 
 
+def test_what_fits_is_found_out_once_for_all_images(base: BaseModel, fusion, monkeypatch, caplog):
+    """Of a VAE that takes two images at once, when four are tried."""
+    encode, sizes = base.vae.encode, []
+
+    def tight(pixels: torch.Tensor):
+        sizes.append(len(pixels))
+        if len(pixels) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(pixels)
+
+    monkeypatch.setattr(base.vae, "encode", tight)
+    monkeypatch.setattr(latent_cache, "first_encode_batch", lambda base: 4)
+    layers = supervised_layers(base.unet, 16, 16)
+    stride = layer_stride(layers[0], len(base.unet.config.block_out_channels))
+    words = Vocabulary(base.tokenizer, fusion.names, base.tokenizer_size)
+    latent_cache.cache_latents(fusion, base, words, stride, seed=0)
+    total = fusion.composite_count() + fusion.prior_count()
+    assert total > 5 and sizes == [4, *[2] * (total // 2), *[1] * (total % 2)]
+
+
 def test_one_that_does_not_fit_is_named_and_other_errors_pass():
     def never(batch: range) -> list[int]:
         raise MemoryError

@@ -6,16 +6,17 @@ broken download. Each gives the right pixels or a :class:`PhotoError` that names
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import struct
+import threading
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from .folders import mask_path
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 MAX_PIXELS = 178_000_000
 MIN_SIDE = 16
+_FILTERS = threading.Lock()  # of warnings, which all threads of a process share
 INTEROPERABILITY = 0xA005  # EXIF's block that names the colour space
 MIN_BACKGROUND = 0.05  # of the frame: an alpha channel that hides less is a flaw or a rim, and no mask
 
@@ -170,7 +172,7 @@ def _read(path: Path, notes: list[str] | None = None) -> Image.Image:
     except OSError as e:
         raise PhotoError(f"{path}: can't be read ({e.strerror or e}); check the path and its permissions") from e
     try:
-        with _any_size(), Image.open(file, formats=FORMATS) as picture:
+        with _open(file) as picture:
             _check_size(path, picture.size)
             file.strict = True
             picture.load()
@@ -194,12 +196,11 @@ def _read(path: Path, notes: list[str] | None = None) -> Image.Image:
         ) from e
 
 
-@contextlib.contextmanager
-def _any_size() -> Iterator[None]:
-    """Without Pillow's warning of large pictures: :func:`_check_size` has a limit of its own."""
-    with warnings.catch_warnings():
+def _open(file: BinaryIO) -> Image.Image:
+    """Read a picture's header, without Pillow's warning of large ones: :func:`_check_size` has a limit of its own."""
+    with _FILTERS, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        yield
+        return Image.open(file, formats=FORMATS)
 
 
 def _check_size(path: Path, size: tuple[int, int]) -> None:
@@ -305,7 +306,7 @@ def _write_all(pictures: list[tuple[Path, Image.Image]]) -> None:
             os.replace(temporary, path)
     except BaseException as e:
         for leftover in doomed:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 leftover.unlink()
         if isinstance(e, OSError):
             raise OutputError(

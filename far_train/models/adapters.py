@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
@@ -104,18 +104,14 @@ class Adapter(ABC):
     def start_from(self, weights: FarWeights) -> None:
         """Continue from earlier weights. Placeholder tokens that they lack keep their initial rows.
 
-        Raises WeightsError where they have another kind of adapter, LoRA rank or number of vectors per token.
+        They must have passed :func:`check_start`.
         """
         self._load_deltas(weights)
         known = [name.token for name in self._vocabulary.names]
         if left := [token for token in weights.embeddings if token not in known]:
             log.warning("The weights to continue from also know %s, which the dataset lacks.", ", ".join(left))
         for token in weights.embeddings.keys() & set(known):
-            own, vectors = self._vocabulary.rows(token), weights.vectors
-            if len(own) != vectors:
-                raise WeightsError(
-                    f"continue_from: {token} has {vectors} vectors there; set vectors_per_token to {vectors}"
-                )
+            own = self._vocabulary.rows(token)
             for encoder, rows in zip(weights.encoders, self.rows, strict=True):
                 rows.detach()[own.start : own.stop] = weights.embeddings[token][encoder].to(rows)
 
@@ -253,7 +249,6 @@ class CrossAttentionKV(Adapter):
         return {name: delta.to("cpu", torch.float16) for name, delta in self.deltas.items()}, {}
 
     def _load_deltas(self, weights: FarWeights) -> None:
-        _check_kind(weights, "kv")
         for name, delta in self.deltas.items():
             delta.copy_(weights.deltas[name])
 
@@ -335,7 +330,6 @@ class LoRAAttention(Adapter):
         }
 
     def _load_deltas(self, weights: FarWeights) -> None:
-        _check_kind(weights, "lora", self.rank)
         for name, layer in self.layers.items():
             layer.up.copy_(weights.low_rank_deltas[name].up)
             layer.down.copy_(weights.low_rank_deltas[name].down)
@@ -352,11 +346,19 @@ class LoRAAttention(Adapter):
                 layer.cast = None
 
 
-def _check_kind(weights: FarWeights, trainable: str, rank: int | None = None) -> None:
-    """Refuse weights that an adapter of this kind and LoRA rank can't continue. Raises WeightsError."""
+def check_start(weights: FarWeights, config: AdapterSettings, tokens: Collection[str]) -> None:
+    """Refuse weights to continue from that have another kind of adapter, LoRA rank or number of vectors per token.
+
+    ``tokens``: those of the dataset. Raises WeightsError.
+    """
     kind = "lora" if weights.low_rank_deltas else "kv"
     ranks = {delta.rank for delta in weights.low_rank_deltas.values()}
-    if kind != trainable:
+    if kind != config.trainable:
         raise WeightsError(f"continue_from: these weights were trained with trainable {kind}; set it to {kind}")
-    if ranks and ranks != {rank}:
+    if ranks and ranks != {config.lora_rank}:
         raise WeightsError(f"continue_from: these weights have rank {max(ranks)}; set lora_rank to {max(ranks)}")
+    vectors = weights.vectors
+    if vectors != config.vectors_per_token and (shared := [t for t in weights.embeddings if t in tokens]):
+        raise WeightsError(
+            f"continue_from: {shared[0]} has {vectors} vectors there; set vectors_per_token to {vectors}"
+        )

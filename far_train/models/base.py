@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -53,7 +54,7 @@ class BaseModel:
         tensors, seen = self._tensors()
         # The objects themselves, since the memory of one that was replaced is given to another.
         known = self._fingerprint.get("tensors", [])
-        same = len(known) == len(tensors) and all(a is b for a, b in zip(known, tensors))
+        same = len(known) == len(tensors) and all(known_one() is t for known_one, t in zip(known, tensors))
         if not same or self._fingerprint["seen"] != seen:
             self.remember_fingerprint(base_fingerprint({part: m.state_dict() for part, m in self.parts.items()}))
         return self._fingerprint["value"]
@@ -61,7 +62,7 @@ class BaseModel:
     def remember_fingerprint(self, value: str) -> None:
         """Take ``value`` for the fingerprint of the weights as they are: for callers that computed it elsewhere."""
         tensors, seen = self._tensors()
-        self._fingerprint.update(tensors=tensors, seen=seen, value=value)
+        self._fingerprint.update(tensors=[weakref.ref(t) for t in tensors], seen=seen, value=value)
 
     def _tensors(self) -> tuple[list[Tensor], list[tuple]]:
         """All parameters and buffers, and by what a write to each of them is noticed."""
@@ -111,9 +112,8 @@ class BaseModel:
         modules = [m for part in self.parts.values() for m in part.modules()]
         held = [(p, p.data) for m in modules for p in m.parameters(recurse=False)]
         buffers = [(m, name, buffer) for m in modules for name, buffer in m.named_buffers(recurse=False)]
-        self.to(device, dtype)
         try:
-            yield self
+            yield self.to(device, dtype)
         finally:
             for parameter, data in held:
                 parameter.data = data

@@ -31,7 +31,7 @@ class MemoryEfficientLayers:
             for parent in list(unet.modules()):
                 for name, child in list(parent.named_children()):
                     replacement = _REPLACEMENTS.get(type(child))
-                    # The UNet's first convolution saves nothing anyway: its input needs no gradient.
+                    # Its own two convolutions stay: the first one's input needs no gradient, the last one's is small.
                     if replacement and parent is not unet and not any(p.requires_grad for p in child.parameters()):
                         undo.callback(setattr, parent, name, child)
                         setattr(parent, name, replacement(child))

@@ -48,6 +48,9 @@ class AdapterSettings(Protocol):
     def lora_rank(self) -> int: ...
 
     @property
+    def vectors_per_token(self) -> int: ...
+
+    @property
     def train_seed(self) -> int: ...
 
     @property

@@ -7,7 +7,7 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 from ..data.concepts import TrainingSet
-from ..models.adapters import inject_adapter
+from ..models.adapters import check_start, inject_adapter
 from ..models.attention_maps import AttentionRecorder, layer_stride, supervised_layers
 from ..models.base import BaseModel
 from ..models.conditioning import TextConditioner
@@ -76,6 +76,7 @@ def check_inputs(
         )
     if start is not None:
         start.check_fits(base)
+        check_start(start, config, [name.token for name in training_set.names])
 
 
 def build_run(

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,7 +40,7 @@ def draw_class_images(
     size: int | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
-) -> list[ClassPicture]:
+) -> Sequence[ClassPicture]:
     """Draw ``count`` images of "a photo of a NOUN" for each noun into ``folder``/NOUN; those that exist are kept.
 
     ``size``: side in pixels, by default the base model's own. Image i of a noun depends on its seed alone, so that an
@@ -57,7 +57,23 @@ def draw_class_images(
         for noun, i in each
     ]
     _draw_missing(base, wanted, config, size, on_progress, on_step)
-    return [ClassPicture(noun, load_photo(w.path).image) for (noun, _), w in zip(each, wanted)]
+    return SavedClassImages([(noun, w.path) for (noun, _), w in zip(each, wanted)])
+
+
+class SavedClassImages(Sequence[ClassPicture]):
+    """Regularization images on disk, noun and path, that are read when they are asked for: together they are large."""
+
+    def __init__(self, files: Sequence[tuple[str, Path]]):
+        self._files = files
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        noun, path = self._files[index]
+        return ClassPicture(noun, load_photo(path).image)
 
 
 class EmptyScene(NamedTuple):
@@ -211,7 +227,7 @@ def with_class_images(
     if config.class_image_cache:
         folder = cache_folder(base, config, training_set.size)
 
-    def draw(report: Callable[[int, int], None] = lambda done, total: None) -> list[ClassPicture]:
+    def draw(report: Callable[[int, int], None] = lambda done, total: None) -> Sequence[ClassPicture]:
         last = (0, 1)
 
         def remember(done: int, total: int) -> None:
@@ -260,7 +276,7 @@ class WithClassImages:
     """A training set with regularization images added."""
 
     def __init__(self, training_set: TrainingSet, pictures: Sequence[ClassPicture]):
-        self._pictures = list(pictures)
+        self._pictures = pictures
         self.names, self.size = training_set.names, training_set.size
         self.composite_count, self.composite = training_set.composite_count, training_set.composite
         self.digest = training_set.digest

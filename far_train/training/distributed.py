@@ -36,6 +36,11 @@ class World:
         return cls()
 
     @property
+    def size_here(self) -> int:
+        """The number of processes on this machine, as torchrun says it; all of them where it isn't said."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) if self.size > 1 else 1
+
+    @property
     def is_main_process(self) -> bool:
         """Whether this is the one process that writes files and reports progress."""
         return self.rank == 0

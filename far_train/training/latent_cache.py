@@ -165,12 +165,17 @@ def cache_latents(
     world = World.current()
     composites = training_set.composite_count()
     total = composites + training_set.prior_count()
-    at_once = ENCODE_BATCH if base.device.type == "cuda" else 1
+    at_once = first_encode_batch(base)
     samples: list[Sample] = []
     waiting: list[tuple[Sample, Tensor, int]] = []  # this process's, with their images and numbers
 
+    def shrink(size: int) -> None:
+        nonlocal at_once
+        at_once = size
+
     def encode_waiting() -> None:
-        for (sample, image, number), (mean, std) in zip(waiting, _encode([image for _, image, _ in waiting], base.vae)):
+        encoded = _encode([image for _, image, _ in waiting], base.vae, shrink)
+        for (sample, image, number), (mean, std) in zip(waiting, encoded):
             sample.latents.copy_(draw(number, mean, std))
             if encodings is not None:
                 encodings.keep(image, mean, std)
@@ -181,7 +186,7 @@ def cache_latents(
         drawn = mean + std * torch.randn((1, *mean.shape), generator=generator)[0]
         return (drawn * base.vae.config.scaling_factor).float()
 
-    threads = threads_beside(base.device, world.size)  # a GPU encodes faster than one core fuses
+    threads = threads_beside(base.device, world.size_here)  # a GPU encodes faster than one core fuses
     with computed_ahead(partial(picture_at, training_set), total, threads) as pictures:
         for i in range(total):
             on_progress(i, total)
@@ -201,7 +206,7 @@ def cache_latents(
                 if waiting and waiting[0][1].shape != picture.image.shape:
                     encode_waiting()
                 waiting.append((samples[-1], picture.image, i))
-                if len(waiting) == at_once:
+                if len(waiting) >= at_once:
                     encode_waiting()
         if waiting:
             encode_waiting()
@@ -209,6 +214,11 @@ def cache_latents(
     world.all_reduce_sum([s.latents for s in samples])  # those encoded elsewhere are zeros here
     on_progress(total, total)
     return LatentCache(samples[:composites], samples[composites:])
+
+
+def first_encode_batch(base: BaseModel) -> int:
+    """How many images to encode at once, as long as memory lasts."""
+    return ENCODE_BATCH if base.device.type == "cuda" else 1
 
 
 def check_captions(training_set: TrainingSet, base: BaseModel, vectors: int) -> None:
@@ -227,8 +237,13 @@ def check_captions(training_set: TrainingSet, base: BaseModel, vectors: int) -> 
 
 
 @torch.no_grad()
-def _encode(images: Sequence[Tensor], vae: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Mean and standard deviation [C, h, w] on the CPU of images [H, W, 3] of one size."""
+def _encode(
+    images: Sequence[Tensor], vae: nn.Module, on_smaller: Callable[[int], None] = lambda size: None
+) -> list[tuple[Tensor, Tensor]]:
+    """Mean and standard deviation [C, h, w] on the CPU of images [H, W, 3] of one size.
+
+    ``on_smaller(size)``: no more than so many fit at once.
+    """
 
     def encode(batch: range) -> list[tuple[Tensor, Tensor]]:
         pixels = torch.cat([images[i].permute(2, 0, 1)[None].to(vae.dtype) * 2 - 1 for i in batch])
@@ -238,7 +253,7 @@ def _encode(images: Sequence[Tensor], vae: nn.Module) -> list[tuple[Tensor, Tens
     def encode_or_move(batch: range) -> list[tuple[Tensor, Tensor]]:
         return encode(batch) if len(batch) > 1 else with_less_memory(vae, lambda: encode(batch))
 
-    return list(in_batches(encode_or_move, len(images), len(images), "images to encode"))
+    return list(in_batches(encode_or_move, len(images), len(images), "images to encode", on_smaller))
 
 
 def _sample(picture: Composite, prompt: TokenizedPrompt, latents: Tensor, map_stride: int) -> Sample:

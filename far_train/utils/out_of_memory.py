@@ -59,10 +59,17 @@ def skip_without_memory(what: str) -> Iterator[None]:
         log.warning("Memory ran out (%s): %s are left out.", reason_of(e), what)
 
 
-def in_batches(compute: Callable[[range], list[T]], count: int, size: int, what: str) -> list[T]:
+def in_batches(
+    compute: Callable[[range], list[T]],
+    count: int,
+    size: int,
+    what: str,
+    on_smaller: Callable[[int], None] = lambda size: None,
+) -> list[T]:
     """``compute`` of the indices below ``count``, ``size`` at once, and fewer from where memory runs out.
 
-    Raises OutOfMemory, naming ``what``, when not even one at a time fits.
+    ``on_smaller(size)`` is told of it, for later calls. Raises OutOfMemory, naming ``what``, when not even one at a
+    time fits.
     """
     done: list[T] = []
     while len(done) < count:
@@ -82,6 +89,7 @@ def in_batches(compute: Callable[[range], list[T]], count: int, size: int, what:
             )
         size = len(batch) // 2
         log.warning("Memory ran out (%s): continuing with %s in batches of %d.", reason, what, size)
+        on_smaller(size)
     return done
 
 
