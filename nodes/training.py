@@ -124,7 +124,7 @@ class Train(io.ComfyNode):
                     default=False,
                     optional=True,
                     tooltip="Only estimate the cost of the training: steps, time, memory, disk. Runs a few throw-away "
-                    "steps. Nodes after this one don't run.",
+                    "steps. Nodes after this one don't run, unless the run is finished already.",
                 ),
             ],
             outputs=[
@@ -186,8 +186,6 @@ class Train(io.ComfyNode):
             if finished:
                 text = f"{folder.name} is trained already: loaded from {folder}\n{check_words(load_check(folder))}"
                 host_ui.log_and_show(f"{on_top}\n{text}".strip(), cls.hidden.unique_id)
-                if dry_run:
-                    return io.NodeOutput(*[host_ui.blocked_output()] * 4, ui={"text": (text,)})
             elif dry_run:
                 with _freed_base(model, clip, vae) as base:
                     check_captions(dataset, base, config.vectors_per_token)

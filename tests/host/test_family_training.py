@@ -91,12 +91,6 @@ def test_a_dry_run_tells_the_cost(comfy: ComfyServer, family: Family):
     assert not run_folder(comfy, f"dry-{family.key}").exists()
 
 
-def test_a_dry_run_of_a_finished_run_ends_there_too(comfy: ComfyServer):
-    assert "6" in comfy.run(learning(comfy, "dry-done", "sd15", steps=1))
-    outputs = comfy.run(learning(comfy, "dry-done", "sd15", steps=1, dry_run=True))
-    assert "dry-done is trained already" in outputs["4"]["text"][0] and "6" not in outputs
-
-
 def test_all_k_and_v_of_sdxl_are_refused(comfy: ComfyServer):
     prompt = learning(comfy, "kv-sdxl", "sdxl")
     prompt["3"]["inputs"]["trainable"] = "kv"
