@@ -48,6 +48,10 @@ def write_dataset(
     folder = Path(folder)
     _check_free(folder)
     place = folder.resolve()
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise OutputError(f"{folder}: can't be written ({e.strerror or e}); choose another folder") from e
     busy = f"{folder}: another process is writing this dataset; wait for it, or choose another folder"
     with locked(place.with_name(f"{place.name}.lock"), busy):
         _check_free(folder)  # somebody may just have finished it
