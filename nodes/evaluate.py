@@ -118,13 +118,13 @@ class Evaluate(io.ComfyNode):
         given = sort_masks(masks, pictures) if len(masks) else None
         sam = SubjectExtractor(sam_model[0]).sam if len(sam_model) else None
         detect = getattr(chosen, "detect", None)
-        if given is None and detect is None and sam is None:
+        proposing = given is None and detect is None
+        if proposing and sam is None:
             raise SubjectError(
                 "masks: where are the subjects? Connect masks of any segmenter, or a sam_model that proposes them"
             )
         progress = host_ui.Progress(len(pictures), cls.hidden.unique_id)
         compared, seen, regions = [], [], []
-        proposing = given is None and detect is None
         with placed(chosen), host_memory.on_compute_device(sam) if proposing else nullcontext():
             references = read_references(known, chosen)
             for i, picture in enumerate(pictures):

@@ -114,10 +114,11 @@ def listen_to_prompts() -> None:
 
 
 def _note_client(request: Any) -> Any:
-    client = request.get("client_id") if isinstance(request, dict) else None
-    _posting_client.set(client if isinstance(client, str) else None)
-    graph = request.get("prompt") if isinstance(request, dict) else None
-    for node_id, note in plain_text_notes(graph, _posting_client.get() or "").items():
+    posted = request if isinstance(request, dict) else {}
+    client = posted.get("client_id")
+    client = client if isinstance(client, str) else None
+    _posting_client.set(client)
+    for node_id, note in plain_text_notes(posted.get("prompt"), client).items():
         show_refusal(note, node_id)
     return request
 

@@ -11,7 +11,7 @@ KNOWING = (APPLY, "FaR_Train")
 MODELS = ("model", "clip", "vae")  # inputs that bring no text
 
 _applied: set[str] = set()
-_noted: set[tuple[str, str, str]] = set()  # what shows a note: the client, the node's id and its class
+_noted: set[tuple[str | None, str, str]] = set()  # what shows a note: the client, the node's id and its class
 SETTLED = "fixed: placeholder tokens are read as such here"  # the front end ignores an empty text
 
 
@@ -20,7 +20,7 @@ def remember_tokens(tokens: Collection[str]) -> None:
     _applied.update(tokens)
 
 
-def plain_text_notes(graph: Any, client: str) -> dict[str, str]:
+def plain_text_notes(graph: Any, client: str | None) -> dict[str, str]:
     """What to say on which nodes of a prompt that was just posted: see :func:`unpatched_prompts`.
 
     By all tokens that were applied since the host started. The host takes a FaR Apply Weights that hasn't changed from
@@ -39,7 +39,7 @@ def plain_text_notes(graph: Any, client: str) -> dict[str, str]:
     return dict.fromkeys(settled, SETTLED) | notes_of(unpatched, known, client)
 
 
-def notes_of(unpatched: Mapping[str, Collection[str]], graph: Mapping[str, Any], client: str) -> dict[str, str]:
+def notes_of(unpatched: Mapping[str, Collection[str]], graph: Mapping[str, Any], client: str | None) -> dict[str, str]:
     """What to say on the nodes of a client's ``graph`` that :func:`unpatched_prompts` has found."""
     _noted.update((client, node_id, graph[node_id]["class_type"]) for node_id in unpatched)
     fix = "will be read as plain text here: connect the CLIP of FaR Apply Weights"

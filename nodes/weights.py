@@ -197,7 +197,7 @@ class ApplyWeights(io.ComfyNode):
         remember_tokens(weights.embeddings)
         graph = cls.hidden.prompt or {}
         unpatched = unpatched_prompts(graph, list(weights.embeddings))
-        for node_id, note in notes_of(unpatched, graph, host_ui.running_client() or "").items():
+        for node_id, note in notes_of(unpatched, graph, host_ui.running_client()).items():
             host_ui.log_and_show(note, node_id)
         with host_memory.no_inference_mode(), torch.no_grad():
             notes = [*check_fits(weights, model, clip), *check_again(weights, applied_tokens(clip))]

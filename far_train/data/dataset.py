@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,8 @@ def write_dataset(
     folder = Path(folder)
     _check_free(folder)
     place = folder.resolve()
-    try:
+    with _writing(folder):
         place.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise OutputError(f"{folder}: can't be written ({e.strerror or e}); choose another folder") from e
     busy = f"{folder}: another process is writing this dataset; wait for it, or choose another folder"
     with locked(place.with_name(f"{place.name}.lock"), busy):
         _check_free(folder)  # somebody may just have finished it
@@ -89,16 +88,22 @@ def _write(
                 "about": about,
             },
         )
-        try:
+        with _writing(folder):
             if place.exists():
                 place.rmdir()
             unfinished.replace(place)
-        except OSError as e:
-            raise OutputError(f"{folder}: can't be written ({e.strerror or e}); choose another folder") from e
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     on_progress(instances + priors, instances + priors)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise OutputError(f"{folder}: can't be written ({e.strerror or e}); choose another folder") from e
 
 
 def _check_free(folder: Path) -> None:

@@ -357,8 +357,8 @@ def check_start(weights: FarWeights, config: AdapterSettings, tokens: Collection
         raise WeightsError(f"continue_from: these weights were trained with trainable {kind}; set it to {kind}")
     if ranks and ranks != {config.lora_rank}:
         raise WeightsError(f"continue_from: these weights have rank {max(ranks)}; set lora_rank to {max(ranks)}")
-    vectors = weights.vectors
-    if vectors != config.vectors_per_token and (shared := [t for t in weights.embeddings if t in tokens]):
+    vectors, shared = weights.vectors, [token for token in weights.embeddings if token in tokens]
+    if shared and vectors != config.vectors_per_token:
         raise WeightsError(
             f"continue_from: {shared[0]} has {vectors} vectors there; set vectors_per_token to {vectors}"
         )

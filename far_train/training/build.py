@@ -19,7 +19,7 @@ from ..models.tokens import Vocabulary
 from ..models.weights import FarWeights
 from ..utils.devices import choose_device
 from ..utils.errors import BaseModelError, ConfigError, DatasetError
-from ..utils.files import check_space
+from ..utils.files import check_space, make_folder
 from ..utils.locks import locked
 from .callbacks import Callbacks
 from .checkpoints import checkpoint_bytes, load_checkpoint
@@ -106,7 +106,7 @@ def build_run(
         raise ConfigError(f"batch_size: {config.batch_size} composites are too few for {world.size} processes")
     if world.is_main_process:
         busy = f"{folder}: another process is training this run; wait for it, or choose another folder"
-        undo.enter_context(locked(folder / LOCK_FILE, busy))
+        undo.enter_context(locked(make_folder(folder) / LOCK_FILE, busy))
         open_run(folder, run_identity(base, training_set, config, start), resume)
     world.barrier()
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -69,9 +69,7 @@ class SavedClassImages(Sequence[ClassPicture]):
     def __len__(self) -> int:
         return len(self._files)
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int) -> ClassPicture:
         noun, path = self._files[index]
         return ClassPicture(noun, load_photo(path).image)
 

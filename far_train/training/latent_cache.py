@@ -237,9 +237,7 @@ def check_captions(training_set: TrainingSet, base: BaseModel, vectors: int) -> 
 
 
 @torch.no_grad()
-def _encode(
-    images: Sequence[Tensor], vae: nn.Module, on_smaller: Callable[[int], None] = lambda size: None
-) -> list[tuple[Tensor, Tensor]]:
+def _encode(images: Sequence[Tensor], vae: nn.Module, on_smaller: Callable[[int], None]) -> list[tuple[Tensor, Tensor]]:
     """Mean and standard deviation [C, h, w] on the CPU of images [H, W, 3] of one size.
 
     ``on_smaller(size)``: no more than so many fit at once.
@@ -253,7 +251,7 @@ def _encode(
     def encode_or_move(batch: range) -> list[tuple[Tensor, Tensor]]:
         return encode(batch) if len(batch) > 1 else with_less_memory(vae, lambda: encode(batch))
 
-    return list(in_batches(encode_or_move, len(images), len(images), "images to encode", on_smaller))
+    return in_batches(encode_or_move, len(images), len(images), "images to encode", on_smaller)
 
 
 def _sample(picture: Composite, prompt: TokenizedPrompt, latents: Tensor, map_stride: int) -> Sample:

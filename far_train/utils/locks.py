@@ -10,7 +10,6 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from .errors import OutputError
-from .files import make_folder
 
 log = logging.getLogger(__name__)
 
@@ -19,10 +18,9 @@ log = logging.getLogger(__name__)
 def locked(path: Path, busy: str) -> Iterator[None]:
     """Hold the lock file ``path`` until the context ends; if the process dies, the system frees it.
 
-    Where the file system has no locks, a line in the log says so. Raises OutputError with the words ``busy`` while
-    somebody else holds it.
+    Its folder must exist. Where the file system has no locks, a line in the log says so. Raises OutputError with the
+    words ``busy`` while somebody else holds it.
     """
-    make_folder(path.parent)
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
