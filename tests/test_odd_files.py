@@ -146,19 +146,19 @@ def _(place: Place) -> Found:
     make_low_rank(load_base(place.base)).save(place / "w.safetensors")
     argv = [sys.executable, "-m", "far_train", "export", "--weights", place / "w.safetensors", "--out", place / "out"]
     found = []
-    for variables in ({"PYTHONIOENCODING": "cp1252"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
-        for unbuffered in ("", "1"):
-            env = os.environ | variables | {"PYTHONUNBUFFERED": unbuffered}
-            ended = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, timeout=120)
-            first = place.plain(ended.stdout.decode("ascii").splitlines()[0])
-            found.append((ended.returncode, first, ended.stderr))
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for variables, unbuffered in (({"PYTHONIOENCODING": "cp1252"}, ""), (ascii_only, "1")):
+        env = os.environ | variables | {"PYTHONUNBUFFERED": unbuffered}
+        ended = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, timeout=120)
+        first = place.plain(ended.stdout.decode("ascii").splitlines()[0])
+        found.append((ended.returncode, first, ended.stderr))
     reading, writing = os.pipe()
     os.close(reading)
     ended = subprocess.run(argv, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, timeout=120)
     os.close(writing)
     found.append((ended.returncode, "", ended.stderr))
     said = (0, "changes of the model ? PLACE/out/loras/w.safetensors", b"")
-    return found, [said] * 4 + [(1, "", b"")]  # as a shell's own commands end
+    return found, [said] * 2 + [(1, "", b"")]  # as a shell's own commands end
 
 
 # ---- bases

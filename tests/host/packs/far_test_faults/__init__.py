@@ -1,7 +1,7 @@
 """Test-only pack: makes the pack's library fail on demand, or wait in a phase of a training until it is cancelled.
 
 POST /far_test/fault {"name": …} sets one of ``FAULTS`` or ``GATES`` or, without a name, none. GET /far_test/state tells
-which gate is reached, and what the process holds in tensors.
+which gate is reached, what the process holds in tensors, and whether it has yet to free its memory as it was asked.
 """
 
 from __future__ import annotations
@@ -146,7 +146,8 @@ async def fault(request: web.Request) -> web.Response:
 @PromptServer.instance.routes.get("/far_test/state")
 async def state(request: web.Request) -> web.Response:
     held = await asyncio.to_thread(live_bytes) if "memory" in request.query else None
-    return web.json_response({"reached": list(reached), "bytes": held})
+    asked_to_free = bool(PromptServer.instance.prompt_queue.get_flags(reset=False))
+    return web.json_response({"reached": list(reached), "bytes": held, "asked_to_free": asked_to_free})
 
 
 NODE_CLASS_MAPPINGS: dict = {}
