@@ -107,7 +107,9 @@ def test_bad_input_to_extract(capsys, subjects, tmp_path):
     refused(capsys, [*extract, subjects / "tom", "--box", "1,2,3"], "box")
     refused(capsys, [*extract, subjects / "tom", "--box", "1,2,3,x"], "box", "X0,Y0,X1,Y1")
     refused(capsys, [*extract, subjects / "tom", "--points", "1,2"], "points")
-    refused(capsys, [*extract, subjects / "tom", "--prompts", tmp_path / "p.yaml"], "p.yaml")
+    refused(capsys, [*extract, subjects / "tom", "--prompts", tmp_path / "p.yaml"], "prompts: ", "p.yaml")
+    (tmp_path / "boxes.yaml").write_text("one.png: {box: [9, 1, 2, 5]}")
+    refused(capsys, [*extract, subjects / "tom", "--prompts", tmp_path / "boxes.yaml"], "prompts, one.png: box")
     refused(
         capsys, [*extract, subjects / "tom", "--prompts", "x", "--box", "1,2,3,4"], "prompts: can't stand beside box"
     )

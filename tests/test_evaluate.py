@@ -132,6 +132,12 @@ def test_several_pictures_in_one_table():
     assert drawn.shape == (380, 900, 3) and len(np.unique(drawn.reshape(-1, 3), axis=0)) > 50
 
 
+def test_one_photo_of_one_concept_can_not_be_compared():
+    concept = Concept("<rex-dog>", "dog", (torch.rand(8, 8, 3),), (torch.ones(8, 8),))
+    with pytest.raises(SubjectError, match="one photo of <rex-dog> alone .*or a second concept"):
+        read_references([concept], encoder=None)
+
+
 # ---- encoders
 
 

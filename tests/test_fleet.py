@@ -5,18 +5,22 @@ from __future__ import annotations
 import io
 import json
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from far_train.cli import fleet_page, training
+from far_train.cli import fleet_page, fleet_ray, training
+from far_train.cli.fleet import LOCK_FILE
 from far_train.cli.fleet_jobs import read_jobs
+from far_train.cli.fleet_ray import Fleet
 from far_train.cli.fleet_steps import is_done, read_state, run_job
 from far_train.cli.fleet_table import Table, last_metrics
 from far_train.cli.main import main
 from far_train.data.dataset import DatasetFolder
 from far_train.mini import shipped
+from far_train.utils.locks import locked
 
 from .command_line import refused
 from .fleets import check_equal, subject, work_of, write_jobs, write_photos
@@ -148,6 +152,46 @@ def test_the_last_metrics_are_those_of_the_last_whole_line(tmp_path: Path):
     assert last_metrics(path) == {}
     path.write_text("x" * 5000 + '\n{"step": 7}\n{"step": ')
     assert last_metrics(path) == {"step": 7}
+
+
+class FakeRay:
+    """A Ray that has no GPUs and runs nothing."""
+
+    @staticmethod
+    def cluster_resources() -> dict[str, float]:
+        return {"CPU": 2.0}
+
+    @staticmethod
+    def remote(**_: object) -> Callable:
+        return lambda function: function
+
+
+def test_a_job_that_could_not_begin_says_why_in_its_folder(tmp_path: Path, tiny_folder: Path):
+    jobs = read_jobs(write_jobs(tmp_path / "jobs.json", tiny_folder, [subject("red", tmp_path)]))
+    fleet = Fleet(FakeRay, jobs, Table(jobs.jobs, jobs.out, io.StringIO()), may_grow=False)
+    fleet._close(fleet.jobs[0], "stopped", "")
+    assert not (jobs.out / "red").exists()
+    fleet._close(fleet.jobs[0], "failed", "its environment can't be made")
+    assert read_state(jobs.out / "red") == {"state": "failed", "error": "its environment can't be made"}
+
+
+def test_jobs_that_would_wait_for_a_gpu_are_told_that_they_do_not(tmp_path: Path, tiny_folder: Path):
+    path = write_jobs(tmp_path / "jobs.json", tiny_folder, [subject("red", tmp_path, gpus=None)])
+    said = io.StringIO()
+    jobs = read_jobs(path)
+    Fleet(FakeRay, jobs, Table(jobs.jobs, jobs.out, said), may_grow=False)
+    assert said.getvalue() == ""
+    Fleet(FakeRay, jobs, Table(jobs.jobs, jobs.out, said), may_grow=True)
+    assert "run on the CPU; gpus: 1 waits for one" in said.getvalue()
+
+
+def test_a_second_fleet_in_the_same_folder_is_refused(place: Path, tiny_folder: Path, monkeypatch, capsys):
+    monkeypatch.setattr(fleet_ray, "import_ray", lambda: FakeRay)
+    path = write_jobs(place / "twice.json", tiny_folder, [subject("blue", place)])
+    out = read_jobs(path).out
+    out.mkdir(exist_ok=True)
+    with locked(out / LOCK_FILE, "busy"):
+        refused(capsys, ["fleet", path, "--resume"], "another fleet works in", str(out))
 
 
 def test_a_fleet_without_ray_says_how_to_get_it(place: Path, tiny_folder: Path, monkeypatch, capsys):

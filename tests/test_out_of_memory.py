@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from far_train.cli.parsing import Command
+from far_train.cli.program import Program
 from far_train.models import sampling
 from far_train.models.attention_maps import layer_stride, supervised_layers
 from far_train.models.base import BaseModel
@@ -40,6 +42,20 @@ QUICK = SampleConfig(sampling_steps=2, sample_batch=4)
 )
 def test_what_says_that_memory_ran_out(error: BaseException, expected: bool):
     assert out_of_memory(error) is expected
+
+
+def test_a_command_that_runs_out_of_memory_ends_in_one_line(capsys):
+    def run(*_: object) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore")
+
+    assert Program("prog", (Command("cut", "cuts", (), run),)).run([]) == OutOfMemory.exit_status == 2
+    assert capsys.readouterr().err.startswith("prog: error: memory ran out (CUDA out of memory. Tried to allocate 2.00")
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("a fault of ours")
+
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        Program("prog", (Command("cut", "cuts", (), fail),)).run([])
 
 
 def test_batches_shrink_where_memory_runs_out(caplog):

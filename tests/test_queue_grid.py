@@ -198,6 +198,7 @@ def test_values_are_read(assignment, values):
         ("Draw.seed=[]", ["has no values"]),
         ("Draw.seed=5..4", ["has no values"]),
         ("Draw.seed=0..99999999999999", ["too many", "split the grid"]),
+        ("Draw.seed=0..18446744073709551615", ["too many", "split the grid"]),
     ],
 )
 def test_wrong_axes_are_explained(assignment, words):
@@ -246,6 +247,23 @@ def test_a_grid_leaves_pictures_a_table_and_a_sheet(farm, tmp_path):
         x, y = 8 + i % 2 * (cell + 8) + cell // 2, 8 + i // 2 * (cell + text_height + 8) + cell // 2
         red, green, _ = Image.open(sheet).getpixel((x, y))
         assert (round(red / 20), round(green / 10)) == (run.values["Draw.seed"], run.values["Draw.cfg"])
+
+
+def test_a_long_column_becomes_several_sheets(tmp_path):
+    """A JPEG of all 230 would be too high."""
+    runs = grid("Draw.seed=1..230")
+    about = {"saved": [], "shown": [], "seconds": 1.0, "host": "h"}
+    for run in (runs[0], runs[229]):
+        folder = run.folder(tmp_path)
+        folder.mkdir()
+        (folder / "run.json").write_text(json.dumps(about))
+    sheets = collect(runs, tmp_path, 1)[1:]
+    assert [path.name for path in sheets] == ["contact-sheet.jpg", "contact-sheet-2.jpg"]
+    heights = []
+    for path in sheets:
+        with Image.open(path) as sheet:
+            heights.append(sheet.height)
+    assert heights[0] < 65_500 and heights[1] / heights[0] == pytest.approx(30 / 200, rel=0.01)
 
 
 def test_a_half_done_grid_goes_on(farm, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from far_train.cli import comfy_client
+from far_train.cli import comfy_client, comfy_run
 from far_train.cli.comfy_client import RunningHost, read_workflow, set_inputs
 from far_train.cli.comfy_progress import Step, running_step
 from far_train.cli.comfy_run import run_workflow, save
@@ -77,7 +77,8 @@ class Handler(BaseHTTPRequestHandler):
         host, path = self.server, urllib.parse.urlsplit(self.path)
         if path.path == "/queue":
             host.turns -= 1
-            mine = [[7, "p", {}, {}, []]] if host.turns >= 0 else []
+            sent = next((body for path, body in host.posts if path == "/prompt"), {})
+            mine = [[7, "p", {}, {"client_id": sent.get("client_id")}, []]] if host.turns >= 0 else []
             others = [[1, "x", {}, {}, []]]
             state = {"queue_running": mine if host.running else others, "queue_pending": [] if host.running else mine}
             self.reply(json.dumps(state).encode())
@@ -351,6 +352,23 @@ def test_ctrl_c_stops_it_on_the_host(fake, monkeypatch, running):
     assert (("/interrupt", {"prompt_id": "p"}) in fake.posts) == running  # others' runs are left alone
 
 
+@pytest.mark.parametrize("arrived", [True, False])
+def test_ctrl_c_before_the_host_has_answered(fake, monkeypatch, arrived):
+    monkeypatch.setattr(comfy_run, "LATE_SECONDS", 0.05)
+    fake.turns = 10_000 if arrived else 0
+
+    class Slow(RunningHost):
+        def ask(self, path: str, *arguments, **options) -> bytes:
+            answer = super().ask(path, *arguments, **options)
+            if path == "/prompt":
+                raise KeyboardInterrupt
+            return answer
+
+    with pytest.raises(Interrupted, match="was asked to stop" if arrived else "before the host had queued .* delete"):
+        run_workflow(WORKFLOW, Slow(fake.url))
+    assert (("/interrupt", {"prompt_id": "p"}) in fake.posts) == arrived
+
+
 def test_ctrl_c_where_the_host_is_gone(fake):
     def say(text: str) -> None:
         if text.startswith("running"):
@@ -365,8 +383,9 @@ def test_ctrl_c_where_the_host_is_gone(fake):
 def test_no_host(tmp_path):
     with pytest.raises(QueueError, match="no ComfyUI answers at http://127.0.0.1:9 "):
         run_workflow(WORKFLOW, RunningHost("127.0.0.1:9"))
-    with pytest.raises(QueueError, match="is no address"):
-        RunningHost("ftp://x")
+    for wrong in ("ftp://x", "http://[::1", "127.0.0.1:many"):
+        with pytest.raises(QueueError, match="is no address"):
+            RunningHost(wrong)
 
 
 def test_the_command(fake, file, tmp_path, capsys):

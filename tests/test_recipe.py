@@ -90,7 +90,7 @@ def train_on_one_batch(base, fusion, folder: Path, monkeypatch, refinement_weigh
         base,
         fusion,
         folder,
-        steps=100,
+        steps=60,
         refinement_weight=refinement_weight,
         refinement_ramp=0.0,
         competition_weight=0.1,  # one batch of a random model: its keys can't give every pixel to its owner
@@ -107,7 +107,7 @@ def train_on_one_batch(base, fusion, folder: Path, monkeypatch, refinement_weigh
     if run.state.recorder is None:  # λ = 0 measures nothing by itself
         run.state.recorder = AttentionRecorder(base.unet, supervised_layers(base.unet, 16, 16))
     before = step.run_eagerly(run.state, batch, 1.0)[1:3]
-    for _ in range(100):
+    for _ in range(run.state.steps):
         run.train_step()
     after = step.run_eagerly(run.state, batch, 1.0)[1:3]
     run.close()

@@ -121,15 +121,12 @@ def test_out_of_memory_in_a_capture_is_passed_on():
     "settings",
     [
         {},
-        {"trainable": "kv"},
-        {"vectors_per_token": 2},
+        {"trainable": "kv", "vectors_per_token": 2},
         {"micro_batch": 2},  # 2 + 2 + 1 samples: two graphs
-        {"memory": "lean"},
-        {"refinement_weight": 0.0},
+        {"memory": "lean", "fp8_base": True},
+        {"refinement_weight": 0.0, "prior_batch_size": 0},
         {"localization": "none", "per_mention": False, "min_snr_gamma": None},
         {"precision": "fp16", "batch_size": 1, "prior_batch_size": 0},  # few samples: a CPU takes long for them
-        {"prior_batch_size": 0},
-        {"fp8_base": True},
     ],
     ids=lambda s: " ".join(f"{k}={v}" for k, v in s.items()) or "defaults",
 )

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import weakref
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 from far_train.cli.main import main
+from far_train.data.concepts import Composite
 from far_train.data.dataset import write_dataset
 from far_train.evaluation.trained import (
     CHECK_FILE,
@@ -87,6 +91,24 @@ def test_composites_with_one_subject_stand_for_the_photos(fusion):
         assert own and all(torch.equal(a.image, b) for a, b in zip(own, concept.images))
         for image, mask in zip(concept.images, concept.masks):
             assert int(image[mask > 0.5].mean(0).argmax()) == colour
+
+
+def test_no_more_composites_are_kept_than_are_compared(fusion):
+    """Nobody is alone in any of them, so that all are looked at."""
+    together = next(c for c in map(fusion.composite, range(12)) if len(c.mentions) == 2)
+    images: list[weakref.ref] = []
+    most = 0
+
+    def composite(_: int) -> Composite:
+        nonlocal most
+        most = max(most, sum(image() is not None for image in images))
+        made = replace(together, image=together.image.clone())
+        images.append(weakref.ref(made.image))
+        return made
+
+    pairs = SimpleNamespace(names=fusion.names, composite_count=lambda: 30, composite=composite)
+    assert [len(concept.images) for concept in dataset_concepts(pairs)] == [REFERENCES] * 2
+    assert len(images) == 30 and REFERENCES <= most <= REFERENCES + 1
 
 
 def test_who_finds_the_subjects():

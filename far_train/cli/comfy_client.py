@@ -25,6 +25,7 @@ from ..utils.text_files import read_words
 DEFAULT_HOST = "http://127.0.0.1:8188"
 POLL_SECONDS = 0.5
 SUBMIT_TIMEOUT = 60.0  # seconds until a host has said that it has queued a workflow
+LATE_SECONDS = 5.0  # for which a workflow is looked for in the queue whose sending was interrupted
 ANSWER_TIMEOUT = 60.0  # seconds without an answer: loading a checkpoint can keep the host from answering for long
 REPORT_SECONDS = 30.0
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -143,8 +144,12 @@ class RunningHost:
 
     def __init__(self, url: str = DEFAULT_HOST):
         url = url if "://" in url else f"http://{url}"
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urllib.parse.urlsplit(url)
+            known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # half a bracket, or a port that is no number
+            known = False
+        if not known:
             raise QueueError(f"host: {url!r} is no address; write it as {DEFAULT_HOST}")
         self.url = url.rstrip("/")
         # A proxy that the environment names can't reach this machine's own ports.
@@ -184,7 +189,7 @@ class RunningHost:
             raise QueueError(f"the host refuses the workflow:\n{_complaints(workflow, answer)}") from e
         except (OSError, http.client.HTTPException, ValueError) as e:
             with suppress(HostLost):  # a busy host may have queued it, although its answer comes too late
-                if _timed_out(e) and (prompt_id := self._prompt_of(client_id)):
+                if _timed_out(e) and (prompt_id := self.find_queued(client_id)):
                     return prompt_id
             raise HostLost(f"no ComfyUI answers at {self.url} ({getattr(e, 'reason', e)}); start it first") from e
         if answer.get("node_errors"):
@@ -194,13 +199,20 @@ class RunningHost:
             raise QueueError(f"a part of the workflow is invalid:\n{_complaints(workflow, answer)}")
         return answer["prompt_id"]
 
-    def _prompt_of(self, client_id: str) -> str | None:
-        """The id of what is queued or running for a client. Raises HostLost."""
-        queue = self.ask_patiently("/queue")
-        for _, prompt_id, _, extra_data, *_ in queue["queue_running"] + queue["queue_pending"]:
-            if extra_data.get("client_id") == client_id:
-                return prompt_id
-        return None
+    def find_queued(self, client_id: str, seconds: float = 0) -> str | None:
+        """The id of what is queued or running for a client; looks for ``seconds`` where it isn't there yet.
+
+        Raises HostLost.
+        """
+        deadline = time.monotonic() + seconds
+        while True:
+            queue = self.ask_patiently("/queue")
+            for _, prompt_id, _, extra_data, *_ in queue["queue_running"] + queue["queue_pending"]:
+                if extra_data.get("client_id") == client_id:
+                    return prompt_id
+            if time.monotonic() >= deadline:
+                return None
+            time.sleep(POLL_SECONDS)
 
     def cancel(self, prompt_id: str) -> None:
         """Take a prompt out of the queue, or interrupt it if it is running; others are left alone.

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..utils.errors import HostLost, Interrupted, QueueError, RunFailed
 from ..utils.files import make_folder, write_json, write_text
+from ..utils.wording import duration
 from .comfy_client import RunningHost, Workflow, find_input, replace_input, title_of, value_of
 from .comfy_run import run_to_end
 
@@ -34,8 +35,9 @@ RUN_FILE, TABLE_FILE, SHEET_FILE = "run.json", "runs.csv", "contact-sheet.jpg"
 MOST_VALUES = 100_000  # of one axis, and runs of a grid: more is a slip
 LONGEST_NAME = 60  # characters of a run's folder, before its digest
 LONGEST_VALUE = 60  # characters of a value in labels
-SHEET_CELLS = 240  # runs on one contact sheet: a JPEG ends at 65,535 pixels a side
 CELL = 256  # pixels of a run on the contact sheet
+SHEET_COLUMNS, SHEET_ROWS = 240, 200  # of one contact sheet, labels included: a JPEG ends at 65,535 pixels a side
+SHEET_CELLS = 240  # runs on one contact sheet
 PICTURES = 9  # of one run that the contact sheet shows, at most
 
 
@@ -80,7 +82,9 @@ def read_axis(workflow: Workflow, assignment: str) -> Axis:
     if isinstance(listed, list):
         values = [json.dumps(v) if isinstance(current, str) and not isinstance(v, str) else v for v in listed]
     elif span and not isinstance(current, str):
-        values = range(int(span[1]), int(span[2]) + 1)
+        first, last = int(span[1]), int(span[2])
+        _check_number(assignment, last - first + 1)
+        values = range(first, last + 1)
     else:
         values = [value_of(part.strip(), current) for part in text.split(",")] if text.strip() else []
     if not values:
@@ -268,16 +272,12 @@ class GridRunner:
                 self._done += 1
             closed = self._done + len(self._failed)
             left = (time.monotonic() - self._began) / closed * self._open
-            after = f"; {closed} of {closed + self._open}" + (f", about {_minutes(left)} left" if self._open else "")
+            after = f"; {closed} of {closed + self._open}" + (f", about {duration(left)} left" if self._open else "")
             self._say(text + after)
 
     def _tell(self, text: str) -> None:
         with self._telling:
             self._say(text)
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 # ---- the results
@@ -303,8 +303,8 @@ def collect(runs: Sequence[Run], out: Path, columns: int) -> list[Path]:
         )
     write_text(out / TABLE_FILE, table.getvalue())
     written = [out / TABLE_FILE]
-    columns = min(columns, SHEET_CELLS)
-    per_sheet = SHEET_CELLS // columns * columns
+    columns = min(columns, SHEET_COLUMNS)
+    per_sheet = min(SHEET_CELLS // columns, SHEET_ROWS) * columns
     for number, start in enumerate(range(0, len(runs), per_sheet), 1):
         some = range(start, min(start + per_sheet, len(runs)))
         if not any(reports[i] for i in some):

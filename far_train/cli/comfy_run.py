@@ -13,7 +13,7 @@ from typing import Any
 
 from ..utils.errors import HostLost, Interrupted, QueueError, RunFailed
 from ..utils.files import make_folder, replacing
-from .comfy_client import RunningHost, StoppedWaiting, Workflow, title_of
+from .comfy_client import LATE_SECONDS, RunningHost, StoppedWaiting, Workflow, title_of
 from .comfy_progress import ProgressListener
 
 
@@ -115,13 +115,19 @@ def run_to_end(
                 return "running", "running"
             return step.node_id, step.words(title_of(workflow, step.node_id))
 
-        prompt_id = host.submit(workflow, client_id)
+        prompt_id = None
         try:
+            prompt_id = host.submit(workflow, client_id)
             say(f"queued as {prompt_id}")
             entry = host.wait(prompt_id, say, stopped, at_work)
         except (KeyboardInterrupt, StoppedWaiting):
             say("asking the host to stop; press Ctrl-C again to leave at once")
             try:
+                prompt_id = prompt_id or host.find_queued(client_id, LATE_SECONDS)
+                if prompt_id is None:
+                    raise Interrupted(
+                        "stopped before the host had queued the workflow; should it still appear there, delete it"
+                    )
                 host.cancel(prompt_id)
             except HostLost as e:
                 raise Interrupted(f"{e}, so what was queued may still run there") from None

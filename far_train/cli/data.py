@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.settings import ExtractConfig, FusionConfig
 from ..models.settings import DrawConfig
 from ..utils.config import read_settings
-from ..utils.errors import ConfigError
+from ..utils.errors import ConfigError, SubjectError
 from ..utils.terminal import progress_bars
 from .parsing import NUMBER, SWITCH, Argument, Command, Inputs, repeatable
 from .shared import BASE, DEVICE, MAX_SHOWN, beside, device_name, open_base, picture_count, texts
@@ -65,7 +65,7 @@ def _read_prompts(inputs: Inputs) -> Prompt | dict[str, Prompt] | None:
             raise ConfigError(f"prompts: can't stand beside {given[0]}; give one of them")
         entries = inputs["prompts"]
         if not isinstance(entries, Mapping):
-            entries = read_settings(Path(entries))
+            entries = read_settings(Path(entries), "prompts")
         return {str(name): _prompt(f"prompts, {name}", entry) for name, entry in entries.items()}
     return _prompt("box, points", {name: inputs[name] for name in given}) if given else None
 
@@ -86,6 +86,8 @@ def _prompt(where: str, entry: Any) -> Prompt:
             box=tuple(float(v) for v in box) if box else None,
             points=tuple((float(x), float(y), int(label)) for x, y, label in points),
         )
+    except SubjectError as e:
+        raise SubjectError(f"{where}: {e}") from e
     except (TypeError, ValueError) as e:
         raise ConfigError(f"{where}: {e}; write a box as X0,Y0,X1,Y1 and points as 'X,Y,1 X,Y,0'") from e
 

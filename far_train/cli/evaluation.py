@@ -23,6 +23,7 @@ def evaluate(inputs: Inputs, _: None) -> None:
     from ..data.folders import list_photos
     from ..data.images import load_photo
     from ..data.sam import load_sam
+    from ..data.settings import ExtractConfig
     from ..evaluation.detect_and_compare import Evaluation, compare_picture, propose_masks, read_references
     from ..evaluation.image_encoders import FolderEncoder
     from ..evaluation.sheets import picture_grid, save_sheet
@@ -30,7 +31,8 @@ def evaluate(inputs: Inputs, _: None) -> None:
     from ..utils.files import write_json
 
     folder = Path(inputs["pictures"])
-    concepts = [read_concept(token, noun, Path(f)) for token, noun, f in concept_entries(inputs)]
+    side = ExtractConfig.max_side  # cameras' photos together are too large for memory
+    concepts = [read_concept(token, noun, Path(f), side) for token, noun, f in concept_entries(inputs)]
     paths = [p for p in list_photos(folder) if _shows(p, [c.name.token for c in concepts])]
     if not paths:
         raise SubjectError(f"{folder}: no picture's prompt names all concepts; generate one that does")

@@ -10,8 +10,11 @@ from pathlib import Path
 
 from ..utils.errors import ConfigError, JobsFailed
 from ..utils.files import make_folder
+from ..utils.locks import locked
 from .fleet_jobs import Jobs, read_jobs
 from .parsing import SWITCH, Argument, Command, Inputs
+
+LOCK_FILE = ".fleet.lock"  # in the folder of the results, while a fleet is at work there
 
 
 def fleet(inputs: Inputs, _: None) -> None:
@@ -27,7 +30,8 @@ def fleet(inputs: Inputs, _: None) -> None:
     ray = import_ray()
     make_folder(jobs.out)
     table = Table(jobs.jobs, jobs.out)
-    with connected(ray, inputs.get("address")):
+    busy = f"out: another fleet works in {jobs.out}; wait for it, or give another out in the job file"
+    with locked(jobs.out / LOCK_FILE, busy), connected(ray, inputs.get("address")):
         try:
             Fleet(ray, jobs, table, may_grow=inputs.get("address") is not None).run()
         finally:

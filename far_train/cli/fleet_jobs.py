@@ -23,7 +23,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +97,6 @@ class Job:
     dataset: str | None
     sections: dict[str, dict[str, Any]]
     placement: Placement
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Job:
-        return cls(**{**values, "concepts": tuple(values["concepts"]), "placement": Placement(**values["placement"])})
 
     def settings(self, step: str) -> Any:
         """The settings of one of its steps, defaults filled in."""
@@ -279,12 +272,12 @@ def _concepts(job: str, entries: Any, path: Callable[[str, Any], str]) -> tuple[
     found = []
     for number, entry in enumerate(entries, 1):
         where = f"{job}.concepts, entry {number}"
-        entry = dict(_mapping(where, entry))
+        entry = {k: v for k, v in _mapping(where, entry).items() if v not in (None, "")}  # "photos:" gives none
         _refuse_unknown(f"{where}: ", entry, CONCEPT)
         for key in ("token", "noun"):
-            if not isinstance(entry.get(key), str) or not entry[key]:
+            if not isinstance(entry.get(key), str):
                 raise ConfigError(f"{where}: {key}: is needed, as in {{token: <corgi-dog>, noun: dog, photos: FOLDER}}")
-        folders = [key for key in ("photos", "subjects") if entry.get(key)]
+        folders = [key for key in ("photos", "subjects") if key in entry]
         if len(folders) != 1:
             raise ConfigError(
                 f"{where}: photos: is needed, a folder of photos; or subjects, a folder of photos with masks"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.errors import ConfigError, Interrupted
-from ..utils.files import write_json
+from ..utils.files import make_folder, write_json
 from .fleet_jobs import SHARED, Job, Jobs
 from .fleet_steps import (
     FAILED,
@@ -83,6 +83,8 @@ class Fleet:
     def __init__(self, ray: Any, jobs: Jobs, table: Table, may_grow: bool):
         self.ray, self.out, self.table, self.may_grow = ray, jobs.out, table, may_grow
         has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+        if may_grow and not has_gpus and any(job.placement.gpus is None for job in jobs.jobs):
+            table.say("no machine has a GPU now: jobs that don't say gpus run on the CPU; gpus: 1 waits for one")
         self.jobs = [_placed(job, has_gpus) for job in jobs.jobs]
         # A process for each: what a job leaves in memory, or on a GPU, ends with it.
         self._job_task = ray.remote(max_calls=1)(_run_job)
@@ -176,8 +178,8 @@ class Fleet:
         """Write how a job ended that could not say so itself."""
         folder = self.out / job.name
         about = {**read_state(folder), "state": state, "error": error}
-        if folder.exists():
-            write_json(folder / STATE_FILE, about)
+        if state == FAILED or folder.exists():  # a job that never began is only stopped
+            write_json(make_folder(folder) / STATE_FILE, about)
         self.table.ended(job.name, about)
 
 

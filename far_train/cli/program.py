@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..utils.config import Config
-from ..utils.errors import FarError, Interrupted
+from ..utils.errors import FarError, Interrupted, OutOfMemory
 from ..utils.terminal import replace_unknown_characters
 from .parsing import Command, Parser, add_flags, collect, parser_options, refuse_unknown
 
@@ -85,4 +85,15 @@ class Program:
         except KeyboardInterrupt:
             print(f"{self.name}: interrupted", file=sys.stderr)
             return 130
+        except (MemoryError, RuntimeError) as e:
+            from ..utils.out_of_memory import out_of_memory, reason_of
+
+            if not out_of_memory(e):
+                raise
+            print(
+                f"{self.name}: error: memory ran out ({reason_of(e)}). Close other programs, give --device cpu where "
+                "the command has it, or choose a smaller model",
+                file=sys.stderr,
+            )
+            return OutOfMemory.exit_status
         return 0

@@ -59,9 +59,15 @@ class References:
 
 
 def read_references(concepts: Sequence[Concept], encoder: Encoder) -> References:
-    """Encode every reference photo's subject. Raises SubjectError without concepts."""
+    """Encode every reference photo's subject. Raises SubjectError for none, and for one photo of one concept, with
+    which nothing can be compared."""
     if not concepts:
         raise SubjectError("concepts: there is none to compare with; connect FaR Concept")
+    if len(concepts) == 1 and len(concepts[0].images) == 1:
+        raise SubjectError(
+            f"concepts: one photo of {concepts[0].name.token} alone can't tell what its subject has to look like; give "
+            "two photos of it or more, or a second concept"
+        )
     features = []
     for concept in concepts:
         each = [encoder.features(image, [mask]) for image, mask in zip(concept.images, concept.masks)]

@@ -96,8 +96,11 @@ def dataset_concepts(training_set: TrainingSet) -> list[Concept]:
     for index in range(training_set.composite_count()):
         composite = training_set.composite(index)
         for mention in composite.mentions:
-            if mention.name.token in shown and bool((mention.mask > 0.5).any()):
-                shown[mention.name.token][len(composite.mentions) > 1].append((composite.image, mention.mask))
+            if mention.name.token not in shown or not bool((mention.mask > 0.5).any()):
+                continue
+            photos = shown[mention.name.token][len(composite.mentions) > 1]
+            if len(photos) < REFERENCES:  # datasets are larger than memory
+                photos.append((composite.image, mention.mask))
         if all(len(alone) >= REFERENCES for alone, _ in shown.values()):
             break
     concepts = []
