@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from comfy_api.latest import io
 
 from ..far_train.data.images import load_photo, to_pil
-from ..far_train.models.base import BaseModel
+from ..far_train.models.sampling import check_size
 from ..far_train.models.settings import SampleConfig
+from ..far_train.training.run_folder import IdentifiedBase
 from ..far_train.training.settings import TrainConfig
 from ..far_train.utils.devices import choose_device
 from ..far_train.utils.files import make_folder, write_json
 from . import host_folders, host_memory, host_models, host_ui
 from .known_files import remember_files
 from .live_view import DrawingView
-
-Drawn = TypeVar("Drawn")
 
 
 def sampling_inputs(seed: str) -> list[Any]:
@@ -74,35 +72,31 @@ def draw_once(
     config: SampleConfig,
     size: int,
     paths: Callable[[Path], Sequence[Path]],
-    draw: Callable[..., list[Drawn]],
+    draw: Callable[..., object],
     view: DrawingView,
-) -> tuple[list[Drawn], Path, Sequence[Path]]:
-    """What ``draw(base, folder, on_progress=, on_step=)`` gives, the folder of the pictures, and their files.
+) -> tuple[Path, Sequence[Path]]:
+    """The folder of pictures and their files, made by ``draw(base, folder, size=, on_progress=, on_step=)``.
 
-    ``models``: MODEL, CLIP and VAE. The base goes to the device only if one of ``paths(folder)`` is missing.
+    ``models``: MODEL, CLIP and VAE, of which a base is built only if one of ``paths(folder)`` is missing.
     """
     with host_memory.no_inference_mode():
-        base = host_models.read_base(*models)
-        folder = drawn_folder(kind, base, config, size or base.native_size)
+        about = host_models.identify_base(*models)
+        side = size or about.native_size
+        folder = drawn_folder(kind, about, config, side)
         files = paths(folder)
-        drawing = not all(path.exists() for path in files)
-        try:
-            if drawing:
-                host_memory.unload_models()
+        if not all(path.exists() for path in files):
+            with host_models.freed_base(*models) as base:
+                check_size(base, side, side, ("size", "size"))
                 base.to(*choose_device(str(host_memory.compute_device())))
-            drawn = draw(
-                base,
-                folder,
-                on_progress=lambda done, total: _show_progress(view, folder, done, total),
-                on_step=lambda _done, _total: host_ui.stop_if_interrupted(),
-            )
-        finally:
-            del base
-            gc.collect()
-            if drawing:
-                host_memory.unload_models()
+                draw(
+                    base,
+                    folder,
+                    size=side,
+                    on_progress=lambda done, total: _show_progress(view, folder, done, total),
+                    on_step=lambda _done, _total: host_ui.stop_if_interrupted(),
+                )
     remember_files(view.node_id, files)
-    return drawn, folder, files
+    return folder, files
 
 
 def _show_progress(view: DrawingView, folder: Path, done: int, total: int) -> None:
@@ -112,7 +106,7 @@ def _show_progress(view: DrawingView, folder: Path, done: int, total: int) -> No
     view.update(done, total, None if newest is None else to_pil(load_photo(newest).image))
 
 
-def drawn_folder(kind: str, base: BaseModel, config: SampleConfig, size: int) -> Path:
+def drawn_folder(kind: str, base: IdentifiedBase, config: SampleConfig, size: int) -> Path:
     """Where what this base draws with these settings is kept. The number of pictures doesn't matter: it may grow.
 
     A training keeps its own regularization images under another key (``class_images.prior_key``), although they may be

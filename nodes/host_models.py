@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from ..far_train.models.loading import ZERO_TERMINAL_SNR, load_base, packaged_co
 from ..far_train.models.weights import FarWeights
 from ..far_train.utils.errors import BaseModelError, WeightsError
 from . import layout
-from .host_memory import training_copy
+from .host_memory import empty_cache, training_copy, unload_models
 from .host_state import check_weights_are_all, read_weights, weight_shapes
 from .host_tokens import first_tokenizer, text_encoder_names
 
@@ -33,11 +34,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BaseId:
-    """What identifies a base model for a training: its weights, and what the UNet predicts."""
+    """What identifies a base model for a training: its weights, and what the UNet predicts; and its size in pixels."""
 
     fingerprint: str
     prediction_type: str
     zero_terminal_snr: bool
+    native_size: int
 
 
 # By the module that a MODEL patches: the ids of all patches on MODEL, CLIP and VAE → fingerprint.
@@ -55,7 +57,9 @@ def identify_base(model: Any, clip: Any, vae: Any) -> BaseId:
     if key not in known:
         states, _ = ldm_to_diffusers(*_read_parts(model, clip, vae))
         known[key] = base_fingerprint(states)
-    return BaseId(known[key], prediction_type(model), _schedule(model, family) == ZERO_TERMINAL_SNR)
+    predicts, config = prediction_type(model), model.model.model_config.unet_config
+    zero_terminal_snr = _schedule(model, family) == ZERO_TERMINAL_SNR
+    return BaseId(known[key], predicts, zero_terminal_snr, layout.native_size(family, config, predicts))
 
 
 def _known_fingerprints(model: Any, clip: Any, vae: Any) -> tuple[dict[tuple, str], tuple]:
@@ -90,6 +94,19 @@ def read_base(model: Any, clip: Any, vae: Any) -> BaseModel:
     else:
         known[key] = base.fingerprint
     return base
+
+
+@contextmanager
+def freed_base(model: Any, clip: Any, vae: Any) -> Iterator[BaseModel]:
+    """The graph's base for a while, with the device to itself; gives the memory back however it ends."""
+    base = read_base(model, clip, vae)
+    try:
+        unload_models()
+        yield base
+    finally:
+        base.to("meta")  # frees the weights even where a traceback still holds the modules
+        del base
+        empty_cache()
 
 
 def _read_parts(model: Any, clip: Any, vae: Any) -> tuple[dict[str, Tensor], dict[str, Any], Family]:

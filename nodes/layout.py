@@ -152,6 +152,11 @@ def _unet_sizes(ldm: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def native_size(family: Family, ldm: Mapping[str, Any], prediction_type: str) -> int:
+    """The side in pixels for which a MODEL was made, from the host's unet_config."""
+    return ldm.get(NATIVE_SIZE) or 8 * packaged_configs(family, prediction_type)["unet"]["sample_size"]
+
+
 def unet_config(family: Family, ldm: Mapping[str, Any]) -> dict[str, Any]:
     """diffusers' config of a MODEL's UNet, from the host's unet_config. Raises BaseModelError."""
     return packaged_configs(family, family.default_prediction)["unet"] | _unet_sizes(ldm)

@@ -17,10 +17,12 @@ from ..far_train.data.settings import ExtractConfig
 from ..far_train.data.subjects import Prompt, SubjectExtractor
 from ..far_train.training.class_images import (
     EVERYDAY_SCENES,
+    SavedClassImages,
     draw_class_images,
     draw_empty_scenes,
     parse_scenes,
     picture_path,
+    read_empty_scenes,
     scene_path,
 )
 from ..far_train.training.settings import TrainConfig
@@ -108,16 +110,17 @@ class ClassPrior(io.ComfyNode):
             SubjectExtractor(sam_model)  # so that a wrong one is refused before the pictures are drawn
         wanted = [(noun, i) for noun in nouns for i in range(count)]
         config = sampling(prior_seed, steps, guidance)
-        pictures, folder, paths = draw_once(
+        folder, paths = draw_once(
             "priors",
             (model, clip, vae),
             config,
             size,
             lambda folder: [picture_path(folder, *w) for w in wanted],
-            lambda base, folder, **on: draw_class_images(base, nouns, count, folder, config, size=size or None, **on),
+            lambda base, folder, **how: draw_class_images(base, nouns, count, folder, config, **how),
             DrawingView(cls.hidden.unique_id, "images"),
         )
-        pictures = with_masks(pictures, paths, sam_model, DrawingView(cls.hidden.unique_id, "masks"))
+        drawn = SavedClassImages([(noun, path) for (noun, _), path in zip(wanted, paths)])
+        pictures = with_masks(drawn, paths, sam_model, DrawingView(cls.hidden.unique_id, "masks"))
         remember_files(cls.hidden.unique_id, [mask_path(path) for path in paths])
         masked = sum(p.mask is not None for p in pictures)
         text = f"{counted(len(pictures), 'regularization image')}, {masked} of them with a mask, in {folder}"
@@ -185,15 +188,16 @@ class EmptyScenes(io.ComfyNode):
     ) -> io.NodeOutput:
         places = parse_scenes(scenes.splitlines())
         config = sampling(scene_seed, steps, guidance)
-        drawn, folder, _ = draw_once(
+        folder, _ = draw_once(
             "scenes",
             (model, clip, vae),
             config,
             size,
             lambda folder: [scene_path(folder, place.prompt, i) for place in places for i in range(each)],
-            lambda base, folder, **on: draw_empty_scenes(base, places, each, folder, config, size=size or None, **on),
+            lambda base, folder, **how: draw_empty_scenes(base, places, each, folder, config, **how),
             DrawingView(cls.hidden.unique_id, "images"),
         )
+        drawn = read_empty_scenes(places, each, folder)
         some = drawn[:MAX_SHOWN]
         sheet = subject_sheet([b.image for b in some], [None] * len(some), [b.phrase for b in some])
         text = f"{counted(len(drawn), 'empty scene')} in {folder}"

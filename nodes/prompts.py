@@ -55,16 +55,16 @@ def read_prompts(
     if frames:
         box_of = [_one_of(frame, box_format, index) for frame in frames]
     else:
-        box_of = _spread(read_boxes(boxes, box_format), count, "box", "boxes")
+        each = [read_boxes([value], box_format) or [None] for value in boxes]
+        box_of = _spread([box for found in each for box in found], count, "box", "boxes")
     entries = [_read_json(text) for text in texts]
     if len(entries) == 1 and isinstance(entries[0], Mapping):
         keyed = _by_photo(entries[0], count, names)
         points_of: list[Any] = [None] * count
     else:
         keyed = {}
-        points_of = _spread([e for e in entries if e is not None], count, "points", "lists of points")
-    outside = [e for e in map(_read_json, negative) if e is not None]
-    negative_of = _spread(outside, count, "negative_points", "lists of points")
+        points_of = _spread(entries, count, "points", "lists of points")
+    negative_of = _spread([_read_json(text) for text in negative], count, "negative_points", "lists of points")
     prompts = []
     for i in range(count):
         box, points = box_of[i], _points(points_of[i])
@@ -232,9 +232,11 @@ def _by_photo(entries: Mapping[str, Any], count: int, names: Sequence[str]) -> d
 
 
 def _spread(items: list[Any], count: int, name: str, plural: str) -> list[Any]:
-    """One item for all photos, or one for each."""
-    if len(items) <= 1:
-        return (items or [None]) * count
+    """One item for all photos, or one for each; None where a photo has none."""
+    if all(item is None for item in items):
+        return [None] * count
+    if len(items) == 1:
+        return items * count
     if len(items) != count:
         raise ConfigError(
             f"{name}: there are {len(items)} {plural} for {count} photos; give one for all, or one for each"

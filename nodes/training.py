@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,14 @@ from ..far_train.data.concepts import TrainingSet
 from ..far_train.data.images import from_pil, load_photo
 from ..far_train.evaluation.sheets import loss_curves
 from ..far_train.evaluation.trained import check_words, load_check
-from ..far_train.models.base import BaseModel
 from ..far_train.models.tokens import unknown_tokens
 from ..far_train.models.weights import FarWeights
 from ..far_train.training.build import check_trainable
+from ..far_train.training.checkpoints import newest_step
 from ..far_train.training.estimate import measure_cost
 from ..far_train.training.latent_cache import check_captions
 from ..far_train.training.recipe import Callbacks, train
-from ..far_train.training.run_folder import WEIGHTS_FILE, find_run, run_identity, what_changed
+from ..far_train.training.run_folder import CHECKPOINTS, WEIGHTS_FILE, find_run, run_identity, what_changed
 from ..far_train.training.settings import TrainConfig
 from ..far_train.utils.errors import ConfigError, Interrupted
 from . import host_folders, host_memory, host_models, host_ui, sockets
@@ -187,7 +186,7 @@ class Train(io.ComfyNode):
                 text = f"{folder.name} is trained already: loaded from {folder}\n{check_words(load_check(folder))}"
                 host_ui.log_and_show(f"{on_top}\n{text}".strip(), cls.hidden.unique_id)
             elif dry_run:
-                with _freed_base(model, clip, vae) as base:
+                with host_models.freed_base(model, clip, vae) as base:
                     check_captions(dataset, base, config.vectors_per_token)
                     try:
                         cost = measure_cost(
@@ -195,7 +194,8 @@ class Train(io.ComfyNode):
                             dataset,
                             config,
                             start=continue_from,
-                            steps_done=len(metrics_of(folder)),
+                            steps_done=newest_step(folder / CHECKPOINTS),
+                            is_checked=is_checked(options.check_with),
                             should_stop=host_ui.interrupted,
                         )
                     except Interrupted:
@@ -276,7 +276,7 @@ def _train(
         should_stop=lambda: host_ui.interrupted() or time.monotonic() > deadline,
     )
     stopped = None
-    with _freed_base(model, clip, vae) as base:
+    with host_models.freed_base(model, clip, vae) as base:
         check_captions(dataset, base, config.vectors_per_token)
         try:
             train(base, dataset, config, folder, start=start, resume=True, keep_base=False, callbacks=callbacks)
@@ -293,24 +293,13 @@ def _train(
         check_run(folder, dataset, options.check_with, prompts, pictures, live.node_id)
 
 
-@contextmanager
-def _freed_base(model: Any, clip: Any, vae: Any) -> Iterator[BaseModel]:
-    """The graph's base for a while, with the device to itself; gives the memory back however it ends."""
-    base = host_models.read_base(model, clip, vae)
-    try:
-        host_memory.unload_models()
-        yield base
-    finally:
-        base.to("meta")  # frees the weights even where a traceback still holds the modules
-        del base
-        host_memory.empty_cache()
-
-
 def _last_samples(folder: Path) -> Tensor:
     """The newest sample pictures of a run, [n, H, W, 3]; one black picture if it made none."""
-    found = {tuple(map(int, re.findall(r"\d+", p.stem))): p for p in (folder / "samples").glob("step-*.png")}
-    newest = [found[place] for place in sorted(found) if place[0] == max(found)[0]]
-    return torch.stack([load_photo(p).image for p in newest]) if newest else torch.zeros(1, 64, 64, 3)
+    names = ((re.fullmatch(r"step-(\d+)-(\d+)", p.stem), p) for p in (folder / "samples").glob("step-*.png"))
+    found = {(int(name[1]), int(name[2])): p for name, p in names if name}  # people put other files there
+    pictures = [load_photo(found[place]).image for place in sorted(found) if place[0] == max(found)[0]]
+    same = [picture for picture in pictures if picture.shape == pictures[0].shape]
+    return torch.stack(same) if same else torch.zeros(1, 64, 64, 3)
 
 
 NODES: list[type[io.ComfyNode]] = [Train]

@@ -20,6 +20,7 @@ from ..far_train.utils.errors import ConfigError, WeightsError
 from ..far_train.utils.files import parse_json
 from . import host_folders, host_memory, host_models, host_tokens, host_ui, sockets
 from .host_attention import applied_tokens
+from .known_files import files_generation, remember_files
 from .naming import file_name, place
 from .previews import refusal_shown
 from .prompt_graph import notes_of, remember_tokens, unpatched_prompts
@@ -70,6 +71,10 @@ class SaveWeights(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> int:
+        return files_generation(cls.hidden.unique_id)
+
+    @classmethod
     def execute(
         cls, weights: FarWeights, name: str, export_lora: bool, export_embeddings: bool, lora_rank: int = 0
     ) -> io.NodeOutput:
@@ -89,6 +94,7 @@ class SaveWeights(io.ComfyNode):
                 for path in export.export_embeddings(weights, Path(made) / "embeddings"):
                     files.append(place(path, host_folders.model_folder("embeddings"), path.stem))
                     hints.append(embedding_hint(path.stem, files[-1].stem))
+        remember_files(cls.hidden.unique_id, files)
         text = "\n".join(map(str, files))
         host_ui.log_and_show("\n".join([*hints, "saved:", text]), cls.hidden.unique_id)
         return io.NodeOutput(text, ui={"text": (text,)})

@@ -94,30 +94,27 @@ def test_bad_input_to_extract(capsys, subjects, tmp_path):
     bare = tmp_path / "bare"
     bare.mkdir()
     extract = ["extract", "--out", out, "--photos"]
+    tom = [*extract, subjects / "tom"]
     refused(capsys, [*extract, tmp_path / "none"], "there is no such folder", str(tmp_path / "none"))
     refused(capsys, [*extract, bare], "holds no photos")
     Image.new("RGB", (40, 40)).save(bare / "a.png")
     refused(capsys, [*extract, bare], "a.png: has no mask", "a.mask.png")
     refused(capsys, [*extract, bare, "--sam", tmp_path / "sam.safetensors"], "sam.safetensors")
-    refused(capsys, [*extract, subjects / "tom", "--use-masks", "hint"], "use_masks: 'hint'", "weights as sam")
+    refused(capsys, [*tom, "--use-masks", "hint"], "use_masks: 'hint'", "weights as sam")
     Image.new("L", (40, 39), 255).save(bare / "a.mask.png")
-    capsys.readouterr()
     assert main([str(a) for a in [*extract, bare]]) == 2
     assert "a.mask.png: the mask is 40x39 px" in capsys.readouterr().err
-    refused(capsys, [*extract, subjects / "tom", "--box", "1,2,3"], "box")
-    refused(capsys, [*extract, subjects / "tom", "--box", "1,2,3,x"], "box", "X0,Y0,X1,Y1")
-    refused(capsys, [*extract, subjects / "tom", "--points", "1,2"], "points")
-    refused(capsys, [*extract, subjects / "tom", "--prompts", tmp_path / "p.yaml"], "prompts: ", "p.yaml")
+    refused(capsys, [*tom, "--box", "1,2,3"], "box")
+    refused(capsys, [*tom, "--box", "1,2,3,x"], "box", "X0,Y0,X1,Y1")
+    refused(capsys, [*tom, "--points", "1,2"], "points")
+    refused(capsys, [*tom, "--prompts", tmp_path / "p.yaml"], "prompts: ", "p.yaml")
     (tmp_path / "boxes.yaml").write_text("one.png: {box: [9, 1, 2, 5]}")
-    refused(capsys, [*extract, subjects / "tom", "--prompts", tmp_path / "boxes.yaml"], "prompts, one.png: box")
-    refused(
-        capsys, [*extract, subjects / "tom", "--prompts", "x", "--box", "1,2,3,4"], "prompts: can't stand beside box"
-    )
-    refused(capsys, [*extract, subjects / "tom", "--min-area", "2"], "min_area: 2.0 is out of range")
+    refused(capsys, [*tom, "--prompts", tmp_path / "boxes.yaml"], "prompts, one.png: box")
+    refused(capsys, [*tom, "--prompts", "x", "--box", "1,2,3,4"], "prompts: can't stand beside box")
+    refused(capsys, [*tom, "--min-area", "2"], "min_area: 2.0 is out of range")
     assert not out.exists()
     (tmp_path / "file").write_text("")
-    argv = ["extract", "--photos", subjects / "tom", "--out", tmp_path / "file" / "out"]
-    refused(capsys, argv, str(tmp_path / "file"))
+    refused(capsys, [*tom, "--out", tmp_path / "file" / "out"], str(tmp_path / "file"))
 
 
 # ---- fuse
@@ -245,6 +242,14 @@ def run(dataset, tiny_folder, tmp_path_factory) -> Path:
 def test_a_dry_run_writes_nothing(dataset, tiny_folder, tmp_path, capsys):
     assert main([*train_to(tmp_path / "run", tiny_folder, dataset), "--dry-run"]) == 0
     assert "steps: 2, " in capsys.readouterr().out and not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_counts_from_the_newest_checkpoint(run, dataset, tiny_folder, tmp_path, capsys):
+    killed = Path(shutil.copytree(run, tmp_path / "run"))  # in its second step, whose metrics are there
+    (newest,) = killed.glob("checkpoints/checkpoint-*.safetensors")
+    newest.rename(newest.with_name("checkpoint-00000001.safetensors"))
+    assert main([*train_to(killed, tiny_folder, dataset), "--dry-run"]) == 0
+    assert "steps: 1, " in capsys.readouterr().out
 
 
 def test_a_finished_run_is_neither_overwritten_nor_resumed_with_other_settings(run, dataset, tiny_folder, capsys):

@@ -76,8 +76,9 @@ def test_what_is_done_already_is_not_counted_again(base, concepts):
     cost = measure_cost(base, bare, CONFIG)
     assert (cost.drawn, cost.encoded) == (7, 3 + 7)  # one noun, seven class pictures
     assert cost.draw_seconds > cost.sample_seconds  # 50 sampling steps against 2
-    resumed = measure_cost(base, bare, CONFIG, steps_done=25)
+    resumed = measure_cost(base, bare, CONFIG, steps_done=25, is_checked=True)
     assert (resumed.steps, resumed.sampled, resumed.drawn) == (15, 3, 0)
+    assert (cost.checked, resumed.checked) == (0, 4 * 3)  # four of both together, and of each alone
     assert resumed.encoded == 3 + 7  # they are on disk, but every session encodes anew
     without = measure_cost(base, bare, CONFIG.replace(prior_batch_size=0, sample_every=0))
     assert (without.drawn, without.encoded, without.sampled) == (0, 3, 0)
@@ -134,12 +135,13 @@ def test_live_bytes_by_hand():
 
 
 def test_the_words():
-    cost = Cost("cuda", 1000, 0.5, 500, 0.1, 200, 3.0, 12, 4.0, 6_100_000_000, 640_000_000)
+    cost = Cost("cuda", 1000, 0.5, 500, 0.1, 200, 3.0, 12, 6, 4.0, 6_100_000_000, 640_000_000)
     assert cost.words.splitlines() == [
         "regularization images to draw: 200, 10 min",
         "pictures to encode: 500, 50 s; fewer if earlier runs have kept them",
         "steps: 1000, 8 min (0.50 s each)",
         "sample pictures: 12, 48 s",
+        "pictures for the check: 6, 24 s",
         "in all: 20 min on cuda",
         "memory: about 6.1 GB; disk: about 640 MB",
     ]

@@ -68,6 +68,17 @@ def test_a_points_editor_that_was_left_empty_asks_for_nothing():
         assert found == [Prompt(points=((3, 4, 1),))] * 2
 
 
+def test_a_photo_of_several_may_have_no_box_and_no_points():
+    other = {"startX": None, "startY": None, "endX": None, "endY": None}
+    for nothing in (None, other, ""):
+        assert prompts.read_prompts(2, [nothing, BOX], CORNERS, [""]) == [Prompt(), Prompt(BOX)]
+    texts = ["[[1, 2]]", "", "[[5, 6]]"]
+    found = prompts.read_prompts(3, [], CORNERS, texts, negative=["", "", "[[9, 9]]"])
+    assert found == [Prompt(points=((1, 2, 1),)), Prompt(), Prompt(points=((5, 6, 1), (9, 9, 0)))]
+    with pytest.raises(ConfigError, match="3 lists of points for 2 photos"):
+        prompts.read_prompts(2, [], CORNERS, texts)
+
+
 def test_points_as_shares_of_the_sides_are_refused():
     with pytest.raises(ConfigError, match=r"\(0.25, 1.0\) is a share .*switch 'normalize' off"):
         prompts.read_prompts(1, [], CORNERS, ['[{"x": 0.25, "y": 1}]'])

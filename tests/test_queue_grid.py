@@ -259,10 +259,7 @@ def test_a_long_column_becomes_several_sheets(tmp_path):
         (folder / "run.json").write_text(json.dumps(about))
     sheets = collect(runs, tmp_path, 1)[1:]
     assert [path.name for path in sheets] == ["contact-sheet.jpg", "contact-sheet-2.jpg"]
-    heights = []
-    for path in sheets:
-        with Image.open(path) as sheet:
-            heights.append(sheet.height)
+    heights = [Image.open(path).height for path in sheets]
     assert heights[0] < 65_500 and heights[1] / heights[0] == pytest.approx(30 / 200, rel=0.01)
 
 

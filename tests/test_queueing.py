@@ -337,9 +337,7 @@ def test_a_vanished_workflow_ends_the_wait(fake):
 
 @pytest.mark.parametrize("running", [True, False])
 def test_ctrl_c_stops_it_on_the_host(fake, monkeypatch, running):
-    fake.turns, fake.running = 10_000, running
-    if not running:
-        fake.entry = {}
+    fake.turns, fake.running, fake.entry = 10_000, running, fake.entry if running else {}
     presses = iter([KeyboardInterrupt])
 
     def say(text: str) -> None:
@@ -360,9 +358,9 @@ def test_ctrl_c_before_the_host_has_answered(fake, monkeypatch, arrived):
     class Slow(RunningHost):
         def ask(self, path: str, *arguments, **options) -> bytes:
             answer = super().ask(path, *arguments, **options)
-            if path == "/prompt":
-                raise KeyboardInterrupt
-            return answer
+            if path != "/prompt":
+                return answer
+            raise KeyboardInterrupt
 
     with pytest.raises(Interrupted, match="was asked to stop" if arrived else "before the host had queued .* delete"):
         run_workflow(WORKFLOW, Slow(fake.url))

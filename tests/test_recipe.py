@@ -16,7 +16,7 @@ from far_train.models.attention_maps import AttentionRecorder, cross_attention_l
 from far_train.models.loading import load_base
 from far_train.training import step
 from far_train.training.recipe import Callbacks, TrainingRun, train
-from far_train.training.run_folder import find_run, read_metrics, run_identity
+from far_train.training.run_folder import find_run, read_metrics, run_identity, what_changed
 from far_train.training.settings import TrainConfig
 from far_train.utils.errors import CheckpointError, ConfigError, Interrupted, OutputError, TrainingDiverged
 
@@ -258,6 +258,12 @@ def test_find_run(base, fusion, tmp_path: Path):
     with pytest.raises(Interrupted):
         train(base, fusion, QUICK.replace(train_seed=2), tmp_path / "dogs-2", callbacks=stop_at(1))
     assert find_run(tmp_path, "dogs", two) == (tmp_path / "dogs-2", False)
+    (tmp_path / "dogs-2").rename(tmp_path / "dogs-12")  # as if 2 to 11 had been deleted
+    assert find_run(tmp_path, "dogs", two) == (tmp_path / "dogs-12", False)
+    assert what_changed(tmp_path, "dogs", two) == ("dogs-12", [])
+    three = run_identity(base, fusion, QUICK.replace(train_seed=3))
+    (tmp_path / "dogs-2").write_text("a file of the user")
+    assert find_run(tmp_path, "dogs", three) == (tmp_path / "dogs-3", False)
 
 
 def test_the_seed_decides(tiny_folder: Path, fusion, tmp_path: Path):

@@ -41,6 +41,8 @@ def test_sizes(base):
     assert draw_pictures(base, plain(base), ["a dog"], QUICK, size=(128, 64)).shape[1:3] == (128, 64)
     with pytest.raises(ConfigError, match="width: 100 px .* multiple of 64"):
         draw_pictures(base, plain(base), ["a dog"], QUICK.replace(width=100))
+    with pytest.raises(ConfigError, match="size: 100 px"):
+        draw_pictures(base, plain(base), ["a dog"], QUICK, size=(100, 100))
 
 
 def test_progress_counts_all_steps_and_may_stop(base):

@@ -30,11 +30,12 @@ def train(inputs: Inputs, config: TrainConfig) -> None:
     from ..evaluation.sheets import loss_curves, save_sheet
     from ..models.weights import FarWeights
     from ..training.callbacks import Callbacks
+    from ..training.checkpoints import newest_step
     from ..training.distributed import distributed_context
     from ..training.estimate import measure_cost
     from ..training.latent_cache import check_captions
     from ..training.recipe import train as train_recipe
-    from ..training.run_folder import METRICS_FILE, read_metrics
+    from ..training.run_folder import CHECKPOINTS, METRICS_FILE, read_metrics
     from ..utils.files import write_json
 
     out = Path(inputs["out"])
@@ -49,8 +50,8 @@ def train(inputs: Inputs, config: TrainConfig) -> None:
     steps, kept = config.steps_for(len(dataset.names)), out / DATASET_FILES
     config = config.replace(sample_every=min(config.sample_every, steps))  # so that a short run has samples, too
     if inputs.get("dry_run"):
-        done = read_metrics(out / METRICS_FILE) if (out / METRICS_FILE).exists() else []
-        print(measure_cost(base, dataset, config, start=start, steps_done=len(done)).words)
+        done = newest_step(out / CHECKPOINTS)
+        print(measure_cost(base, dataset, config, start=start, steps_done=done, is_checked=bool(judges)).words)
         return
     with distributed_context(config.device) as world, progress_bars() as bars, stop_on_interrupt() as should_stop:
 

@@ -52,7 +52,7 @@ def draw_pictures(
     seeds = seeds or range(config.sample_seed, config.sample_seed + len(prompts))
     height = config.height or (size or (base.native_size,) * 2)[0]
     width = config.width or (size or (base.native_size,) * 2)[1]
-    check_size(base, height, width)
+    check_size(base, height, width, ("height", "width") if config.height or config.width else ("size", "size"))
     for token in sorted({t for p in prompts for t in unknown_tokens(p, [n.token for n in vocabulary.names])}):
         log.warning("The prompt holds %s, which no loaded concept has: it is read as plain text.", token)
     pipeline = _pipeline(base, scheduler)
@@ -120,9 +120,9 @@ def _first_level(scheduler: DDIMScheduler, steps: int) -> float:
     return 1.0 if is_last else float((1 - scheduler.alphas_cumprod[first]).sqrt())
 
 
-def check_size(base: BaseModel, height: int, width: int) -> None:
-    """Refuse sizes that the UNet's levels can't halve. Raises ConfigError."""
+def check_size(base: BaseModel, height: int, width: int, names: tuple[str, str]) -> None:
+    """Refuse sizes that the UNet's levels can't halve. ``names``: of their fields. Raises ConfigError."""
     cell = base.downscale * 2 ** (len(base.unet.config.block_out_channels) - 1)
-    for name, side in (("height", height), ("width", width)):
+    for name, side in zip(names, (height, width)):
         if side % cell:
             raise ConfigError(f"{name}: {side} px does not fit this base; use a multiple of {cell}")

@@ -68,7 +68,7 @@ def check_inputs(
         )
     if not training_set.composite_count():
         raise DatasetError("dataset: it holds no composites; fuse at least one")
-    check_size(base, training_set.size, training_set.size)
+    check_size(base, training_set.size, training_set.size, ("dataset: size",) * 2)
     if training_set.size != base.native_size:
         on_note(
             f"The dataset has {training_set.size} px, this base was made for {base.native_size} px, where it learns "

@@ -137,8 +137,13 @@ def draw_empty_scenes(
         for i in range(each)
     ]
     _draw_missing(base, list(dict.fromkeys(wanted)), config, size, on_progress, on_step)
-    phrases = [s.phrase for s in scenes for _ in range(each)]
-    return [Background(load_photo(w.path).image, phrase) for w, phrase in zip(wanted, phrases)]
+    return read_empty_scenes(scenes, each, folder)
+
+
+def read_empty_scenes(scenes: Sequence[EmptyScene], each: int, folder: Path) -> list[Background]:
+    """What :func:`draw_empty_scenes` has drawn. Raises PhotoError for a picture that isn't there."""
+    files = ((scene_path(folder, scene.prompt, i), scene.phrase) for scene in scenes for i in range(each))
+    return [Background(load_photo(path).image, phrase) for path, phrase in files]
 
 
 class _Wanted(NamedTuple):

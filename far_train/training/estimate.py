@@ -26,7 +26,7 @@ from ..utils.wording import duration, size_in_words
 from .callbacks import Callbacks
 from .checkpoints import checkpoint_bytes, weights_bytes
 from .class_images import count_missing
-from .recipe import TrainingRun
+from .recipe import CHECK_PICTURES, TrainingRun
 from .settings import TrainConfig
 
 TRIAL_STEPS = 2  # after a first one that warms up
@@ -37,8 +37,9 @@ TRIAL_SAMPLING = (1, 3)  # sampling steps of two trial pictures; their differenc
 class Cost:
     """The estimate. Seconds are per step or picture; ``memory``, at its peak on the device, and ``disk`` are in bytes.
 
-    ``encoded``, ``drawn``, ``sampled`` count the images of the dataset, the regularization images that the base must
-    draw first, and the sample pictures. ``disk`` counts the drawn ones as they are before PNG compresses them.
+    ``encoded``, ``drawn``, ``sampled``, ``checked`` count the images of the dataset, the regularization images that the
+    base must draw first, the sample pictures, and those that are drawn to check the result; how long it takes to judge
+    these is not known. ``disk`` counts saved pictures as they are before PNG compresses them.
     """
 
     device: str
@@ -49,6 +50,7 @@ class Cost:
     drawn: int
     draw_seconds: float
     sampled: int
+    checked: int
     sample_seconds: float
     memory: int
     disk: int
@@ -60,7 +62,7 @@ class Cost:
             (self.steps, self.step_seconds),
             (self.encoded, self.encode_seconds),
             (self.drawn, self.draw_seconds),
-            (self.sampled, self.sample_seconds),
+            (self.sampled + self.checked, self.sample_seconds),
         )
         return sum(count * each for count, each in parts)
 
@@ -77,6 +79,8 @@ class Cost:
         ]
         if self.sampled:
             lines.append(f"sample pictures: {self.sampled}, {duration(self.sampled * self.sample_seconds)}")
+        if self.checked:
+            lines.append(f"pictures for the check: {self.checked}, {duration(self.checked * self.sample_seconds)}")
         lines += [
             f"in all: {duration(self.seconds)} on {self.device}",
             f"memory: about {size_in_words(self.memory)}; disk: about {size_in_words(self.disk)}",
@@ -91,11 +95,13 @@ def measure_cost(
     *,
     start: FarWeights | None = None,
     steps_done: int = 0,
+    is_checked: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Cost:
     """Take a few steps of this training, draw two pictures, and extrapolate. The base comes back as it was.
 
-    ``steps_done``: of a run that is to be resumed. Raises what the training would raise; Interrupted between pictures,
+    ``steps_done``: of a run that is to be resumed, at its newest checkpoint. ``is_checked``: whether the result will be
+    (``Callbacks.on_check``). Raises what the training would raise; Interrupted between pictures,
     steps and sampling steps, once ``should_stop`` says so.
     """
     ticks: list[float] = []  # a moment before each picture is encoded, and one after the last
@@ -137,6 +143,7 @@ def measure_cost(
         drawn=drawn,
         draw_seconds=overhead + config.class_image_steps * each,
         sampled=sampled,
+        checked=CHECK_PICTURES * len(default_prompts(training_set.names)) if is_checked else 0,
         sample_seconds=overhead + config.sample_steps * each,
         memory=memory,
         disk=config.keep_checkpoints * checkpoint_bytes(learned)

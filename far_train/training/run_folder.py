@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,7 +71,8 @@ def find_run(parent: Path, name: str, identity: dict[str, Any]) -> tuple[Path, b
     for folder, begun in _runs_of_name(parent, name):
         if begun is not None and begun == identity:
             return folder, (folder / WEIGHTS_FILE).exists()
-    return folder, False
+    folders = (_numbered(parent, name, number) for number in itertools.count(1))
+    return next(folder for folder in folders if not os.path.lexists(folder)), False
 
 
 def what_changed(parent: Path, name: str, identity: dict[str, Any]) -> tuple[str, list[str]] | None:
@@ -86,21 +88,26 @@ def what_changed(parent: Path, name: str, identity: dict[str, Any]) -> tuple[str
 
 
 def _runs_of_name(parent: Path, name: str) -> Iterator[tuple[Path, Any]]:
-    """The folders ``parent``/NAME, NAME-2, … with the identities of their runs, up to the first unused name.
+    """The folders ``parent``/NAME, NAME-2, … in their order, with the identities of their runs.
 
-    The identity is None for a folder that is no run. Links are skipped, since they may lead anywhere.
+    The user may have deleted some in between. The identity is None for a folder that is no run. Links are skipped,
+    since they may lead anywhere.
     """
-    for number in itertools.count(1):
-        folder = parent / (name if number == 1 else f"{name}-{number}")
-        taken = os.path.lexists(folder)
-        if taken and folder.is_symlink():
+    entries = os.listdir(parent) if parent.is_dir() else ()
+    # Whether names that differ in case are one is for the file system to say.
+    found = (re.fullmatch(re.escape(name) + r"(?:-(\d{1,9}))?", entry, re.IGNORECASE) for entry in entries)
+    for number in sorted({int(match[1] or 1) for match in found if match}):
+        folder = _numbered(parent, name, number)
+        if not folder.is_dir() or folder.is_symlink():
             continue
         try:
             yield folder, _read_identity(folder / RUN_FILE)
         except (OSError, ValueError):
             yield folder, None
-        if not taken:
-            return
+
+
+def _numbered(parent: Path, name: str, number: int) -> Path:
+    return parent / (name if number == 1 else f"{name}-{number}")
 
 
 def _read_identity(path: Path) -> Any:

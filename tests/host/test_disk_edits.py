@@ -89,6 +89,19 @@ def test_a_deleted_run_is_trained_again(comfy: ComfyServer):
     assert not rerun(comfy, prompt, "4")[0]
 
 
+def test_deleted_weights_are_saved_again(comfy: ComfyServer):
+    prompt = training(comfy, "kept")
+    prompt["7"] = node(
+        "FaR_SaveWeights", weights=["4", 0], name="kept", export_lora=True, export_embeddings=False, lora_rank=0
+    )
+    files = [Path(line) for line in comfy.run(prompt)["7"]["text"][0].splitlines()]
+    assert not rerun(comfy, prompt, "7")[0]
+    for path in files:
+        path.unlink()
+    assert rerun(comfy, prompt, "7")[0] and all(path.exists() for path in files) and len(files) == 2
+    assert not rerun(comfy, prompt, "7")[0]
+
+
 def test_an_edited_dataset_is_trained_as_it_is(comfy: ComfyServer):
     """Its node's output goes straight to the training; a folder that is gone is written again."""
     prompt = training(comfy, "on-saved") | {"7": node("FaR_SaveDataset", dataset=["2", 0], name="on saved")}

@@ -292,7 +292,7 @@ def test_a_cancel_keeps_what_is_drawn(comfy: ComfyServer):
 
 def test_a_foreign_base_is_refused_in_words(comfy: ComfyServer):
     prompt = drawing_priors(comfy, size=80)
-    with pytest.raises(ExecutionFailed, match="node 40 .*80 px does not fit"):
+    with pytest.raises(ExecutionFailed, match="node 40 .*size: 80 px does not fit"):
         comfy.run(prompt)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from far_train.models.weights import FarWeights
 from far_train.training.run_folder import read_metrics
@@ -23,6 +24,7 @@ from .find_host import REPO, Host
 from .graphs import node
 from .listener import Listener
 from .test_evaluate import judged
+from .test_fusion import drawing_priors
 from .test_mini import line
 from .test_training import run_folder, steps_of, training
 
@@ -170,6 +172,21 @@ def test_the_pack_loaded_twice(host: Host, learned: FarWeights):
         assert "IMPORT FAILED" not in server.start_log() and "Traceback" not in server.start_log()
         server.run(mini_training(server, "twice"))
         assert len(read_metrics(run_folder(server, "twice") / "metrics.jsonl")) == 2
+
+
+def test_pictures_on_disk_are_used_without_a_base(frail: ComfyServer):
+    """A mask that somebody paints is read; nothing else is computed, and no base is built for it."""
+    prompt = drawing_priors(frail, seed=31)
+    folder = Path(frail.run(prompt)["40"]["text"][0].rpartition(" in ")[2]) / "disc"
+    Image.new("L", (64, 64), 255).save(folder / "0000.mask.png")
+    fault(frail, "base")
+    try:
+        assert "2 regularization images, 1 of them with a mask" in frail.run(prompt)["40"]["text"][0]
+        (folder / "0001.png").unlink()
+        with pytest.raises(ExecutionFailed, match="FaR_ClassPrior.*ZeroDivisionError"):
+            frail.run(prompt)
+    finally:
+        fault(frail, None)
 
 
 # ---- soak

@@ -84,6 +84,7 @@ FAULTS: dict[str, Callable[[], None]] = {
     "memory once": lambda: fail(far("far_train.training.step"), "forward_backward", out_of_memory, times=2),
     "memory": lambda: fail(far("far_train.training.step"), "forward_backward", out_of_memory),
     "memory while encoding": lambda: fail(far("far_train.training.build"), "cache_latents", out_of_memory),
+    "base": lambda: fail(far("nodes.host_models"), "read_base", ZeroDivisionError),
     "disk": full_disk,
     "preview": broken_previews,
     "placements": noted_placements,
