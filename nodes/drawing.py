@@ -11,7 +11,6 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..far_train.data.images import load_photo, to_pil
-from ..far_train.models.sampling import check_size
 from ..far_train.models.settings import SampleConfig
 from ..far_train.training.run_folder import IdentifiedBase
 from ..far_train.training.settings import TrainConfig
@@ -86,7 +85,6 @@ def draw_once(
         files = paths(folder)
         if not all(path.exists() for path in files):
             with host_models.freed_base(*models) as base:
-                check_size(base, side, side, ("size", "size"))
                 base.to(*choose_device(str(host_memory.compute_device())))
                 draw(
                     base,
@@ -110,8 +108,8 @@ def drawn_folder(kind: str, base: IdentifiedBase, config: SampleConfig, size: in
     """Where what this base draws with these settings is kept. The number of pictures doesn't matter: it may grow.
 
     A training keeps its own regularization images under another key (``class_images.prior_key``), although they may be
-    the same: that key is of the base in the precision in which it draws. Here the base isn't cast to it, nor moved to
-    the device, while all pictures are on disk.
+    the same: that key is of the base in the precision in which it draws, and here none is built while all pictures are
+    on disk.
     """
     settings = {
         "base": base.fingerprint,

@@ -55,7 +55,8 @@ def read_prompts(
     if frames:
         box_of = [_one_of(frame, box_format, index) for frame in frames]
     else:
-        each = [read_boxes([value], box_format) or [None] for value in boxes]
+        sent = boxes[0] if len(boxes) == 1 and _is_frame(boxes[0]) else boxes
+        each = [read_boxes([value], box_format) or [None] for value in sent]
         box_of = _spread([box for found in each for box in found], count, "box", "boxes")
     entries = [_read_json(text) for text in texts]
     if len(entries) == 1 and isinstance(entries[0], Mapping):

@@ -71,7 +71,8 @@ def test_a_points_editor_that_was_left_empty_asks_for_nothing():
 def test_a_photo_of_several_may_have_no_box_and_no_points():
     other = {"startX": None, "startY": None, "endX": None, "endY": None}
     for nothing in (None, other, ""):
-        assert prompts.read_prompts(2, [nothing, BOX], CORNERS, [""]) == [Prompt(), Prompt(BOX)]
+        for sent in ([nothing, BOX], [[nothing, BOX]]):
+            assert prompts.read_prompts(2, sent, CORNERS, [""]) == [Prompt(), Prompt(BOX)]
     texts = ["[[1, 2]]", "", "[[5, 6]]"]
     found = prompts.read_prompts(3, [], CORNERS, texts, negative=["", "", "[[9, 9]]"])
     assert found == [Prompt(points=((1, 2, 1),)), Prompt(), Prompt(points=((5, 6, 1), (9, 9, 0)))]

@@ -25,7 +25,7 @@ from ..utils.text_files import read_words
 DEFAULT_HOST = "http://127.0.0.1:8188"
 POLL_SECONDS = 0.5
 SUBMIT_TIMEOUT = 60.0  # seconds until a host has said that it has queued a workflow
-LATE_SECONDS = 5.0  # for which a workflow is looked for in the queue whose sending was interrupted
+LATE_SECONDS = 5.0  # to look in the queue for a workflow that Ctrl-C stopped before the host answered
 ANSWER_TIMEOUT = 60.0  # seconds without an answer: loading a checkpoint can keep the host from answering for long
 REPORT_SECONDS = 30.0
 LOOPBACK = ("localhost", "127.0.0.1", "::1")

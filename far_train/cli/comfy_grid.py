@@ -36,8 +36,8 @@ MOST_VALUES = 100_000  # of one axis, and runs of a grid: more is a slip
 LONGEST_NAME = 60  # characters of a run's folder, before its digest
 LONGEST_VALUE = 60  # characters of a value in labels
 CELL = 256  # pixels of a run on the contact sheet
-SHEET_COLUMNS, SHEET_ROWS = 240, 200  # of one contact sheet, labels included: a JPEG ends at 65,535 pixels a side
-SHEET_CELLS = 240  # runs on one contact sheet
+SHEET_CELLS = 240  # runs on one contact sheet: a JPEG ends at 65,535 pixels a side
+SHEET_ROWS = 200  # of them one above the other, with their labels
 PICTURES = 9  # of one run that the contact sheet shows, at most
 
 
@@ -303,7 +303,7 @@ def collect(runs: Sequence[Run], out: Path, columns: int) -> list[Path]:
         )
     write_text(out / TABLE_FILE, table.getvalue())
     written = [out / TABLE_FILE]
-    columns = min(columns, SHEET_COLUMNS)
+    columns = min(columns, SHEET_CELLS)
     per_sheet = min(SHEET_CELLS // columns, SHEET_ROWS) * columns
     for number, start in enumerate(range(0, len(runs), per_sheet), 1):
         some = range(start, min(start + per_sheet, len(runs)))

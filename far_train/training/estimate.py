@@ -100,9 +100,9 @@ def measure_cost(
 ) -> Cost:
     """Take a few steps of this training, draw two pictures, and extrapolate. The base comes back as it was.
 
-    ``steps_done``: of a run that is to be resumed, at its newest checkpoint. ``is_checked``: whether the result will be
-    (``Callbacks.on_check``). Raises what the training would raise; Interrupted between pictures,
-    steps and sampling steps, once ``should_stop`` says so.
+    ``steps_done``: of a run that is to be resumed, at its newest checkpoint. ``is_checked``: whether pictures will be
+    drawn to check the result (``Callbacks.on_check``). Raises what the training would raise; Interrupted between
+    pictures, steps and sampling steps, once ``should_stop`` says so.
     """
     ticks: list[float] = []  # a moment before each picture is encoded, and one after the last
 
