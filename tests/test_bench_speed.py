@@ -59,7 +59,7 @@ def test_the_command_writes_tables_and_json(small_is_tiny, tmp_path: Path, capsy
 
 def test_bad_sizes(capsys, small_is_tiny, tmp_path: Path):
     argv = ["--out", tmp_path / "out", "--device", "cpu"]
-    refused(capsys, [*argv, "--sizes", "100"], "100 px does not fit", "multiple of", program=PROGRAM)
+    refused(capsys, [*argv, "--sizes", "100"], "sizes: 100 px does not fit", "multiple of", program=PROGRAM)
     refused(capsys, [*argv, "--sizes", "big"], "sizes: expected int", program=PROGRAM)
     refused(capsys, [*argv, "--batches", "0"], "batches: 0 is out of range", program=PROGRAM)
     assert not (tmp_path / "out").exists()

@@ -61,7 +61,7 @@ def measure_speed(out: Path, config: SpeedConfig, on_progress: Progress = lambda
     base = random_base(configs, str(device), dtype) if model == "sd21" else small_base().to(device, dtype)
     loading = time.perf_counter() - started
     for size in sizes:
-        check_size(base, size, size)
+        check_size(base, size, size, ("sizes", "sizes"))
     modes = ("reference", "fast", "preserving", "lean")
     if device.type == "cuda":
         modes = ("reference", "fast", "fast eager", "preserving", "lean", "lean eager")
