@@ -180,6 +180,8 @@ def _latents(latent: Any) -> Tensor:
     samples = latent.get("samples") if isinstance(latent, Mapping) else None
     if not isinstance(samples, Tensor) or samples.ndim != 4:
         raise ConfigError("latent: expected a LATENT of pictures; connect a sampler or VAE Encode")
+    if samples.shape[1] != 4:
+        raise ConfigError(f"latent: has {samples.shape[1]} channels, not 4; connect a LATENT of this MODEL and its VAE")
     return samples
 
 

@@ -75,7 +75,7 @@ def model_folder(kind: str) -> Path:
 
 
 def files_fingerprint(paths: Sequence[Path]) -> str:
-    """Changes when a file of these changes, comes or goes: a digest of names, sizes and times.
+    """Changes when a file of these changes, comes or goes: a digest of paths, sizes and times.
 
     Both times count: a file that takes another one's place by renaming keeps its time of modification.
     """
@@ -85,5 +85,5 @@ def files_fingerprint(paths: Sequence[Path]) -> str:
             about = path.stat()
         except OSError:
             continue
-        digest.update(f"{path.name}\0{about.st_size}\0{about.st_mtime_ns}\0{about.st_ctime_ns}\0".encode())
+        digest.update(f"{path.as_posix()}\0{about.st_size}\0{about.st_mtime_ns}\0{about.st_ctime_ns}\0".encode())
     return digest.hexdigest()

@@ -19,7 +19,7 @@ def file_name(text: str, default: str) -> str:
     """``text`` as one plain file name that every system can hold: no folders, no reserved names; or ``default``."""
     name = re.sub(r"[^\w.+ -]+", "-", text.strip())[:LONGEST].strip(" .-")
     name = name or default
-    return f"{name}-{default}" if name.split(".")[0].lower() in RESERVED_NAMES else name
+    return f"{default}-{name}" if name.split(".")[0].lower() in RESERVED_NAMES else name
 
 
 def place(source: Path, folder: Path, stem: str) -> Path:

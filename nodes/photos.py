@@ -248,6 +248,10 @@ class ExtractSubject(io.ComfyNode):
         prompts = [cut_at_edges(p, image.shape[1], image.shape[0]) for p, image in zip(prompts, pictures)]
         boxes = boxes_by_photo(box, len(pictures))
         sam = sam_model[0] if len(sam_model) else None
+        if sam is None and use_masks[0] == MASK_USES[1]:
+            raise SubjectError(
+                f"use_masks: '{use_masks[0]}' needs a sam_model; connect FaR Load SAM, or choose '{MASK_USES[0]}'"
+            )
         given: list[Tensor | SubjectError | None] = [None] * len(pictures)
         groups: list[list[Tensor]] = []
         if len(masks):

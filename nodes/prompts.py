@@ -223,13 +223,22 @@ def _read_json(text: str) -> Any:
 
 def _by_photo(entries: Mapping[str, Any], count: int, names: Sequence[str]) -> dict[int, Any]:
     """Entries by photo number or name → by index."""
-    indices = {str(i + 1): i for i in range(count)} | {name: i for i, name in enumerate(names[:count])}
-    unknown = [key for key in entries if key not in indices]
-    if unknown:
-        raise ConfigError(
-            f"points: there is no photo '{unknown[0]}'; use the numbers 1 to {count}, or the photos' names"
-        )
-    return {indices[key]: value for key, value in entries.items()}
+    called: dict[str, set[int]] = {str(i + 1): {i} for i in range(count)}
+    for i, name in enumerate(names[:count]):
+        called.setdefault(name, set()).add(i)
+    found: dict[int, Any] = {}
+    for key, value in entries.items():
+        meant = called.get(key, set())
+        if not meant:
+            raise ConfigError(f"points: there is no photo '{key}'; use the numbers 1 to {count}, or the photos' names")
+        if len(meant) > 1:
+            which = " and ".join(str(i + 1) for i in sorted(meant))
+            raise ConfigError(f"points: '{key}' may be each of the photos {which}; rename them, or leave names open")
+        (index,) = meant
+        if index in found:
+            raise ConfigError(f"points: there are two entries for photo {index + 1}; the second is '{key}'")
+        found[index] = value
+    return found
 
 
 def _spread(items: list[Any], count: int, name: str, plural: str) -> list[Any]:

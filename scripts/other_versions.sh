@@ -3,7 +3,8 @@
 # usage: scripts/other_versions.sh "transformers>=4.56,<5" "diffusers>=0.35,<0.36"
 set -euo pipefail
 python=$("$(dirname "${BASH_SOURCE[0]}")/python.sh")
-folder=$(dirname "$(dirname "$(dirname "$python")")")/versions-$(printf '%s\n' "$@" | sha256sum | cut -c1-12)
+venv=$(dirname "$(dirname "$python")")
+folder=$(dirname "$venv")/versions-$(printf '%s\n' "$(basename "$venv")" "$@" | sha256sum | cut -c1-12)
 
 if [ ! -f "$folder/complete" ]; then
     echo "Installing $* into $folder ..." >&2

@@ -50,3 +50,5 @@ def test_a_folder_that_is_not_empty_is_left_alone(tmp_path):
     with pytest.raises(OutputError, match="is not empty"):
         demo.run_demo(tmp_path, "cpu")
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+    with pytest.raises(OutputError, match="mine.txt: is a file"):
+        demo.run_demo(tmp_path / "mine.txt", "cpu")

@@ -42,6 +42,11 @@ def test_missing_weights_are_named(ldm_state, configs):
         load_base(broken, config=configs)
 
 
+def test_configs_beside_a_folder_are_refused(tiny_folder, configs):
+    with pytest.raises(BaseModelError, match="base_config: .* is a folder, which has its own"):
+        load_base(tiny_folder, config=configs)
+
+
 def test_wrong_shape_is_named(ldm_state, configs):
     broken = {**ldm_state, "model.diffusion_model.out.2.bias": torch.zeros(7)}
     with pytest.raises(BaseModelError, match=r"conv_out.bias is \[7\], expected \[4\]"):

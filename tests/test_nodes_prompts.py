@@ -207,6 +207,17 @@ def test_bad_points_are_refused_with_an_example(text: str, reason: str):
         prompts.read_prompts(3, [], CORNERS, [text])
 
 
+def test_a_photo_whose_name_is_anothers_number_is_told():
+    names = ["0", "1", "2", "2"]
+    for key, which in (("1", "1 and 2"), ("2", "2 and 3 and 4")):
+        with pytest.raises(ConfigError, match=f"'{key}' may be each of the photos {which}; rename them"):
+            prompts.read_prompts(4, [], CORNERS, [f'{{"{key}": [[1, 2]]}}'], names)
+    found = prompts.read_prompts(4, [], CORNERS, ['{"0": [[1, 2]]}'], names)
+    assert found == [Prompt(points=((1, 2, 1),)), *[Prompt()] * 3]
+    with pytest.raises(ConfigError, match="two entries for photo 1; the second is 'home'"):
+        prompts.read_prompts(2, [], CORNERS, ['{"1": [[1, 2]], "home": [[3, 4]]}'], ["home", "street"])
+
+
 def test_an_impossible_box_is_refused():
     with pytest.raises(SubjectError, match="x0 < x1"):
         prompts.read_prompts(1, [[40, 20, 10, 60]], CORNERS, [""])

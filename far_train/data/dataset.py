@@ -22,7 +22,7 @@ from typing import Any
 
 from ..utils.ahead import computed_ahead, spare_threads
 from ..utils.errors import CaptionError, DatasetError, FarError, OutputError, UnreadableFile
-from ..utils.files import make_folder, parse_json, write_json, write_text
+from ..utils.files import check_empty, make_folder, parse_json, write_json, write_text
 from ..utils.locks import locked
 from ..utils.text_files import read_words
 from .captions import Name, check_noun, check_token, locate_mentions
@@ -47,13 +47,15 @@ def write_dataset(
     OutputError if it exists and isn't empty, or can't be written.
     """
     folder = Path(folder)
-    _check_free(folder)
+    if folder.resolve() == Path.cwd():
+        raise OutputError(f"{folder}: is the current folder, which can't be replaced; choose another folder")
+    check_empty(folder)
     place = folder.resolve()
     with _writing(folder):
         place.parent.mkdir(parents=True, exist_ok=True)
     busy = f"{folder}: another process is writing this dataset; wait for it, or choose another folder"
     with locked(place.with_name(f"{place.name}.lock"), busy):
-        _check_free(folder)  # somebody may just have finished it
+        check_empty(folder)  # somebody may just have finished it
         _write(training_set, folder, place, about or {}, on_progress)
     return DatasetFolder(folder)
 
@@ -104,19 +106,6 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as e:
         raise OutputError(f"{folder}: can't be written ({e.strerror or e}); choose another folder") from e
-
-
-def _check_free(folder: Path) -> None:
-    try:
-        taken = folder.exists() and any(folder.iterdir())
-    except NotADirectoryError as e:
-        raise OutputError(f"{folder}: is a file; choose another folder") from e
-    except OSError as e:
-        raise OutputError(f"{folder}: can't be read ({e.strerror or e}); choose another folder") from e
-    if folder.resolve() == Path.cwd():
-        raise OutputError(f"{folder}: is the current folder, which can't be replaced; choose another folder")
-    if taken:
-        raise OutputError(f"{folder}: is not empty; choose another folder or delete it")
 
 
 def _write_picture(folder: Path, stem: str, composite: Composite) -> dict[str, Any]:

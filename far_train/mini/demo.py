@@ -34,7 +34,7 @@ from ..training.recipe import Callbacks, train
 from ..training.run_folder import METRICS_FILE, read_metrics
 from ..training.settings import TrainConfig
 from ..utils.devices import choose_device
-from ..utils.errors import OutputError
+from ..utils.files import check_empty
 from .identity import Identity, describe
 from .materials import cut_class_pictures, draw_places
 from .oracle import read_pictures
@@ -87,10 +87,9 @@ class Shown:
 def run_demo(out: Path, device: str, on_progress: Progress = lambda phase, done, total: None) -> Path:
     """Run all stages below ``out`` and return the page that shows them.
 
-    Raises OutputError if ``out`` isn't empty, BaseModelError if the small models' weights aren't there.
+    Raises OutputError if ``out`` isn't an empty folder, BaseModelError if the small models' weights aren't there.
     """
-    if out.exists() and any(out.iterdir()):
-        raise OutputError(f"{out}: is not empty; delete it or choose another folder (--out)")
+    check_empty(out)
     base, sam, oracle = small_base().to(choose_device(device)[0]), small_sam(), small_oracle()
     names = [SUBJECTS[key][0] for key in PAIR]
     identities = [SUBJECTS[key][1] for key in PAIR]

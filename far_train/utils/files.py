@@ -39,6 +39,18 @@ def make_folder(path: Path) -> Path:
     return path
 
 
+def check_empty(folder: Path) -> None:
+    """Refuse a folder that holds something, or can't be read. Raises OutputError."""
+    try:
+        taken = folder.exists() and any(folder.iterdir())
+    except NotADirectoryError as e:
+        raise OutputError(f"{folder}: is a file; choose another folder") from e
+    except OSError as e:
+        raise OutputError(f"{folder}: can't be read ({e.strerror or e}); choose another folder") from e
+    if taken:
+        raise OutputError(f"{folder}: is not empty; choose another folder or delete it")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it is synced to disk and takes the name, else it vanishes. So

@@ -143,6 +143,7 @@ def test_a_picture_per_concept_and_latent(comfy: ComfyServer, weights: FarWeight
         ({"when": "later"}, "when: 'later' can't be read"),
         ({"when": "0.5, 2"}, "must hold numbers from 0"),
         ({"latent": "a picture"}, "latent: expected a LATENT"),
+        ({"latent": ["12", 0]}, "latent: has 16 channels, not 4"),
         ({"sigmas": "many"}, "sigmas: expected SIGMAS of another node, got str"),
         ({"masks": ["10", 0]}, "masks: got 3 masks for 2 concepts on 1 picture"),
     ],
@@ -151,6 +152,7 @@ def test_what_cannot_be_looked_at_is_named(comfy: ComfyServer, weights: FarWeigh
     three = {
         "10": node("ImageToMask", image=["11", 0], channel="red"),
         "11": node("RepeatImageBatch", image=["4", 0], amount=3),
+        "12": node("EmptySD3LatentImage", width=64, height=64, batch_size=1),
     }
     with pytest.raises(ExecutionFailed, match="node 7 .FaR_AttentionProbe") as failed:
         comfy.run(looking(**inputs) | three)

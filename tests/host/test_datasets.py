@@ -83,6 +83,9 @@ def test_the_next_training_learns_edited_masks_and_captions(comfy: ComfyServer, 
     caption.write_text(caption.read_text().strip() + ", at noon\n")
     assert "1" not in comfy.cached(comfy.wait(comfy.queue(loading("edited"))))
 
+    (folder / "priors").rename(folder / "priors-off")  # no file of it changes
+    assert "1" not in comfy.cached(comfy.wait(comfy.queue(loading("edited"))))
+
     caption.write_text("a photo of a cat")
     node_id, words = refusal(comfy, prompt)
     assert node_id == "1" and "0000.txt: " in words and "is missing" in words

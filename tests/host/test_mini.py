@@ -25,7 +25,7 @@ from far_train.training.recipe import train
 from far_train.training.run_folder import read_metrics
 from far_train.training.settings import TrainConfig
 
-from .comfy_server import ComfyServer, PromptRejected
+from .comfy_server import ComfyServer, ExecutionFailed, PromptRejected
 from .find_host import REPO
 from .graphs import defaults, encoded, node, predicted
 from .photos import concept, photo_folder, pictures
@@ -216,6 +216,9 @@ def test_a_rough_mask_is_a_hint_for_sam(comfy: ComfyServer):
     exact, rough, found = (pictures(comfy, outputs[f"2{n}"])[0][..., 0] > 127 for n in ("3", "5", "6"))
     assert rough.sum() > 1.5 * exact.sum()  # kept as it is
     assert (found & exact).sum() / (found | exact).sum() > 0.8
+    del prompt["6"]["inputs"]["sam_model"]
+    with pytest.raises(ExecutionFailed, match="node 6 .*use_masks: 'as hints for SAM' needs a sam_model"):
+        comfy.run(prompt)
 
 
 # ---- the full pipeline
