@@ -392,7 +392,7 @@ def test_a_model_that_cannot_be_trained_is_refused(comfy: ComfyServer, change: d
 
 def test_a_name_stays_in_the_output_folder(comfy: ComfyServer):
     comfy.run(training(comfy, "../../CON"))
-    assert (run_folder(comfy, "CON-run") / "weights.safetensors").exists()
+    assert (run_folder(comfy, "run-CON") / "weights.safetensors").exists()
 
 
 def test_bad_options_are_reported_at_their_node(comfy: ComfyServer):
