@@ -54,11 +54,11 @@ def load_base(
         return _from_state_dict(source, "the state dict", config, prediction_type)
     path = Path(source)
     try:
-        if path.is_dir() and config is not None:
-            raise BaseModelError(
-                f"base_config: {path} is a folder, which has its own; leave it out, or give a single file as base"
-            )
         if path.is_dir():
+            if config is not None:
+                raise BaseModelError(
+                    f"base_config: {path} is a folder, which has its own; leave it out, or give a single file as base"
+                )
             return _from_folder(path, prediction_type)
         if not path.exists():
             raise BaseModelError(f"base: there is no file or folder {path}; the README says where bases can be had")
